@@ -1,0 +1,240 @@
+"""THE engine format: what `fp8-build` writes and the runtime reads. Imports nothing heavy.
+
+    engine_dir/
+      config.json          what the model is, its limits, the compatibility record (for people and tools)
+      rank0.engine         a safetensors container: the plan as JSON in the metadata, cubins as byte tensors
+      rank0.safetensors    weights in the layout that the kernels read; tied to the plan by hash
+      tokenizer files      copied from the checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+FORMAT_VERSION = 1
+
+Kind = str  # "input" | "weight" | "activation" | "kv_cache" | "output"
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot be written, read or run here: says which file, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor of the plan. Sizes are ints or "T" (packed tokens), "L" (logits rows), "B" (sequences)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    kind: Kind
+    offset: int | None = None  # activations: bytes into the arena, sized for the maximal step
+
+
+@dataclass(frozen=True)
+class TacticChoice:
+    """Which kernels run a step of up to `max_tokens` rows."""
+
+    max_tokens: int
+    tactic: dict[str, Any]
+    kernels: tuple[str, ...]  # content hashes into Engine.cubins
+    workspace: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One plugin call. Inputs and outputs are buffer names, "" for an absent optional one."""
+
+    name: str
+    plugin: str
+    attributes: dict[str, Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tactics: tuple[TacticChoice, ...] = ()  # ascending max_tokens; empty in an engine for target "cpu"
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_batch_size: int
+    max_seq_len: int
+    max_num_tokens: int
+    block_size: int = 64
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the runtime must know of the model."""
+
+    architecture: str
+    dtype: str
+    format: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    max_position_embeddings: int
+    kv_cache_dtype: str
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    format_version: int
+    package_version: str
+    target: str  # "sm_90a" | "cpu"
+    rank: int = 0
+    world_size: int = 1
+    tp_size: int = 1
+    pp_size: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    compatibility: Compatibility
+    model: ModelInfo
+    limits: Limits
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+    arena_bytes: int  # activations of the maximal step
+    workspace_bytes: int  # largest workspace of any step's tactic
+    weights_sha256: str
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # hash -> source, entry, constants, registers, ...
+    fusion_report: list[dict[str, Any]] = field(default_factory=list)  # one entry per Q/DQ pair
+
+    def buffer(self, name: str) -> Buffer:
+        return self._index[name]
+
+    @property
+    def _index(self) -> dict[str, Buffer]:
+        index = self.__dict__.get("_cached_index")
+        if index is None:
+            index = {b.name: b for b in self.buffers}
+            object.__setattr__(self, "_cached_index", index)
+        return index
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        d = json.loads(text)
+        steps = tuple(
+            Step(
+                s["name"], s["plugin"], s["attributes"], tuple(s["inputs"]), tuple(s["outputs"]),
+                tuple(TacticChoice(t["max_tokens"], t["tactic"], tuple(t["kernels"]), t["workspace"]) for t in s["tactics"]),
+            )
+            for s in d["steps"]
+        )  # fmt: skip
+        buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"]), b["kind"], b["offset"]) for b in d["buffers"])
+        model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
+        return Plan(
+            Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
+            d["workspace_bytes"], d["weights_sha256"], d["kernels"], d["fusion_report"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A plan with its cubins; the weights stay in `weights_path`."""
+
+    plan: Plan
+    cubins: dict[str, bytes]
+    directory: Path
+
+    @property
+    def weights_path(self) -> Path:
+        return self.directory / f"rank{self.plan.compatibility.rank}.safetensors"
+
+
+def engine_bytes(plan: Plan, cubins: dict[str, bytes]) -> bytes:
+    """The container. Same plan and cubins, same bytes."""
+    tensors = {f"cubin/{k}": np.frombuffer(v, np.uint8) for k, v in sorted(cubins.items())} or {"cubin/none": np.zeros(1, np.uint8)}
+    text = plan.to_json()
+    digest = _digest(text, cubins)
+    return save(tensors, metadata={"format": "fp8-engine", "version": str(FORMAT_VERSION), "plan": text, "sha256": digest})
+
+
+def _digest(plan: str, cubins: dict[str, bytes]) -> str:
+    h = hashlib.sha256(plan.encode())
+    for name in sorted(cubins):
+        h.update(name.encode())
+        h.update(cubins[name])
+    return h.hexdigest()
+
+
+def load(directory: str | Path, rank: int = 0, verify_weights: bool = True) -> Engine:
+    """Reads and checks a rank's engine. Raises EngineError on another format version, a damaged or a foreign file."""
+    directory = Path(directory)
+    path = directory / f"rank{rank}.engine"
+    if not path.is_file():
+        raise EngineError(f"{path} does not exist; {directory} is not an engine directory (fp8-build writes one)")
+    try:
+        with safe_open(path, framework="np") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != "fp8-engine":
+                raise EngineError(f"{path} is not an fp8-engine file")
+            if meta.get("version") != str(FORMAT_VERSION):
+                raise EngineError(
+                    f"{path} has format version {meta.get('version')}, this package reads {FORMAT_VERSION}; build it again"
+                )
+            names = [n for n in file.keys() if n != "cubin/none"]
+            cubins = {n.removeprefix("cubin/"): file.get_tensor(n).tobytes() for n in names}
+    except SafetensorError as error:
+        raise EngineError(f"{path} is damaged: {error}; build it again") from error
+    if _digest(meta.get("plan", ""), cubins) != meta.get("sha256"):
+        raise EngineError(f"{path} is damaged: its plan or cubins do not match their hash; build it again")
+    engine = Engine(Plan.from_json(meta["plan"]), cubins, directory)
+    if not engine.weights_path.is_file():
+        raise EngineError(f"{engine.weights_path} is missing; it holds the weights of {path}")
+    if verify_weights:
+        found = file_sha256(engine.weights_path)
+        if found != engine.plan.weights_sha256:
+            raise EngineError(
+                f"{engine.weights_path} is not the weights file that {path.name} was built with "
+                f"(sha256 {found[:12]}, expected {engine.plan.weights_sha256[:12]}): damaged or exchanged; build it again"
+            )
+    return engine
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    h = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            h.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return h.hexdigest()
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> str:
+    """Writes to a temporary name beside `path`, then renames; returns the sha256 of what was written."""
+    h = hashlib.sha256()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                h.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return h.hexdigest()

@@ -1,0 +1,152 @@
+"""What a plugin is: one op with its attributes, legality, tactics, CUDA kernels, launch and torch reference.
+
+A plugin lives in `plugins/<name>/plugin.py` as a frozen dataclass named in CamelCase (`norm_quant` -> `NormQuant`);
+its fields are its attributes in the graph and in the plan. The folder is the registry: `load("norm_quant")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function
+
+Dim = int | str  # a symbolic size is its name: "T" packed tokens, "B" sequences, "L" rows whose logits are wanted
+E4M3_MAX = 448.0  # largest finite float8_e4m3fn value (OCP 8-bit floating point specification, 2023)
+BLOCK_SIZE = 64  # tokens per KV-cache block
+
+
+class PluginError(ValueError):
+    """An op that cannot be executed as typed: names the op, what was found, what is needed, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Type of one value: `dtype` is a torch dtype's name ("bfloat16", "float8_e4m3fn", ...)."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The host-known sizes of one step. Sequences with one query token (decode) come first in the packed rows."""
+
+    tokens: int  # T
+    sequences: int  # B
+    decode_sequences: int  # the first rows: sequence i owns token i
+    max_query: int  # longest query among the remaining (prefill) sequences, 0 if there is none
+    max_context: int  # longest context, new tokens included
+    logits_rows: int  # L
+
+    @staticmethod
+    def prefill(tokens: int) -> StepShape:
+        """One sequence of `tokens` new tokens and no cached ones."""
+        return StepShape(tokens, 1, 0, tokens, tokens, 1)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compilation: a .cu file beside the plugin, its entry point and the constants it is specialised for.
+
+    `constants` become `#define NAME VALUE` in front of the source.
+    """
+
+    plugin: str
+    source: str
+    entry: str
+    constants: tuple[tuple[str, int | float | str], ...] = ()
+
+
+Launcher = Callable[[StepShape], None]
+
+
+class Plugin:
+    """Base of all plugins. A subclass is a frozen dataclass; `tensors` below are its inputs, then its outputs;
+    an absent optional input is None."""
+
+    name: ClassVar[str]
+
+    def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Types of the outputs. Raises PluginError where the inputs cannot be what the op takes."""
+        raise NotImplementedError
+
+    def reference(self, *inputs: torch.Tensor | None, step: StepShape) -> tuple[torch.Tensor, ...]:
+        """The op's meaning in torch, on CPU or GPU: float32 inside, rounded where the graph rounds."""
+        raise NotImplementedError
+
+    def check(self, inputs: Sequence[Tensor | None]) -> None:
+        """Raises PluginError if no CUDA tactic can execute the op on these (possibly symbolic) types."""
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Any]:
+        """Legal tactics (frozen dataclasses of ints and strings) for up to `tokens` rows, the model's favourite first."""
+        raise NotImplementedError
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        """Upper ends of the token ranges that may want different tactics."""
+        return [max_tokens]
+
+    def tactic(self, fields: dict[str, Any]) -> Any:
+        """The tactic record for a plan's or a tuned table's fields."""
+        raise NotImplementedError
+
+    def kernels(self, tactic: Any, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        """What to compile for a tactic."""
+        raise NotImplementedError
+
+    def workspace(self, tactic: Any, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int) -> int:
+        """Bytes of zero-initialised scratch that the tactic needs; kernels leave its counters at zero."""
+        return 0
+
+    def bind(
+        self,
+        tactic: Any,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+        """Packs the launch once over buffers of maximal size; the result enqueues it on torch's current stream."""
+        raise NotImplementedError
+
+    def attributes(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def names() -> list[str]:
+    """All plugins: the folders beside this file."""
+    import fp8.plugins
+
+    return sorted(m.name for m in pkgutil.iter_modules(fp8.plugins.__path__) if m.ispkg)
+
+
+def load(name: str) -> type[Plugin]:
+    """The plugin class of a folder."""
+    if name not in names():
+        raise PluginError(f"plugin {name!r} does not exist; there are {', '.join(names())}")
+    module = importlib.import_module(f"fp8.plugins.{name}.plugin")
+    return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test and benchmark case of a plugin: fresh random inputs, the step, and how close a kernel must come.
+
+    `make(generator, device)` returns the inputs; `tolerance` bounds ||out - reference|| / ||reference|| per output
+    (outputs in FP8 are dequantized codes), and `why` justifies it by the formats' rounding.
+    """
+
+    name: str
+    plugin: Plugin
+    make: Callable[[torch.Generator, str], list[torch.Tensor | None]]
+    step: StepShape
+    tolerance: float
+    why: str
+    bytes: int = 0  # device memory traffic of the op, for GB/s
+    flops: int = 0

@@ -1,0 +1,33 @@
+#pragma once
+// Conversions: float32 <-> e4m3 (round to nearest even, saturating at 448, NaN stays NaN), bf16, f16.
+#include "fp8/types.cuh"
+
+// Two floats to two e4m3 codes, the first in the low byte.
+DEVICE u16 e4m3x2(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+DEVICE u32 e4m3x4(float a, float b, float c, float d) { return (u32)e4m3x2(a, b) | ((u32)e4m3x2(c, d) << 16); }
+
+// DTYPE_BF16 or DTYPE_F16 values: the model's 16-bit type is a compile-time constant (DTYPE, 0 = bf16, 1 = f16).
+template <int DTYPE> DEVICE float to_float(u16 x) {
+  float r;
+  if (DTYPE == 0) r = __uint_as_float((u32)x << 16);
+  else asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+  return r;
+}
+template <int DTYPE> DEVICE u16 from_float(float x) {
+  u16 r;
+  if (DTYPE == 0) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
+// Two floats packed, the first in the low half.
+template <int DTYPE> DEVICE u32 from_float2(float low, float high) {
+  u32 r;
+  if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <int DTYPE> DEVICE float round_float(float x) { return to_float<DTYPE>(from_float<DTYPE>(x)); }
