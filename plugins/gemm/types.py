@@ -1,0 +1,62 @@
+"""What both gemm plugins ask of their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fp8.plugins.base import Dim, PluginError, Tensor
+
+BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+OUT_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def operands(inputs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """x [rows, K] and w [N, K], checked to be of one dtype and one K. Raises PluginError otherwise."""
+    x, w = inputs[:2]
+    if x is None or w is None:
+        raise PluginError("x and w must be given")
+    if x.dtype not in BYTES or x.dtype != w.dtype:
+        raise PluginError(
+            f"x is {x.dtype} and w is {w.dtype}, expected one of {', '.join(BYTES)} for both; quantize both or neither"
+        )
+    if len(x.shape) != 2 or len(w.shape) != 2 or not isinstance(w.shape[0], int) or x.shape[1] != w.shape[1]:
+        raise PluginError(
+            f"x has shape {list(x.shape)} and w {list(w.shape)}, expected [rows, K] and [N, K] with one K"
+        )
+    return x, w
+
+
+def check_vector(name: str, found: Tensor | None, sizes: tuple[Dim, ...]) -> None:
+    """Raises PluginError unless the optional vector is float32 with one of the sizes."""
+    if found is None or (found.dtype == "float32" and len(found.shape) == 1 and found.shape[0] in sizes):
+        return
+    expected = " or ".join(f"[{n}]" for n in dict.fromkeys(sizes))
+    raise PluginError(f"{name} is {found.dtype} {list(found.shape)}, expected float32 {expected}")
+
+
+def check_types(inputs: Sequence[Tensor | None], out_dtype: str) -> tuple[Dim, int]:
+    """Checks x, w, x_scale, w_scale, bias and the output's dtype; returns (rows, N)."""
+    x, w = operands(inputs)
+    rows, n = x.shape[0], int(w.shape[0])
+    check_vector("x_scale", inputs[2], (1, rows))
+    check_vector("w_scale", inputs[3], (n,))
+    check_vector("bias", inputs[4], (n,))
+    if out_dtype not in OUT_DTYPES:
+        raise PluginError(f"out_dtype is {out_dtype}, expected one of {', '.join(OUT_DTYPES)}")
+    if BYTES[x.dtype] > 1 and out_dtype not in (x.dtype, "float32"):
+        raise PluginError(f"x is {x.dtype} and the output {out_dtype}, expected {x.dtype} or float32; insert a Cast")
+    return rows, n
+
+
+def check_tensor_cores(inputs: Sequence[Tensor | None]) -> None:
+    """Raises PluginError where TMA and wgmma cannot take the operands."""
+    x, _ = operands(inputs)
+    k = x.shape[1]
+    if x.dtype == "float32":
+        raise PluginError(
+            "x is float32, but the tensor cores take float8_e4m3fn, bfloat16 or float16; choose a 16-bit dtype"
+        )
+    unit = 16 // BYTES[x.dtype]
+    if not isinstance(k, int) or k % unit or k == 0:
+        remedy = "pad it, or keep this layer in 16 bits" if unit == 16 else "pad it"
+        raise PluginError(f"K={k} is not a multiple of {unit} (TMA rows are 16-byte units); {remedy}.")
