@@ -50,7 +50,8 @@ class TacticChoice:
     max_tokens: int
     tactic: dict[str, Any]
     kernels: tuple[str, ...]  # content hashes into Engine.cubins
-    workspace: int = 0
+    workspace: int = 0  # bytes
+    workspace_offset: int = 0  # into the engine's workspace: steps share a region only if they run the same kernels
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Plan:
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
     arena_bytes: int  # activations of the maximal step
-    workspace_bytes: int  # largest workspace of any step's tactic
+    workspace_bytes: int  # all workspace regions, zeroed once at load
     weights_sha256: str
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # hash -> source, entry, constants, registers, ...
     fusion_report: list[dict[str, Any]] = field(default_factory=list)  # one entry per Q/DQ pair
@@ -136,7 +137,7 @@ class Plan:
         steps = tuple(
             Step(
                 s["name"], s["plugin"], s["attributes"], tuple(s["inputs"]), tuple(s["outputs"]),
-                tuple(TacticChoice(t["max_tokens"], t["tactic"], tuple(t["kernels"]), t["workspace"]) for t in s["tactics"]),
+                tuple(TacticChoice(**{**t, "kernels": tuple(t["kernels"])}) for t in s["tactics"]),
             )
             for s in d["steps"]
         )  # fmt: skip
