@@ -1,0 +1,76 @@
+"""norm_quant: residual add, RMSNorm or LayerNorm, and rounding or quantization, in one pass over the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fp8.plugins.base import Plugin, PluginError, Tensor
+from fp8.plugins.quantize.types import DTYPES, check_absent, check_quant, check_rows, check_tensor, outputs
+
+if TYPE_CHECKING:
+    import torch
+
+INPUTS = 6
+
+
+@dataclass(frozen=True)
+class NormQuant(Plugin):
+    """x DT [T, H], residual DT [T, H] (if `residual`), weight DT [H], bias DT [H]? (layer norm only), scale f32 [1]
+    (quant "static" only), rows i32 [L] (if `gather`) -> y (e4m3, or DT for quant "none") [T or L, H], y_scale f32
+    [T or L] (quant "per_token" only), residual_out DT [T, H] (if `residual` and not `gather`).
+
+    residual_out is x + residual rounded to DT, and what the norm reads; the norm is float32 and rounded or quantized
+    (see quantize) once. With `gather` only the rows `rows` are computed.
+    """
+
+    name: ClassVar[str] = "norm_quant"
+    norm: str = "rms"
+    epsilon: float = 1e-5
+    quant: str = "none"
+    scale_ub: float = 0.0
+    residual: bool = False
+    gather: bool = False
+
+    def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        x, residual, weight, bias, scale, rows = self._padded(inputs)
+        if self.norm not in ("rms", "layer"):
+            raise PluginError(f"norm is {self.norm!r}, expected 'rms' or 'layer'")
+        x = check_tensor("x", x, DTYPES, (None, None))
+        tokens, hidden = x.shape
+        check_tensor("weight", weight, (x.dtype,), (hidden,))
+        self._check_optional("residual", residual, self.residual, x)
+        if bias is not None and self.norm == "rms":
+            check_absent("bias", bias, "norm is 'rms'")
+        if bias is not None:
+            check_tensor("bias", bias, (x.dtype,), (hidden,))
+        check_quant(self.quant, scale)
+        if not self.gather:
+            check_absent("rows", rows, "gather is False")
+            sums = (x,) if self.residual else ()
+            return (*outputs(self.quant, x.dtype, tokens, hidden), *sums)
+        rows = check_tensor("rows", rows, ("int32",), (None,))
+        return outputs(self.quant, x.dtype, rows.shape[0], hidden)
+
+    def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:
+        from fp8.plugins.norm_quant.reference import norm_quant
+
+        return norm_quant(*self._padded(inputs), self.norm, self.epsilon, self.quant, self.scale_ub)
+
+    def check(self, inputs: Sequence[Tensor | None]) -> None:
+        self.infer(inputs)
+        x = inputs[0]
+        assert x is not None
+        check_rows("H", x.dtype, x.shape[1], 16384)
+
+    @staticmethod
+    def _padded(inputs: Sequence) -> list:
+        return [*inputs, *[None] * (INPUTS - len(inputs))]
+
+    @staticmethod
+    def _check_optional(name: str, found: Tensor | None, wanted: bool, like: Tensor) -> None:
+        if wanted:
+            check_tensor(name, found, (like.dtype,), like.shape)
+        else:
+            check_absent(name, found, f"the attribute {name} is False")

@@ -1,0 +1,45 @@
+"""quantize: a 16-bit activation to float8_e4m3fn, with a calibrated scale or one per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fp8.plugins.base import Plugin, Tensor
+from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Quantize(Plugin):
+    """x DT [T, K], scale f32 [1] (quant "static" only) -> y e4m3 [T, K], y_scale f32 [T] (quant "per_token" only).
+
+    y = e4m3(clamp(x / scale, +-448)); per token, scale = max(min(amax, scale_ub) / 448, 1 / (448 * 512)), and
+    scale_ub = 0 sets no bound.
+    """
+
+    name: ClassVar[str] = "quantize"
+    quant: str = "static"
+    scale_ub: float = 0.0
+
+    def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        x, scale = (*inputs, None)[:2]
+        x = check_tensor("x", x, DTYPES, (None, None))
+        check_quant(self.quant, scale, ("static", "per_token"))
+        return outputs(self.quant, x.dtype, *x.shape)
+
+    def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:
+        from fp8.plugins.quantize.reference import finish
+
+        x, scale = (*inputs, None)[:2]
+        assert x is not None
+        return finish(x.float(), self.quant, scale, self.scale_ub, x.dtype)
+
+    def check(self, inputs: Sequence[Tensor | None]) -> None:
+        self.infer(inputs)
+        x = inputs[0]
+        assert x is not None
+        check_rows("K", x.dtype, x.shape[1], 65536)
