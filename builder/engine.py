@@ -1,10 +1,10 @@
 """THE engine format: what `fp8-build` writes and the runtime reads. Imports nothing heavy.
 
-    engine_dir/
-      config.json          what the model is, its limits, the compatibility record (for people and tools)
-      rank0.engine         a safetensors container: the plan as JSON in the metadata, cubins as byte tensors
-      rank0.safetensors    weights in the layout that the kernels read; tied to the plan by hash
-      tokenizer files      copied from the checkpoint
+engine_dir/
+  config.json          what the model is, its limits, the compatibility record (for people and tools)
+  rank0.engine         a safetensors container: the plan as JSON in the metadata, cubins as byte tensors
+  rank0.safetensors    weights in the layout that the kernels read; tied to the plan by hash
+  tokenizer files      copied from the checkpoint
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 FORMAT_VERSION = 1
 
@@ -164,10 +162,28 @@ class Engine:
 
 def engine_bytes(plan: Plan, cubins: dict[str, bytes]) -> bytes:
     """The container. Same plan and cubins, same bytes."""
-    tensors = {f"cubin/{k}": np.frombuffer(v, np.uint8) for k, v in sorted(cubins.items())} or {"cubin/none": np.zeros(1, np.uint8)}
     text = plan.to_json()
-    digest = _digest(text, cubins)
-    return save(tensors, metadata={"format": "fp8-engine", "version": str(FORMAT_VERSION), "plan": text, "sha256": digest})
+    names = sorted(cubins)
+    metadata = {
+        "format": "fp8-engine", "version": str(FORMAT_VERSION), "plan": text, "sha256": _digest(text, cubins)
+    }  # fmt: skip
+    header = safetensors_header([(f"cubin/{n}", "U8", (len(cubins[n]),), len(cubins[n])) for n in names], metadata)
+    return b"".join([header, *(cubins[n] for n in names)])
+
+
+def safetensors_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
+    """Header of a safetensors file whose data follow in the order of the entries (name, type code, shape, bytes).
+
+    Written here because the library's writer orders the metadata at random, and a second build gives the same bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _digest(plan: str, cubins: dict[str, bytes]) -> str:
@@ -191,10 +207,10 @@ def load(directory: str | Path, rank: int = 0, verify_weights: bool = True) -> E
                 raise EngineError(f"{path} is not an fp8-engine file")
             if meta.get("version") != str(FORMAT_VERSION):
                 raise EngineError(
-                    f"{path} has format version {meta.get('version')}, this package reads {FORMAT_VERSION}; build it again"
+                    f"{path} has format version {meta.get('version')}, "
+                    f"this package reads {FORMAT_VERSION}; build it again"
                 )
-            names = [n for n in file.keys() if n != "cubin/none"]
-            cubins = {n.removeprefix("cubin/"): file.get_tensor(n).tobytes() for n in names}
+            cubins = {n.removeprefix("cubin/"): file.get_tensor(n).tobytes() for n in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise EngineError(f"{path} is damaged: {error}; build it again") from error
     if _digest(meta.get("plan", ""), cubins) != meta.get("sha256"):
@@ -207,7 +223,8 @@ def load(directory: str | Path, rank: int = 0, verify_weights: bool = True) -> E
         if found != engine.plan.weights_sha256:
             raise EngineError(
                 f"{engine.weights_path} is not the weights file that {path.name} was built with "
-                f"(sha256 {found[:12]}, expected {engine.plan.weights_sha256[:12]}): damaged or exchanged; build it again"
+                f"(sha256 {found[:12]}, expected {engine.plan.weights_sha256[:12]}): damaged or exchanged; "
+                "build it again"
             )
     return engine
 

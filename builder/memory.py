@@ -1,0 +1,81 @@
+"""Where everything lives: liveness of the activations -> arena offsets, and the budget of a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fp8.builder.dtypes import BYTES
+from fp8.builder.engine import Buffer, Limits, Plan, Step
+
+ALIGNMENT = 256  # bytes; TMA wants 16, a full L2 sector line is 128, cudaMalloc gives 256
+MIN_LOGITS_ROWS = 256  # fp8-eval takes the logits of this many tokens in one step
+
+
+def logits_rows(limits: Limits) -> int:
+    """Rows of every buffer with "L" rows."""
+    return max(limits.max_batch_size, MIN_LOGITS_ROWS)
+
+
+def buffer_bytes(buffer: Buffer, limits: Limits) -> int:
+    """Size for the maximal step."""
+    sizes = {"T": limits.max_num_tokens, "B": limits.max_batch_size, "L": logits_rows(limits), "blocks": 1}
+    count = 1
+    for dim in buffer.shape:
+        count *= sizes[dim] if isinstance(dim, str) else dim
+    return count * BYTES[buffer.dtype]
+
+
+def place(buffers: dict[str, Buffer], steps: Iterable[Step], limits: Limits) -> tuple[dict[str, int], int]:
+    """Offsets of the activations in one arena, and its size: the largest first, each at the lowest place that is free
+    from the step that writes it through the last one that reads it."""
+    lives: dict[str, list[int]] = {}
+    for index, step in enumerate(steps):
+        for name in (*step.inputs, *step.outputs):
+            if name and buffers[name].kind == "activation":
+                lives.setdefault(name, [index, index])[1] = index
+    sizes = {name: align(buffer_bytes(buffers[name], limits)) for name in lives}
+    offsets: dict[str, int] = {}
+    for name in sorted(lives, key=lambda n: (-sizes[n], lives[n][0], n)):
+        first, last = lives[name]
+        offset = 0
+        for other in sorted(offsets, key=offsets.__getitem__):
+            if lives[other][0] > last or first > lives[other][1]:
+                continue
+            if offset + sizes[name] <= offsets[other]:
+                break
+            offset = max(offset, offsets[other] + sizes[other])
+        offsets[name] = offset
+    return offsets, max((offsets[n] + sizes[n] for n in offsets), default=0)
+
+
+def align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that an engine takes on its device."""
+
+    weights: int
+    activations: int
+    workspace: int
+    inputs_and_outputs: int
+    kv_block: int  # one block of `block_size` tokens over all layers
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.activations + self.workspace + self.inputs_and_outputs
+
+    def blocks(self, memory: int) -> int:
+        """KV blocks that fit beside the rest into `memory` bytes; negative if the rest does not fit."""
+        return (memory - self.fixed) // self.kv_block if self.kv_block else 0
+
+
+def budget(plan: Plan) -> Budget:
+    sizes = {kind: 0 for kind in ("weight", "activation", "input", "output", "kv_cache")}
+    for buffer in plan.buffers:
+        sizes[buffer.kind] += buffer_bytes(buffer, plan.limits)
+    return Budget(
+        sizes["weight"], plan.arena_bytes, plan.workspace_bytes, sizes["input"] + sizes["output"], sizes["kv_cache"]
+    )
