@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.base import Dim, Plugin, PluginError, Tensor
+from fp8.plugins.base import Dim, Kernel, Launcher, Plugin, PluginError, Tensor
+from fp8.plugins.quantize.launch import FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
 from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.plugins.cuda import Function
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -57,3 +60,31 @@ class ActQuant(Plugin):
         if not isinstance(width, int) or width % 2:
             raise PluginError(f"x has rows of {width} values, expected an even number: [gate | up]")
         return width // 2
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
+        self.check(inputs)
+        return quantize_tactics(self._width(inputs[0]), self.quant, tokens)
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
+
+    def tactic(self, fields: dict[str, Any]) -> RowTactic:
+        return RowTactic(**fields)
+
+    def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        x = inputs[0]
+        width = self._width(x)
+        return (quantize_kernel(tactic, width, x.dtype, self.activation, self.gated, self.quant, self.scale_ub),)
+
+    def bind(
+        self,
+        tactic: RowTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+
+        given = len(tensors) - (2 if self.quant == "per_token" else 1)  # the scale may be left out
+        x, scale = (*tensors[:given], None)[:2]
+        width = x.shape[1] // 2 if self.gated else x.shape[1]
+        return quantize_launch(tactic, functions[0], width, x, scale, tensors[given:])

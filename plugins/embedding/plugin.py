@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.base import Plugin, Tensor
-from fp8.plugins.quantize.types import DTYPES, check_rows, check_tensor
+from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
+from fp8.plugins.quantize.launch import RowTactic, row_launch, row_parts
+from fp8.plugins.quantize.types import DTYPES, VECTOR, check_rows, check_tensor
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.plugins.cuda import Function
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,26 @@ class Embedding(Plugin):
         table = inputs[1]
         assert table is not None
         check_rows("H", table.dtype, table.shape[1], 65536)
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
+        self.check(inputs)
+        return row_parts(inputs[1].shape[1], 1)[:1]
+
+    def tactic(self, fields: dict[str, Any]) -> RowTactic:
+        return RowTactic(**fields)
+
+    def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        vocabulary, hidden = inputs[1].shape
+        constants = (("HIDDEN", hidden), ("VOCABULARY", vocabulary), ("THREADS", tactic.threads))
+        return (Kernel("embedding", "embedding.cu", "embedding", constants),)
+
+    def bind(
+        self,
+        tactic: RowTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+
+        parts = -(-tensors[1].shape[1] // (VECTOR * tactic.threads))
+        return row_launch(functions[0], tactic.threads, tensors, lambda step: step.tokens, parts)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.base import Plugin, PluginError, Tensor
-from fp8.plugins.quantize.types import DTYPES, check_absent, check_quant, check_rows, check_tensor, outputs
+from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, Tensor
+from fp8.plugins.quantize.launch import DTYPE_CODES, FEW_TOKENS, RowTactic, row_launch, whole_rows
+from fp8.plugins.quantize.types import DTYPES, QUANTS, check_absent, check_quant, check_rows, check_tensor, outputs
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.plugins.cuda import Function
 
 INPUTS = 6
 
@@ -74,3 +77,46 @@ class NormQuant(Plugin):
             check_tensor(name, found, (like.dtype,), like.shape)
         else:
             check_absent(name, found, f"the attribute {name} is False")
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
+        self.check(inputs)
+        return whole_rows(inputs[0].shape[1], tokens)
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
+
+    def tactic(self, fields: dict[str, Any]) -> RowTactic:
+        return RowTactic(**fields)
+
+    def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        x, _, _, bias, _, _ = self._padded(inputs)
+        constants = (
+            ("HIDDEN", x.shape[1]),
+            ("THREADS", tactic.threads),
+            ("DTYPE", DTYPE_CODES[x.dtype]),
+            ("LAYER_NORM", int(self.norm == "layer")),
+            ("BIAS", int(bias is not None)),
+            ("EPSILON", self.epsilon),
+            ("QUANT", QUANTS.index(self.quant)),
+            ("SCALE_UB", self.scale_ub),
+            ("RESIDUAL", int(self.residual)),
+            ("GATHER", int(self.gather)),
+        )
+        return (Kernel("norm_quant", "norm_quant.cu", "norm_quant", constants),)
+
+    def bind(
+        self,
+        tactic: RowTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+
+        scaled, summed = self.quant == "per_token", self.residual and not self.gather
+        given = len(tensors) - (1 + scaled + summed)  # trailing inputs may be left out
+        inputs, outputs = self._padded(tensors[:given]), list(tensors[given:])
+        y = outputs.pop(0)
+        y_scale = outputs.pop(0) if scaled else None
+        residual_out = outputs.pop(0) if summed else None
+        rows = (lambda step: step.logits_rows) if self.gather else (lambda step: step.tokens)
+        return row_launch(functions[0], tactic.threads, [*inputs, y, y_scale, residual_out], rows)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.base import Plugin, Tensor
+from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
+from fp8.plugins.quantize.launch import FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
 from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.plugins.cuda import Function
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,29 @@ class Quantize(Plugin):
         x = inputs[0]
         assert x is not None
         check_rows("K", x.dtype, x.shape[1], 65536)
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
+        self.check(inputs)
+        return quantize_tactics(inputs[0].shape[1], self.quant, tokens)
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
+
+    def tactic(self, fields: dict[str, Any]) -> RowTactic:
+        return RowTactic(**fields)
+
+    def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        x = inputs[0]
+        return (quantize_kernel(tactic, x.shape[1], x.dtype, "", False, self.quant, self.scale_ub),)
+
+    def bind(
+        self,
+        tactic: RowTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+
+        given = len(tensors) - (2 if self.quant == "per_token" else 1)  # the scale may be left out
+        x, scale = (*tensors[:given], None)[:2]
+        return quantize_launch(tactic, functions[0], x.shape[1], x, scale, tensors[given:])

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.base import Plugin, Tensor
+from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
 from fp8.plugins.quantize.types import check_tensor
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.plugins.cuda import Function
+
+
+@dataclass(frozen=True)
+class SamplingTactic:
+    threads: int = 256
 
 
 @dataclass(frozen=True)
@@ -39,3 +46,49 @@ class Sampling(Plugin):
 
     def check(self, inputs: Sequence[Tensor | None]) -> None:
         self.infer(inputs)
+        vocabulary = inputs[0].shape[1]
+        if not isinstance(vocabulary, int) or not 0 < vocabulary < 2**31:
+            raise PluginError(f"V={vocabulary}, expected a known size below 2^31")
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[SamplingTactic]:
+        self.check(inputs)
+        return [SamplingTactic()]
+
+    def tactic(self, fields: dict[str, Any]) -> SamplingTactic:
+        return SamplingTactic(**fields)
+
+    def kernels(self, tactic: SamplingTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        constants = (("VOCABULARY", inputs[0].shape[1]), ("THREADS", tactic.threads))
+        return (Kernel("sampling", "sampling.cu", "sampling", constants),)
+
+    def workspace(
+        self, tactic: SamplingTactic, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
+    ) -> int:
+        """16 bytes per row: its best key so far and how many blocks have arrived."""
+        rows = inputs[0].shape[0]
+        return 16 * (rows if isinstance(rows, int) else max(max_sequences, 256))
+
+    def bind(
+        self,
+        tactic: SamplingTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+        from fp8.plugins.cuda import Launch
+
+        logits, temperature, seed, *counter, token = tensors
+        launch = Launch(
+            functions[0], tactic.threads, [logits, temperature, seed, *(counter or [None]), token, workspace]
+        )
+
+        def run(step: StepShape) -> None:
+            if step.logits_rows:
+                launch((self._splits(tactic, logits.shape[1], step.logits_rows), step.logits_rows, 1))
+
+        return run
+
+    @staticmethod
+    def _splits(tactic: SamplingTactic, vocabulary: int, rows: int) -> int:
+        """Blocks per row: about two per multiprocessor in all, none with less than one pass of four units a thread."""
+        return max(1, min(-(-vocabulary // (16 * tactic.threads)), 264 // rows))

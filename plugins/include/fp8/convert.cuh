@@ -10,24 +10,24 @@ DEVICE u16 e4m3x2(float low, float high) {
 }
 DEVICE u32 e4m3x4(float a, float b, float c, float d) { return (u32)e4m3x2(a, b) | ((u32)e4m3x2(c, d) << 16); }
 
-// DTYPE_BF16 or DTYPE_F16 values: the model's 16-bit type is a compile-time constant (DTYPE, 0 = bf16, 1 = f16).
-template <int DTYPE> DEVICE float to_float(u16 x) {
+// The model's 16-bit type is a template argument, a kernel's constant DTYPE: 0 = bf16, 1 = f16.
+template <int Dtype> DEVICE float to_float(u16 x) {
   float r;
-  if (DTYPE == 0) r = __uint_as_float((u32)x << 16);
+  if (Dtype == 0) r = __uint_as_float((u32)x << 16);
   else asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
   return r;
 }
-template <int DTYPE> DEVICE u16 from_float(float x) {
+template <int Dtype> DEVICE u16 from_float(float x) {
   u16 r;
-  if (DTYPE == 0) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  if (Dtype == 0) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
   else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
   return r;
 }
 // Two floats packed, the first in the low half.
-template <int DTYPE> DEVICE u32 from_float2(float low, float high) {
+template <int Dtype> DEVICE u32 from_float2(float low, float high) {
   u32 r;
-  if (DTYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  if (Dtype == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-template <int DTYPE> DEVICE float round_float(float x) { return to_float<DTYPE>(from_float<DTYPE>(x)); }
+template <int Dtype> DEVICE float round_float(float x) { return to_float<Dtype>(from_float<Dtype>(x)); }

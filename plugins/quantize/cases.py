@@ -1,0 +1,36 @@
+"""Cases of quantize: attention outputs before a quantized o_proj."""
+
+from __future__ import annotations
+
+import torch
+
+from fp8.plugins.base import Case, StepShape
+from fp8.plugins.quantize.plugin import Quantize
+
+EXACT = "one IEEE division and one rounding: codes and scales are equal bit for bit"
+
+
+def case(tokens: int, width: int, quant: str, dtype: torch.dtype = torch.bfloat16, scale_ub: float = 0.0) -> Case:
+    def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
+        x = 2 * torch.randn(tokens, width, dtype=dtype, device=device, generator=generator)
+        x[0] *= 1000  # saturates, or meets scale_ub
+        x[-1] *= 0 if tokens > 1 else 1
+        return [x, torch.tensor([0.0137], device=device)] if quant == "static" else [x]
+
+    name = f"{quant} {tokens}x{width} {str(dtype).removeprefix('torch.')}" + (f" ub {scale_ub}" if scale_ub else "")
+    moved = 3 * tokens * width + (4 * tokens if quant == "per_token" else 0)
+    return Case(name, Quantize(quant, scale_ub), make, StepShape.prefill(tokens), 0.0, EXACT, moved)
+
+
+CASES = [
+    case(3, 8, "static"),
+    case(5, 200, "per_token"),
+    case(4, 264, "per_token", torch.float16, 3.0),
+    case(2, 36864, "per_token"),  # longer than the registers
+    case(1, 4096, "static"),
+    case(1, 4096, "per_token"),
+    case(64, 4096, "per_token"),
+    case(4096, 4096, "static"),
+    case(4096, 4096, "per_token"),
+    case(4096, 8192, "per_token", torch.float16, 1200.0),
+]

@@ -1,0 +1,98 @@
+"""Tactics and launches of the row kernels: how many threads take a row, how many 16-byte units each of them holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Kernel, Launcher, StepShape
+from fp8.plugins.quantize.types import QUANTS, VECTOR
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function
+
+DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # convert.cuh
+ACTIVATION_CODES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # quantize.cu
+FEW_TOKENS = 128  # fewer rows than multiprocessors: latency counts, and a row wants many threads
+
+
+@dataclass(frozen=True)
+class RowTactic:
+    """A block of `threads`; each thread holds `held` units of 8 values."""
+
+    threads: int
+    held: int
+
+
+def whole_rows(width: int, tokens: int) -> list[RowTactic]:
+    """For kernels that keep a whole row in one block: up to four units a thread where that reaches."""
+    units = -(-width // VECTOR)
+    sizes = [n for n in (32, 64, 128, 256, 512, 1024) if n == 32 or n // 2 < units]  # more would idle
+    tactics = [RowTactic(n, -(-units // n)) for n in sizes]
+    fit = [t for t in tactics if t.held <= 4] or [tactics[-1]]
+    return sorted(fit, key=lambda t: abs(t.held - (1 if tokens <= FEW_TOKENS else 2)))
+
+
+def row_parts(width: int, tokens: int) -> list[RowTactic]:
+    """For elementwise kernels, whose blocks take any part of a row."""
+    units = -(-width // VECTOR)
+    threads = min(256, -(-units // 32) * 32)
+    held = [1, 2, 4] if tokens <= FEW_TOKENS else [2, 4, 1]
+    return [RowTactic(threads, n) for n in held if threads * n < 2 * units or n == 1]
+
+
+def quantize_tactics(width: int, quant: str, tokens: int) -> list[RowTactic]:
+    return whole_rows(width, tokens) if quant == "per_token" else row_parts(width, tokens)
+
+
+def quantize_kernel(
+    tactic: RowTactic, width: int, dtype: str, activation: str, gated: bool, quant: str, scale_ub: float
+) -> Kernel:
+    """quantize.cu, specialised; `activation` "" is the identity."""
+    constants = (
+        ("WIDTH", width),
+        ("THREADS", tactic.threads),
+        ("HELD", tactic.held),
+        ("DTYPE", DTYPE_CODES[dtype]),
+        ("ACTIVATION", ACTIVATION_CODES[activation]),
+        ("GATED", int(gated)),
+        ("QUANT", QUANTS.index(quant)),
+        ("SCALE_UB", scale_ub),
+    )
+    return Kernel("quantize", "quantize.cu", "quantize", constants)
+
+
+def quantize_launch(
+    tactic: RowTactic,
+    function: Function,
+    width: int,
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    outputs: Sequence[torch.Tensor | None],
+) -> Launcher:
+    """quantize.cu over the step's token rows; `outputs` is y, then y_scale if the scales are per token."""
+    y, y_scale = (*outputs, None)[:2]
+    parts = -(-width // (VECTOR * tactic.threads * tactic.held))
+    return row_launch(function, tactic.threads, [x, scale, y, y_scale], lambda step: step.tokens, parts)
+
+
+def row_launch(
+    function: Function,
+    threads: int,
+    args: Sequence[torch.Tensor | None],
+    rows: Callable[[StepShape], int],
+    parts: int = 1,
+) -> Launcher:
+    """A grid of (rows of the step, parts of a row); a step without rows launches nothing."""
+    from fp8.plugins.cuda import Launch
+
+    launch = Launch(function, threads, args)
+
+    def run(step: StepShape) -> None:
+        if rows(step):
+            launch((rows(step), parts, 1))
+
+    return run
