@@ -1,0 +1,14 @@
+"""bf16: linears in bfloat16, nothing quantized but, on request, the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fp8.builder.formats.base import Format
+
+
+@dataclass(frozen=True)
+class Bf16(Format):
+    name: ClassVar[str] = "bf16"
+    dtype: ClassVar[str | None] = "bfloat16"
