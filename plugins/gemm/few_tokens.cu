@@ -1,0 +1,275 @@
+// y[M, N] = x[M, K] w[N, K]^T for M <= TOKENS <= 64: the weights stream through once, so device memory is the bound.
+//
+// Operands swap: 64 weight rows are wgmma's M, the tokens its N. One CTA takes ROWS weight rows (any multiple of 16: that is
+// what balances N over the SMs) and 1/SPLIT of K; the SPLIT CTAs of a cluster add their partial sums through distributed
+// shared memory, in rank order. A ring of STAGES stages holds ATOMS 128-byte columns of w and x each; the ring's first fill
+// of w is issued before griddepcontrol.wait, so it streams while the kernels before are still at work.
+// FOLD > 1: a CTA of 64 / FOLD rows stacks FOLD columns of K into one wgmma (A: FOLD atoms above one another, B: their
+// tokens side by side), of which the diagonal blocks are wanted; they are added at the end.
+#include "fp8/convert.cuh"
+#include "fp8/exchange.cuh"
+#include "fp8/mbarrier.cuh"
+#include "fp8/sync.cuh"
+#include "fp8/tma.cuh"
+#include "fp8/wgmma.cuh"
+
+// Constants: GEMM_N, GEMM_K; WEIGHT (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32, 3 e4m3); SWIGLU and its 16-bit
+// type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token), W_SCALE, BIAS; and the tactic.
+constexpr int ATOM = 128;  // bytes of K in one swizzle atom: 4 wgmma
+constexpr int ATOM_K = WEIGHT == 0 ? 128 : 64;
+constexpr int K_BLOCKS = (GEMM_K + ATOM_K * ATOMS - 1) / (ATOM_K * ATOMS);
+constexpr int W_ATOM = ROWS * ATOM, X_ATOM = TOKENS * ATOM, STAGE = ATOMS * (W_ATOM + X_ATOM);
+constexpr int TILES = (ROWS * FOLD + 63) / 64, TILES_EACH = TILES / WARPGROUPS;
+constexpr int CONSUMERS = 128 * WARPGROUPS;
+constexpr int GROUPS = TOKENS / 8;                            // of accumulator columns
+constexpr int UNITS = TILES * GROUPS;                         // 64 rows x 8 tokens: what a rank of the cluster reduces at a time
+constexpr int OWNED = (UNITS + SPLIT - 1) / SPLIT;            // units per rank
+constexpr int UNIT_BYTES = 64 * 8 * 4;
+// The last tile of a stage may reach past its rows; what it reads there only feeds rows that are never stored.
+constexpr int OVERRUN = TILES * 64 * ATOM - W_ATOM * FOLD - ATOMS * X_ATOM;
+constexpr int RING = STAGES * STAGE + (OVERRUN > 0 ? OVERRUN : 0);
+static_assert(ROWS % 16 == 0 && ROWS <= 256 && TOKENS % 8 == 0 && TOKENS <= 64);
+static_assert(TILES % WARPGROUPS == 0 && K_BLOCKS >= SPLIT && ATOMS % FOLD == 0);
+static_assert(FOLD == 1 || ROWS * FOLD == 64);
+
+struct Stage {
+  u32 w, x;
+};
+DEVICE Stage stage_at(u32 ring, int i) { return {ring + i * STAGE, ring + i * STAGE + ATOMS * W_ATOM}; }
+
+DEVICE void load_w(const Stage& s, const TensorMap* map, u32 bar, int block, int row) {
+#pragma unroll
+  for (int a = 0; a < ATOMS; a++) tma_load_2d(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
+}
+DEVICE void load_x(const Stage& s, const TensorMap* map, u32 bar, int block) {
+#pragma unroll
+  for (int a = 0; a < ATOMS; a++) tma_load_2d(s.x + a * X_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, 0);
+}
+
+DEVICE void mma(float (&d)[TOKENS * FOLD / 2], u64 a, u64 b, int accumulate) {
+  if constexpr (WEIGHT == 0) wgmma_ss_e4m3(d, a, b, accumulate);
+  else if constexpr (WEIGHT == 1) wgmma_ss_bf16(d, a, b, accumulate);
+  else wgmma_ss_f16(d, a, b, accumulate);
+}
+
+// One stage of the ring: this warpgroup's tiles of 64 rows.
+DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], const Stage& s, int first_tile, int accumulate) {
+#pragma unroll
+  for (int a = 0; a < ATOMS; a += FOLD) {
+    u64 x = wgmma_descriptor(s.x + a * X_ATOM);
+#pragma unroll
+    for (int t = 0; t < TILES_EACH; t++) {
+      u64 w = wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM);
+#pragma unroll
+      for (int j = 0; j < 4; j++) mma(d[t], w + 2 * j, x + 2 * j, accumulate | a | j);
+    }
+  }
+}
+
+// Adds the diagonal blocks of a folded accumulator; afterwards the warps of the first ROWS rows hold the sums.
+DEVICE void unfold(float (&sum)[TOKENS / 2], const float (&d)[TOKENS * FOLD / 2], float* scratch) {
+  constexpr int WARPS_EACH = ROWS / 16;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fold = warp / WARPS_EACH;
+#pragma unroll
+  for (int i = 0; i < TOKENS / 2; i++) {
+    sum[i] = d[i];
+#pragma unroll
+    for (int f = 1; f < FOLD; f++) sum[i] = fold == f ? d[f * TOKENS / 2 + i] : sum[i];
+    if (fold) scratch[(warp * TOKENS / 2 + i) * 32 + lane] = sum[i];
+  }
+  named_barrier_sync<1, 128>();
+#pragma unroll
+  for (int f = 1; f < FOLD; f++)
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++)
+      if (!fold) sum[i] += scratch[((warp + f * WARPS_EACH) * TOKENS / 2 + i) * 32 + lane];
+}
+
+// Sends each unit of partial sums to the rank that owns it, and adds what the peers sent of this rank's own.
+DEVICE void reduce(float (&d)[TILES_EACH][TOKENS / 2], u32 partials, int first_tile, u32 rank) {
+  u32 lane = threadIdx.x % 128 * 16;
+#pragma unroll
+  for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+      u32 unit = (first_tile + t) * GROUPS + g, owner = unit % SPLIT;
+      u32 slot = unit / SPLIT * (SPLIT - 1) + (rank < owner ? rank : rank - 1);
+      if (owner != rank)
+        store_cluster_v4(map_shared_rank(partials + slot * UNIT_BYTES + lane, owner), d[t][4 * g], d[t][4 * g + 1], d[t][4 * g + 2], d[t][4 * g + 3]);
+    }
+}
+DEVICE void collect(float (&d)[TILES_EACH][TOKENS / 2], const u8* partials, int first_tile, u32 rank) {
+#pragma unroll
+  for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+      u32 unit = (first_tile + t) * GROUPS + g;
+      if (unit % SPLIT != rank) continue;
+#pragma unroll
+      for (int i = 0; i < SPLIT - 1; i++) {
+        float4 v = *(const float4*)(partials + (unit / SPLIT * (SPLIT - 1) + i) * UNIT_BYTES + threadIdx.x % 128 * 16);
+        d[t][4 * g] += v.x, d[t][4 * g + 1] += v.y, d[t][4 * g + 2] += v.z, d[t][4 * g + 3] += v.w;
+      }
+    }
+}
+
+// Rows n = base + lane / 4 and n + 8, tokens first + 2 (lane % 4) and the next: v[0], v[1] of row n, v[2], v[3] of row n + 8.
+// After the transpose a lane holds one token, so that 16-bit rows leave in whole 32-byte sectors.
+DEVICE void store_16bit(u16* y, const float (&v)[4], int base, int first, int tokens) {
+  int lane = threadIdx.x % 32, token = first + lane / 4;
+  u32 low = movmatrix_trans(from_float2<OUT == 1>(v[0], v[1])), high = movmatrix_trans(from_float2<OUT == 1>(v[2], v[3]));
+  bool odd = lane & 1;  // odd lanes take the upper eight rows
+  u32 other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+  uint2 pair = odd ? make_uint2(other, high) : make_uint2(low, other);
+  int n = base + (lane & 2) * 2 + odd * 8;
+  if (token >= tokens) return;
+  u16* out = y + (u64)token * GEMM_N + n;
+  if constexpr (GEMM_N % 4 == 0) {
+    if (n < GEMM_N) *(uint2*)out = pair;
+  } else {
+    if (n < GEMM_N) out[0] = pair.x;
+    if (n + 1 < GEMM_N) out[1] = pair.x >> 16;
+    if (n + 2 < GEMM_N) out[2] = pair.y;
+    if (n + 3 < GEMM_N) out[3] = pair.y >> 16;
+  }
+}
+DEVICE void store_f32(float* y, const float (&v)[4], int base, int first, int tokens) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    int token = first + 2 * (lane % 4) + e % 2, n = base + lane / 4 + e / 2 * 8;
+    if (token < tokens && n < GEMM_N) y[(u64)token * GEMM_N + n] = v[e];
+  }
+}
+// Row n is a gate, row n + 8 its up; gate and up round to 16 bits first, as two linears would.
+DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int tokens, float out_scale) {
+  int lane = threadIdx.x % 32, token = first + lane / 4, feature = base / 2 + 2 * (lane % 4);
+  float h[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float gate = round_float<ROUND>(v[i]), up = round_float<ROUND>(v[2 + i]);
+    h[i] = gate * __fdiv_rn(1.f, 1.f + expf(-gate)) * up;
+  }
+  u32 packed;
+  if constexpr (OUT == 3) {
+    u32 codes = e4m3x2(__fdiv_rn(h[0], out_scale), __fdiv_rn(h[1], out_scale));
+    packed = movmatrix_trans((codes & 0xff) | (codes & 0xff00) << 8);
+  } else packed = movmatrix_trans(from_float2<OUT == 1>(h[0], h[1]));
+  if (token >= tokens || base >= GEMM_N) return;
+  u64 at = (u64)token * (GEMM_N / 2) + feature;
+  if constexpr (OUT == 3) *(u16*)((u8*)y + at) = packed | packed >> 8;
+  else *(u32*)((u16*)y + at) = packed;
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
+few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
+           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens) {
+  griddepcontrol_launch_dependents();
+  extern __shared__ __align__(1024) u8 shared[];
+  __shared__ u64 full[STAGES], empty[STAGES];
+  __shared__ float token_scale[TOKENS];
+  u8* partials = shared + RING;
+  u32 ring = shared_address(shared), rank = SPLIT > 1 ? cluster_rank() : 0;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x / SPLIT * ROWS;
+  int begin = K_BLOCKS * rank / SPLIT, count = K_BLOCKS * (rank + 1) / SPLIT - begin;
+  int filled = count < STAGES ? count : STAGES;
+  bool producer = warp == CONSUMERS / 32;
+
+  if (producer && lane == 0) {
+    prefetch_tensormap(&w_map);
+    prefetch_tensormap(&x_map);
+    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), 1), mbarrier_init(shared_address(empty + i), WARPGROUPS);
+    fence_mbarrier_init();
+#pragma unroll 1
+    for (int i = 0; i < filled; i++) {
+      u32 bar = shared_address(full + i);
+      mbarrier_arrive_expect_tx(bar, STAGE);
+      load_w(stage_at(ring, i), &w_map, bar, begin + i, row);
+    }
+  }
+  __syncthreads();
+  if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
+
+  int first_tile = warp / 4 * TILES_EACH;
+  float d[TILES_EACH][TOKENS * FOLD / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
+  if (producer) {
+    griddepcontrol_wait();
+    if (lane == 0) {
+#pragma unroll 1
+      for (int i = 0; i < filled; i++) load_x(stage_at(ring, i), &x_map, shared_address(full + i), begin + i);
+      int stage = 0, parity = 0;
+#pragma unroll 1
+      for (int k = filled; k < count; k++) {
+        u32 bar = shared_address(full + stage);
+        mbarrier_wait(shared_address(empty + stage), parity);
+        mbarrier_arrive_expect_tx(bar, STAGE);
+        load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
+        load_x(stage_at(ring, stage), &x_map, bar, begin + k);
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+    }
+    __syncwarp();
+  } else {
+#pragma unroll
+    for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {  // constants of the engine: may be read before the wait
+        int n = row + (first_tile + t) * 64 + warp % 4 * 16 + lane / 4 + i * 8;
+        scale[t][i] = W_SCALE && n < GEMM_N ? w_scale[n] : 1.f;
+        offset[t][i] = BIAS && n < GEMM_N ? bias[n] : 0.f;
+      }
+    griddepcontrol_wait();
+    if (X_SCALE && threadIdx.x < TOKENS)
+      token_scale[threadIdx.x] = X_SCALE == 1 ? x_scale[0] : (int)threadIdx.x < tokens ? x_scale[threadIdx.x] : 0.f;
+    int stage = 0, parity = 0, last = -1;
+#pragma unroll 1
+    for (int k = 0; k < count; k++) {
+      mbarrier_wait(shared_address(full + stage), parity);
+      wgmma_fence();
+      multiply(d, stage_at(ring, stage), first_tile, k);
+      wgmma_commit_group();
+      wgmma_wait_group<1>();  // the stage before is read
+      if (last >= 0 && threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(empty + last));
+      last = stage;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    wgmma_wait_group<0>();
+  }
+
+  float sum[TILES_EACH][TOKENS / 2];
+  if (SPLIT > 1) cluster_wait();
+  if (!producer) {
+    if constexpr (FOLD > 1) unfold(sum[0], d[0], (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES));
+    else {
+#pragma unroll
+      for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = d[t][i];
+      if (X_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written
+    }
+    if (SPLIT > 1) reduce(sum, shared_address(partials), first_tile, rank);
+  }
+  if (SPLIT > 1) cluster_arrive(), cluster_wait();
+  if (producer) return;
+  if (SPLIT > 1) collect(sum, partials, first_tile, rank);
+  float quantum = SWIGLU && OUT == 3 ? out_scale[0] : 1.f;
+#pragma unroll
+  for (int t = 0; t < TILES_EACH; t++) {
+    int base = (first_tile + t) * 64 + warp % 4 * 16;
+    if (base >= ROWS) break;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+      if (SPLIT > 1 && ((first_tile + t) * GROUPS + g) % SPLIT != rank) continue;
+      if (8 * g >= tokens) break;
+      float v[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float x = X_SCALE ? token_scale[8 * g + 2 * (lane % 4) + e % 2] : 1.f;
+        v[e] = sum[t][4 * g + e] * x * scale[t][e / 2] + offset[t][e / 2];
+      }
+      if constexpr (SWIGLU) store_swiglu(y, v, row + base, 8 * g, tokens, quantum);
+      else if constexpr (OUT == 2) store_f32((float*)y, v, row + base, 8 * g, tokens);
+      else store_16bit((u16*)y, v, row + base, 8 * g, tokens);
+    }
+  }
+}

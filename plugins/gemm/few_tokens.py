@@ -1,0 +1,204 @@
+"""Linear layers of at most 64 tokens: the tactic of few_tokens.cu, its legality, its cost model and its launch.
+
+Serves `gemm` and `gemm_swiglu`. The kernel streams the weights once; a tactic says how the weight matrix is cut over the
+SMs and how much of it is in flight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function, Launch
+
+MAX_TOKENS = 64
+SMS = 132  # of an H200
+SM_SHARED = 228 * 1024  # bytes of shared memory per SM, of which every CTA costs CTA_SHARED beside what it asks for
+CTA_SHARED = 1024
+CTA_SHARED_MAX = 227 * 1024
+ATOM = 128  # bytes of K in a swizzle atom
+_WEIGHTS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
+_OUTPUTS = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3}
+
+
+@dataclass(frozen=True)
+class FewTokens:
+    """Constants of few_tokens.cu. One CTA: ROWS weight rows, 1/SPLIT of K, a ring of STAGES times ATOMS * 128 bytes of K."""
+
+    TOKENS: int  # wgmma's N: 8, 16, 32, 64
+    ROWS: int  # multiple of 16, at most 256
+    SPLIT: int  # CTAs of a cluster that share the rows
+    STAGES: int
+    ATOMS: int
+    FOLD: int = 1  # columns of K stacked in one wgmma: 64 / ROWS or 1
+    WARPGROUPS: int = 1
+    kind: str = "few_tokens"
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.ROWS * self.FOLD // 64)
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.WARPGROUPS + 32
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: ring (and what the last tile reads past it), partial sums, fold scratch."""
+        x_atoms = self.ATOMS * self.TOKENS * ATOM
+        ring = self.STAGES * (self.ATOMS * self.ROWS * ATOM + x_atoms)
+        overrun = max(0, (self.tiles * 64 - self.ROWS * self.FOLD) * ATOM - x_atoms)
+        owned = -(-self.tiles * self.TOKENS // 8 // self.SPLIT)
+        scratch = 64 * self.TOKENS * 4 if self.FOLD > 1 else 0
+        return ring + overrun + owned * (self.SPLIT - 1) * 64 * 8 * 4 + scratch
+
+    @property
+    def ctas_per_sm(self) -> int:
+        return min(SM_SHARED // (self.shared + CTA_SHARED), 2048 // self.threads)
+
+
+def legal(inputs: Sequence[Tensor | None]) -> str | None:
+    """Why few_tokens.cu cannot execute these operands, or None. (Both plugins check dtypes and K before.)"""
+    x = inputs[0]
+    if x is None or x.dtype not in _WEIGHTS:
+        found = "absent" if x is None else x.dtype
+        return f"x is {found}, expected one of {', '.join(_WEIGHTS)}"
+    return None
+
+
+def _sizes(inputs: Sequence[Tensor | None]) -> tuple[int, int, int]:
+    """(N, K, bytes per weight)."""
+    w = inputs[1]
+    assert w is not None
+    n, k = w.shape
+    return int(n), int(k), 1 if w.dtype == "float8_e4m3fn" else 2
+
+
+def kernels(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    """The one kernel of a tactic."""
+    n, k, _ = _sizes(inputs)
+    x, x_scale, w_scale, bias = inputs[0], *inputs[2:5]
+    assert x is not None
+    (y,) = plugin.infer(inputs)
+    constants = {
+        "GEMM_N": n,
+        "GEMM_K": k,
+        "WEIGHT": _WEIGHTS[x.dtype],
+        "OUT": _OUTPUTS[y.dtype],
+        "SWIGLU": int(plugin.name == "gemm_swiglu"),
+        "ROUND": int(plugin.attributes()["out_dtype"] == "float16"),
+        "X_SCALE": 0 if x_scale is None else 1 if x_scale.shape[0] == 1 else 2,
+        "W_SCALE": int(w_scale is not None),
+        "BIAS": int(bias is not None),
+        "TOKENS": tactic.TOKENS,
+        "ROWS": tactic.ROWS,
+        "SPLIT": tactic.SPLIT,
+        "STAGES": tactic.STAGES,
+        "ATOMS": tactic.ATOMS,
+        "FOLD": tactic.FOLD,
+        "WARPGROUPS": tactic.WARPGROUPS,
+    }
+    return (Kernel("gemm", "few_tokens.cu", "few_tokens", tuple(constants.items())),)
+
+
+def workspace(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None], max_tokens: int) -> int:
+    """None: partial sums meet in shared memory."""
+    return 0
+
+
+def bind(
+    plugin: Plugin,
+    tactic: FewTokens,
+    functions: Sequence[Function],
+    tensors: Sequence[torch.Tensor | None],
+    workspace: torch.Tensor | None,
+) -> Launcher:
+    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale), y.
+
+    The tensor map of x ends at the step's last row, so that rows past it are zeros and cost no traffic: there is one
+    packed launch per row count, made when first needed.
+    """
+    from fp8.plugins.cuda import Launch, matrix_map
+
+    x, w, x_scale, w_scale, bias = tensors[:5]
+    out_scale = tensors[5] if plugin.name == "gemm_swiglu" else None
+    y = tensors[-1]
+    assert x is not None and w is not None and y is not None
+    w_map = matrix_map(w, ATOM // w.element_size(), tactic.ROWS)
+    grid = -(-w.shape[0] // tactic.ROWS) * tactic.SPLIT
+    logits = plugin.attributes().get("rows") == "L"
+    launches: dict[int, Launch] = {}
+
+    def pack(rows: int) -> Launch:
+        x_map = matrix_map(x[:rows], ATOM // x.element_size(), tactic.TOKENS)
+        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows)]
+        return Launch(functions[0], tactic.threads, args, tactic.shared, grid, tactic.SPLIT)
+
+    def launch(step: StepShape) -> None:
+        rows = step.logits_rows if logits else step.tokens
+        if rows == 0:
+            return
+        assert rows <= tactic.TOKENS, f"{rows} rows, but the tactic takes at most {tactic.TOKENS}"
+        if rows not in launches:
+            launches[rows] = pack(rows)
+        launches[rows]()
+
+    return launch
+
+
+def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> list[FewTokens]:
+    """Tactics for up to `tokens` rows (none if that is more than 64), best first by `cost`."""
+    if tokens > MAX_TOKENS or legal(inputs):
+        return []
+    n, k, size = _sizes(inputs)
+    found = enumerate_tactics(n, k * size, tokens)
+    return sorted(found, key=lambda t: cost(t, n, k * size, tokens))
+
+
+def enumerate_tactics(n: int, k_bytes: int, tokens: int) -> list[FewTokens]:
+    """What is worth timing: the row counts of `_row_counts`, stages of 8 to 16 KB of weights where the rows allow."""
+    width = next(t for t in (8, 16, 32, 64) if t >= tokens)
+    atoms_of_k = -(-k_bytes // ATOM)
+    found = set()
+    for split in (s for s in (1, 2, 4) if s <= atoms_of_k):
+        for rows in _row_counts(n, split):
+            for atoms in (a for a in (1, 2, 4) if a == 1 and rows > 64 or 64 <= a * rows <= 128):
+                for fold in {1, 64 // rows if rows in (16, 32) else 1}:
+                    for per_sm in (1, 2, 3):
+                        found.add(_fill(width, rows, split, atoms, fold, per_sm, -(-atoms_of_k // split)))
+    return [t for t in found if t and -(-atoms_of_k // t.ATOMS) >= t.SPLIT]
+
+
+def _row_counts(n: int, split: int) -> list[int]:
+    """Row counts that spread N over whole waves of the SMs, and the full wgmma tiles."""
+    fit = {-(-n * split // (16 * SMS * waves)) * 16 for waves in (1, 2, 3, 4)}
+    return sorted(r for r in fit | {64, 128} if 16 <= r <= 256)
+
+
+def _fill(width: int, rows: int, split: int, atoms: int, fold: int, per_sm: int, k_atoms: int) -> FewTokens | None:
+    """The deepest ring that lets `per_sm` CTAs share an SM; None if it has fewer than two stages."""
+    if atoms % fold or width * fold > 128:
+        return None
+    groups = -(-rows * fold // 64) if width >= 32 else 1
+    budget = min(SM_SHARED // per_sm - 2 * CTA_SHARED, CTA_SHARED_MAX - CTA_SHARED)
+    for stages in range(min(budget // (atoms * (rows + width) * ATOM), -(-k_atoms // atoms), 24), 1, -1):
+        t = FewTokens(width, rows, split, stages, atoms, fold, groups)
+        if t.shared <= budget:
+            return t
+    return None
+
+
+def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
+    """Microseconds that the model expects."""
+    ctas = -(-n // t.ROWS) * t.SPLIT
+    waves = -(-ctas // SMS) * SMS / ctas
+    stream = n * k_bytes / 4.3e6 * waves
+    l2 = (n * k_bytes + ctas * tokens * k_bytes / t.SPLIT) / 5.5e6
+    return max(stream, l2) + 1.0 + 0.5 * (t.SPLIT > 1)
