@@ -1,0 +1,146 @@
+"""attention: rotary embedding, KV-cache write, causal attention over a paged cache; decode and prefill rows mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fp8.plugins.attention import layout
+from fp8.plugins.base import BLOCK_SIZE, Dim, Plugin, PluginError, StepShape, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+E4M3 = "float8_e4m3fn"
+DTYPES = ("bfloat16", "float16", "float32")
+HEAD_DIMS = (64, 128)
+INPUTS = (
+    "qkv", "position_ids", "slot_mapping", "query_start", "sequence_lengths", "block_tables", "cos", "sin",
+    "key_cache", "value_cache", "q_scale", "k_scale", "v_scale", "out_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attention(Plugin):
+    """qkv DT [T, (H + 2 KVH) D], position_ids i32 [T], slot_mapping i32 [T] (-1: not written), query_start i32 [B + 1],
+    sequence_lengths i32 [B] (context, new tokens included), block_tables i32 [B, MB], cos and sin f32 [P, R/2]?
+    (R <= D), key_cache and value_cache [blocks, 64, KVH, D] e4m3 or DT (the kernels' own layout: `layout`), q_scale,
+    k_scale and v_scale f32 [1]? (e4m3 cache only), out_scale f32 [1]? (quant_out only)
+    -> y (e4m3 | out_dtype) [T, H D].
+
+    Rows: first the sequences with one new token (decode), then prefill chunks, whose tokens are the last of their
+    context. Writes the caches in place. Rows of a sequence of length 0 and rows of none become zero.
+    """
+
+    name: ClassVar[str] = "attention"
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    softmax_scale: float
+    rotary: bool = True
+    quant_out: bool = False
+    out_dtype: str = "bfloat16"
+
+    cache_shape = staticmethod(layout.cache_shape)
+    pack_cache = staticmethod(layout.pack_cache)
+    unpack_cache = staticmethod(layout.unpack_cache)
+
+    def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise PluginError(
+                f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly; "
+                "num_heads must be a multiple of num_kv_heads"
+            )
+        if self.out_dtype not in DTYPES:
+            raise PluginError(f"out_dtype is {self.out_dtype}, expected one of {', '.join(DTYPES)}")
+        named = dict(zip(INPUTS, inputs, strict=True))
+        tokens = self._check_rows(named)
+        self._check_optional(named, ("cos", "sin"), self.rotary, f"rotary={self.rotary}")
+        self._check_optional(named, ("out_scale",), self.quant_out, f"quant_out={self.quant_out}")
+        self._check_cache(named)
+        if self.rotary:
+            self._check_rotary(named)
+        return (Tensor(E4M3 if self.quant_out else self.out_dtype, (tokens, self.num_heads * self.head_dim)),)
+
+    def _check_rows(self, named: dict[str, Tensor | None]) -> Dim:
+        for name in (*INPUTS[:6], "key_cache", "value_cache"):
+            if named[name] is None:
+                raise PluginError(f"{name} must be given")
+        qkv = named["qkv"]
+        assert qkv is not None
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        if qkv.dtype not in DTYPES or len(qkv.shape) != 2 or qkv.shape[1] != width:
+            raise PluginError(
+                f"qkv is {qkv.dtype} {list(qkv.shape)}, expected one of {', '.join(DTYPES)} and [T, {width}] "
+                f"(({self.num_heads} + 2 * {self.num_kv_heads}) heads of {self.head_dim})"
+            )
+        for name in INPUTS[1:6]:
+            found, rank = named[name], 2 if name == "block_tables" else 1
+            assert found is not None
+            if found.dtype != "int32" or len(found.shape) != rank:
+                raise PluginError(f"{name} is {found.dtype} {list(found.shape)}, expected int32 of {rank} dimensions")
+        return qkv.shape[0]
+
+    @staticmethod
+    def _check_optional(named: dict[str, Tensor | None], names: Sequence[str], wanted: bool, reason: str) -> None:
+        for name in names:
+            found = named[name]
+            if (found is not None) != wanted:
+                verb = "takes" if wanted else "does not take"
+                raise PluginError(f"{name} is {'given' if found else 'absent'}, but an op with {reason} {verb} it")
+            if found is not None and found.dtype != "float32":
+                raise PluginError(f"{name} is {found.dtype}, expected float32")
+
+    def _check_cache(self, named: dict[str, Tensor | None]) -> None:
+        qkv, key, value = named["qkv"], named["key_cache"], named["value_cache"]
+        assert qkv is not None and key is not None and value is not None
+        expected = (BLOCK_SIZE, self.num_kv_heads, self.head_dim)
+        for name, cache in (("key_cache", key), ("value_cache", value)):
+            if cache.dtype not in (E4M3, qkv.dtype) or cache.dtype != key.dtype:
+                raise PluginError(f"{name} is {cache.dtype}, expected {E4M3} or qkv's {qkv.dtype} for both caches")
+            if len(cache.shape) != 4 or tuple(cache.shape[1:]) != expected:
+                raise PluginError(
+                    f"{name} has shape {list(cache.shape)}, expected [blocks, {', '.join(map(str, expected))}]"
+                )
+        fp8 = key.dtype == E4M3
+        self._check_optional(named, ("q_scale", "k_scale", "v_scale"), fp8, f"a {key.dtype} cache")
+
+    def _check_rotary(self, named: dict[str, Tensor | None]) -> None:
+        cos, sin = named["cos"], named["sin"]
+        assert cos is not None and sin is not None
+        half = cos.shape[1] if len(cos.shape) == 2 else None
+        if not isinstance(half, int) or cos.shape != sin.shape or not 0 < 2 * half <= self.head_dim:
+            raise PluginError(
+                f"cos has shape {list(cos.shape)} and sin {list(sin.shape)}, expected [positions, R/2] for both "
+                f"with R at most head_dim {self.head_dim}"
+            )
+
+    def reference(self, *inputs: torch.Tensor | None, step: StepShape) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        from fp8.plugins.attention.reference import attention
+
+        return (
+            attention(
+                *inputs,
+                step=step,
+                num_heads=self.num_heads,
+                softmax_scale=self.softmax_scale,
+                out_dtype=getattr(torch, self.out_dtype),
+            ),
+        )
+
+    def check(self, inputs: Sequence[Tensor | None]) -> None:
+        self.infer(inputs)
+        qkv = inputs[0]
+        assert qkv is not None
+        if self.head_dim not in HEAD_DIMS:
+            raise PluginError(
+                f"head_dim is {self.head_dim}, but the kernels take {' or '.join(map(str, HEAD_DIMS))}; "
+                "build for --target cpu, or pad the heads"
+            )
+        if qkv.dtype == "float32":
+            raise PluginError("qkv is float32, but the tensor cores take bfloat16 or float16; choose a 16-bit dtype")
+        if not self.quant_out and self.out_dtype != qkv.dtype:
+            raise PluginError(f"out_dtype is {self.out_dtype}, but the kernels write qkv's {qkv.dtype}; insert a Cast")
