@@ -59,7 +59,7 @@ class Row:
 
 
 def all_cases(plugin: str = "", part: str = "") -> list[tuple[str, Case]]:
-    """(plugin name, case) of `cases.py` and `*_cases.py` in the plugins' folders: `CASES`, or what `cases()` returns."""
+    """(plugin name, case) of `cases.py` and `*_cases.py` in a plugin's folder: `CASES`, or what `cases()` returns."""
     found = []
     for name in base.names():
         if plugin and name != plugin:

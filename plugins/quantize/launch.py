@@ -30,10 +30,10 @@ class RowTactic:
 def whole_rows(width: int, tokens: int) -> list[RowTactic]:
     """For kernels that keep a whole row in one block: up to four units a thread where that reaches."""
     units = -(-width // VECTOR)
-    sizes = [n for n in (32, 64, 128, 256, 512, 1024) if n == 32 or n // 2 < units]  # more would idle
-    tactics = [RowTactic(n, -(-units // n)) for n in sizes]
-    fit = [t for t in tactics if t.held <= 4] or [tactics[-1]]
-    return sorted(fit, key=lambda t: abs(t.held - (1 if tokens <= FEW_TOKENS else 2)))
+    sizes = {held: -(-units // held // 32) * 32 for held in (1, 2, 3, 4)}
+    fit = {threads: RowTactic(threads, -(-units // threads)) for threads in sizes.values() if threads <= 1024}
+    tactics = list(fit.values()) or [RowTactic(1024, -(-units // 1024))]
+    return sorted(tactics, key=lambda t: abs(t.held - (1 if tokens <= FEW_TOKENS else 2)))
 
 
 def row_parts(width: int, tokens: int) -> list[RowTactic]:

@@ -19,7 +19,7 @@ def per_token_scale(x: torch.Tensor, scale_ub: float) -> torch.Tensor:
     amax = x.float().abs().amax(1)
     if scale_ub > 0:
         amax = amax.clamp(max=scale_ub)
-    return (amax / E4M3_MAX).clamp(min=MIN_SCALE)
+    return (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=MIN_SCALE)  # by a number, CUDA would multiply by 1 / 448
 
 
 def quantize_per_token(x: torch.Tensor, scale_ub: float) -> tuple[torch.Tensor, torch.Tensor]:

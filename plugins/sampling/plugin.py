@@ -90,5 +90,5 @@ class Sampling(Plugin):
 
     @staticmethod
     def _splits(tactic: SamplingTactic, vocabulary: int, rows: int) -> int:
-        """Blocks per row: about two per multiprocessor in all, none with less than one pass of four units a thread."""
-        return max(1, min(-(-vocabulary // (16 * tactic.threads)), 264 // rows))
+        """Blocks per row: up to eight per multiprocessor in all, and no thread without four columns."""
+        return max(1, min(-(-vocabulary // (4 * tactic.threads)), 8 * 132 // rows))

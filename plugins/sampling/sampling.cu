@@ -20,11 +20,20 @@ DEVICE void philox(u32 (&c)[4], u32 k0, u32 k1) {  // Philox4x32-10, Salmon et a
   }
 }
 
-DEVICE float gumbel(u32 word) { return -logf(-log1pf(-((float)word * 0x1p-32f + 0x1p-33f))); }
+DEVICE float uniform(u32 word) { return (float)word * 0x1p-32f + 0x1p-33f; }
+// Not inlined: it is seldom called, and the cold instruction cache is what a short launch waits for.
+static __device__ __noinline__ float noisy_score(float logit, float hot, u32 word) {
+  return __fdiv_rn(logit, hot) - logf(-log1pf(-uniform(word)));
+}
+// At least noisy_score, for -log(-log(1 - u)) <= -log(u); the slack covers the roundings. NaN where it does not know.
+DEVICE float bound(float logit, float reciprocal, u32 word) {
+  const float x = logit * reciprocal;
+  return fmaxf(x * 0.999999f, x * 1.000001f) + (1e-4f - __logf(uniform(word)));
+}
 
-// Larger for the larger score, then for the lower column; NaN counts as -inf; never 0.
+// Larger for the larger score, then for the lower column; never 0.
 DEVICE u64 key(float score, u32 column) {
-  const u32 bits = __float_as_uint(score != score ? MINUS_INFINITY : score + 0.0f);  // -0 + 0 = +0: they are equal
+  const u32 bits = __float_as_uint(score + 0.0f);  // -0 + 0 = +0: they are equal
   const u32 ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return (u64)ordered << 32 | (u32)~column;
 }
@@ -44,29 +53,42 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 sampling(const float* logits, const float* temperature, const long long* seed, const int* counter, int* token,
          Workspace* workspace) {
   __shared__ u64 scratch[THREADS / 32];
-  constexpr int QUADS = (VOCABULARY + 3) / 4;
+  constexpr int QUADS = (VOCABULARY + 3) / 4, UNROLL = 4;
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int row = blockIdx.y;
   const float hot = temperature[row];
   const u64 bits = (u64)seed[row];
   const u32 step = counter ? (u32)counter[row] : 0u;
+  const float reciprocal = __frcp_rn(hot);
 
-  u64 best = 0;
-#pragma unroll 4
-  for (int quad = blockIdx.x * THREADS + threadIdx.x; quad < QUADS; quad += gridDim.x * THREADS) {
-    float v[4];
-    load_quad(logits + (u64)row * VOCABULARY, quad, v);
-    if (hot > 0) {
-      u32 words[4] = {(u32)quad, 0u, step, 0u};
-      philox(words, (u32)bits, (u32)(bits >> 32));
+  float top = MINUS_INFINITY;  // a NaN is never larger, and a row without any number above -inf gives column 0
+  u32 column = 0;
+  for (int start = blockIdx.x * THREADS + threadIdx.x; start < QUADS; start += UNROLL * gridDim.x * THREADS) {
+    float v[UNROLL][4];
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[j] = __fdiv_rn(v[j], hot) + gumbel(words[j]);
+    for (int i = 0; i < UNROLL; i++) {
+      const int quad = start + i * gridDim.x * THREADS;
+      if (quad < QUADS) load_quad(logits + (u64)row * VOCABULARY, quad, v[i]);
     }
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (VOCABULARY % 4 == 0 || 4 * quad + j < VOCABULARY) best = larger(best, key(v[j], 4 * quad + j));
+    for (int i = 0; i < UNROLL; i++) {
+      const u32 quad = start + i * gridDim.x * THREADS;
+      if (quad >= QUADS) break;
+      u32 words[4] = {quad, 0u, step, 0u};
+      if (hot > 0) philox(words, (u32)bits, (u32)(bits >> 32));
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float score = v[i][j];
+        if (hot > 0) {
+          if (bound(score, reciprocal, words[j]) <= top) continue;
+          score = noisy_score(score, hot, words[j]);
+        }
+        if (score > top) top = score, column = 4 * quad + j;
+      }
+    }
   }
+  u64 best = key(top, column);
 #pragma unroll
   for (int d = 16; d; d >>= 1) best = larger(best, __shfl_xor_sync(~0u, best, d));
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = best;
