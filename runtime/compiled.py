@@ -1,0 +1,208 @@
+"""Runs a plan's cubins on a GPU: every launch bound once to fixed buffers, decode steps replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
+from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.runtime.reference import kv_block_bytes, kv_buffers, load_plugins
+from fp8.runtime.step_inputs import StepInputs, logits_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function
+
+RESERVE = 1 << 30  # bytes left to the driver: graphs, kernels' local memory, the allocator's rounding
+
+
+def check_device(plan: Plan, device: torch.device) -> None:
+    """Raises EngineError if the engine's cubins cannot run there."""
+    import torch
+
+    target = plan.compatibility.target
+    if target == "cpu":
+        raise EngineError(
+            "this engine was built for target cpu and holds no kernels; run it with --device cpu, or build for sm_90a"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if target != "sm_90a" or (major, minor) != (9, 0):
+        raise EngineError(
+            f"this engine is built for {target}, and {torch.cuda.get_device_name(device)} is sm_{major}{minor}; "
+            f"run it on a Hopper GPU (compute capability 9.0) or with --device cpu"
+        )
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    """What the symbolic dimensions are at most."""
+    limits = plan.limits
+    return {"T": limits.max_num_tokens, "B": limits.max_batch_size, "L": logits_rows(limits)}
+
+
+def buffer_bytes(plan: Plan, buffer: Buffer) -> int:
+    import torch
+
+    top = sizes(plan)
+    return (
+        math.prod(top.get(d, 1) if isinstance(d, str) else d for d in buffer.shape)
+        * getattr(torch, buffer.dtype).itemsize
+    )
+
+
+def fixed_bytes(plan: Plan) -> int:
+    """Device memory that does not depend on the KV pool: weights, activations, workspace, outputs."""
+    apart = (b for b in plan.buffers if b.kind == "weight" or (b.kind == "output" and b.offset is None))
+    return sum(buffer_bytes(plan, b) for b in apart) + plan.arena_bytes + plan.workspace_bytes
+
+
+def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
+    """Blocks that `fraction` of the memory left beside the fixed buffers holds, never more than all sequences need.
+
+    Raises EngineError, before anything is loaded, if weights and activations or one whole sequence do not fit.
+    """
+    need, limits = fixed_bytes(plan) + RESERVE, plan.limits
+    if need > free:
+        raise EngineError(
+            f"the engine needs {need / 2**30:.1f} GiB for weights and activations, and {free / 2**30:.1f} GiB are free "
+            f"on the GPU; free some, or build with a smaller --max_num_tokens"
+        )
+    per_sequence = -(-limits.max_seq_len // limits.block_size)
+    blocks = int((free - need) * fraction) // kv_block_bytes(plan)
+    if blocks < per_sequence:
+        raise EngineError(
+            f"the KV pool would have {blocks} blocks, and one sequence of max_seq_len {limits.max_seq_len} needs "
+            f"{per_sequence}; build with a smaller --max_seq_len, or raise kv_cache_free_gpu_memory_fraction"
+        )
+    return min(blocks, per_sequence * limits.max_batch_size)
+
+
+def load_functions(engine: Engine) -> dict[str, Function]:
+    """The kernels of all tactics by content hash."""
+    from fp8.plugins.cuda import Module
+
+    return {h: Module(engine.cubins[h]).function(str(facts["entry"])) for h, facts in engine.plan.kernels.items()}
+
+
+class CompiledExecutor:
+    """One GPU's buffers and bound launches. `run` enqueues a step on the current stream and returns its logits."""
+
+    def __init__(self, engine: Engine, weights: dict[str, torch.Tensor], inputs: StepInputs, num_blocks: int) -> None:
+        import torch
+
+        plan = engine.plan
+        device = inputs.input_ids.device
+        self.plan = plan
+        self._tensors: dict[str, torch.Tensor] = {**weights, **inputs.device, "input_ids": inputs.input_ids}
+        self._arena = torch.zeros(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
+        self._workspace = torch.zeros(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
+        plugins = load_plugins(plan)
+        self._allocate(plan, plugins, num_blocks, device)
+        functions = load_functions(engine)
+        self._steps = [self._bind(step, plugin, functions) for step, plugin in zip(plan.steps, plugins, strict=True)]
+        self.logits = self._tensors["logits"]
+
+    def run(self, shape: StepShape) -> torch.Tensor:
+        for launcher in self.launchers(shape):
+            launcher(shape)
+        return self.logits[: shape.logits_rows]
+
+    def launchers(self, shape: StepShape) -> list[Launcher]:
+        """The launch of every plan step that fits the step's size."""
+        out = []
+        for rows, ends, launchers in self._steps:
+            out.append(launchers[bisect.bisect_left(ends, shape.logits_rows if rows == "L" else shape.tokens)])
+        return out
+
+    def _allocate(self, plan: Plan, plugins: list[Plugin], num_blocks: int, device: torch.device) -> None:
+        import torch
+
+        top = sizes(plan)
+        for buffer in plan.buffers:
+            dtype = getattr(torch, buffer.dtype)
+            shape = [top[d] if isinstance(d, str) else d for d in buffer.shape if d != "blocks"]
+            if buffer.kind == "activation" or (buffer.kind == "output" and buffer.offset is not None):
+                assert buffer.offset is not None
+                size = math.prod(shape) * dtype.itemsize
+                self._tensors[buffer.name] = self._arena[buffer.offset : buffer.offset + size].view(dtype).view(shape)
+            elif buffer.kind == "output":
+                self._tensors[buffer.name] = torch.zeros(shape, dtype=dtype, device=device)
+        for name, shape in cache_shapes(plan, plugins, num_blocks).items():
+            # Zeros, and only ever finite codes: kernels may read the stale tail of a block under a mask.
+            dtype = getattr(torch, plan.buffer(name).dtype)
+            self._tensors[name] = (
+                torch.zeros(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
+            )
+
+    def _bind(
+        self, step: Step, plugin: Plugin, functions: dict[str, Function]
+    ) -> tuple[str, list[int], list[Launcher]]:
+        tensors = [self._tensors[name] if name else None for name in (*step.inputs, *step.outputs)]
+        rows = self.plan.buffer(step.outputs[0]).shape[0]
+        launchers = []
+        for choice in step.tactics:
+            region = self._workspace[choice.workspace_offset :][: choice.workspace] if choice.workspace else None
+            tactic = plugin.tactic(choice.tactic)
+            launchers.append(plugin.bind(tactic, [functions[h] for h in choice.kernels], tensors, region))
+        if not launchers:
+            raise EngineError(f"{step.plugin}: {step.name}: the engine holds no tactic for it; build it again")
+        ends = [choice.max_tokens for choice in step.tactics]
+        return str(rows), ends[:-1], launchers  # the last one takes whatever is larger
+
+
+def cache_shapes(plan: Plan, plugins: list[Plugin], num_blocks: int) -> dict[str, tuple[int, ...]]:
+    """The GPU layout of every KV-cache buffer; the attention plugin that owns the cache says what it is."""
+    caches = {b.name for b in kv_buffers(plan)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for step, plugin in zip(plan.steps, plugins, strict=True):
+        names = [n for n in step.inputs if n in caches]
+        if names:
+            _, _, kv_heads, head_dim = plan.buffer(names[0]).shape
+            pair = plugin.cache_shape(num_blocks, int(kv_heads), int(head_dim), plan.buffer(names[0]).dtype)  # type: ignore[attr-defined]
+            shapes.update(zip(names, pair, strict=True))
+    return shapes
+
+
+class Graphs:
+    """CUDA graphs of decode steps: one per padded number of rows and bound on the context.
+
+    `enqueue(shape)` must launch everything of a step on the current stream, reading only fixed buffers.
+    """
+
+    def __init__(self, enqueue: Callable[[StepShape], None]) -> None:
+        self._enqueue = enqueue
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._pool = None
+
+    def run(self, shape: StepShape) -> None:
+        """Replays the graph of `shape`; the first run is eager (it loads the kernels) and captures it after."""
+        key = (shape.tokens, shape.max_context)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        self._enqueue(shape)
+        self._graphs[key] = self._capture(shape)
+
+    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._enqueue(shape)
+        self._pool = self._pool or graph.pool()
+        return graph
+
+
+def row_bucket(rows: int, max_batch_size: int) -> int:
+    """1, 2, 4, 8, then multiples of 8 (16 from 64 on, 32 from 256 on): padding costs a few rows of every GEMM."""
+    unit = 1 << (rows - 1).bit_length() if rows <= 8 else 8 if rows <= 64 else 16 if rows <= 256 else 32
+    return min(-(-rows // unit) * unit, max_batch_size)
+
+
+def context_bucket(context: int, max_seq_len: int) -> int:
+    """Powers of two from 512 on: the decode attention's split over the context is fixed in a graph."""
+    return min(max(512, 1 << (context - 1).bit_length()), max_seq_len)

@@ -1,0 +1,106 @@
+"""Runs a plan through the plugins' torch references, on a CPU: any engine, no kernels, the same numbers to rounding."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fp8.builder.engine import Buffer, Engine, EngineError, Plan
+from fp8.plugins.base import Plugin, StepShape, load
+from fp8.runtime.step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_plugins(plan: Plan) -> list[Plugin]:
+    """The plugin of every step, with its attributes."""
+    return [load(step.plugin)(**step.attributes) for step in plan.steps]
+
+
+def kv_buffers(plan: Plan) -> list[Buffer]:
+    return [b for b in plan.buffers if b.kind == "kv_cache"]
+
+
+def kv_block_bytes(plan: Plan) -> int:
+    """Bytes of one block of 64 tokens, all layers, keys and values."""
+    import torch
+
+    return sum(math.prod(map(int, b.shape[1:])) * getattr(torch, b.dtype).itemsize for b in kv_buffers(plan))
+
+
+class ReferenceExecutor:
+    """Weights mapped from the engine's file, caches as [num_blocks, 64, KVH, D]."""
+
+    def __init__(self, engine: Engine, inputs: StepInputs, num_blocks: int) -> None:
+        import torch
+
+        self._plan = engine.plan
+        self._plugins = load_plugins(engine.plan)
+        self._inputs = inputs
+        self._constants = map_weights(engine)
+        for buffer in kv_buffers(engine.plan):
+            shape, dtype = (num_blocks, *map(int, buffer.shape[1:])), getattr(torch, buffer.dtype)
+            nothing = torch.zeros(
+                math.prod(shape) * dtype.itemsize, dtype=torch.uint8
+            )  # bytes: untouched pages cost nothing
+            self._constants[buffer.name] = nothing.view(dtype).view(shape)
+        self._dead_after = _dead_after(engine.plan)
+
+    def run(self, shape: StepShape) -> torch.Tensor:
+        """The step whose inputs lie in the input buffer: logits f32 [L, V]."""
+        values = {**self._constants, **self._live_inputs(shape)}
+        for step, plugin, dead in zip(self._plan.steps, self._plugins, self._dead_after, strict=True):
+            tensors = [values[name] if name else None for name in step.inputs]
+            out = plugin.reference(*tensors, step=shape)
+            values.update((name, t) for name, t in zip(step.outputs, out, strict=True) if name)
+            for name in dead:
+                del values[name]
+        return values["logits"]
+
+    def _live_inputs(self, shape: StepShape) -> dict[str, torch.Tensor]:
+        views = self._inputs.device
+        live = {name: views[name][: shape.tokens] for name in ("position_ids", "slot_mapping")}
+        live["input_ids"] = self._inputs.input_ids[: shape.tokens]
+        live["query_start"] = views["query_start"][: shape.sequences + 1]
+        live |= {name: views[name][: shape.sequences] for name in ("sequence_lengths", "block_tables")}
+        live["logits_indices"] = views["logits_indices"][: shape.logits_rows]
+        return live
+
+
+def map_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The weights as views of the mapped file. Raises EngineError where the file does not hold what the plan wants."""
+    from safetensors import safe_open
+
+    weights = {}
+    with safe_open(engine.weights_path, framework="pt") as file:
+        found = set(file.keys())
+        for buffer in engine.plan.buffers:
+            if buffer.kind != "weight":
+                continue
+            if buffer.name not in found:
+                raise EngineError(f"{engine.weights_path}: {buffer.name} is missing; build the engine again")
+            weight = weights[buffer.name] = file.get_tensor(buffer.name)
+            check_weight(engine, buffer, str(weight.dtype).removeprefix("torch."), tuple(weight.shape))
+    return weights
+
+
+def check_weight(engine: Engine, buffer: Buffer, dtype: str, shape: tuple[int, ...]) -> None:
+    if (dtype, shape) != (buffer.dtype, tuple(buffer.shape)):
+        raise EngineError(
+            f"{engine.weights_path}: {buffer.name} is {dtype} {list(shape)}, the plan wants {buffer.dtype} "
+            f"{list(buffer.shape)}; build the engine again"
+        )
+
+
+def _dead_after(plan: Plan) -> list[list[str]]:
+    """Per step, the activations that no later step reads (memory stays near that of one layer)."""
+    last: dict[str, int] = {}
+    for i, step in enumerate(plan.steps):
+        for name in (*step.inputs, *step.outputs):
+            if name and plan.buffer(name).kind == "activation":
+                last[name] = i
+    dead: list[list[str]] = [[] for _ in plan.steps]
+    for name, i in last.items():
+        dead[i].append(name)
+    return dead

@@ -1,0 +1,195 @@
+"""One engine on one device: takes scheduled rows, gives tokens or logits. Knows no queue and no text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8.builder import engine as engine_format
+from fp8.builder.engine import Engine, EngineError, Plan
+from fp8.plugins.base import StepShape
+from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes
+from fp8.runtime.sampler import compiled_sampler, reference_sampler
+from fp8.runtime.scheduler import Row
+from fp8.runtime.step_inputs import Packer, StepInputs, logits_rows
+
+if TYPE_CHECKING:
+    import torch
+
+STAGES = 2  # steps whose tokens may be unread: one running, one enqueued behind it
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A step that has been enqueued. Read tickets in order, at most STAGES of them open."""
+
+    rows: Sequence[Row]
+    stage: int
+    count: int  # tokens it samples
+
+
+def choose_device(name: str, target: str) -> torch.device:
+    """ "auto": the GPU if there is one and the engine holds kernels, else the CPU. Raises EngineError for none such."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() and target != "cpu" else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineError(f"device {name!r} was asked for, and torch sees no CUDA GPU; use --device cpu")
+    return device
+
+
+class Session:
+    """Runs steps of an engine. Buffers, launches and the KV pool (`num_blocks` blocks) are made once, here.
+
+    `enqueue` returns before the step has run on a GPU; the next step may be enqueued before `read`, because sampled
+    tokens stay on the device. Raises EngineError for an engine that cannot run on `device`, or does not fit.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        device: str = "auto",
+        max_kv_blocks: int | None = None,
+        kv_cache_free_gpu_memory_fraction: float = 0.9,
+    ) -> None:
+        import torch
+
+        engine = engine_format.load(engine_dir, verify_weights=False)
+        self.plan: Plan = engine.plan
+        self.limits, self.model = engine.plan.limits, engine.plan.model
+        self.device = choose_device(device, engine.plan.compatibility.target)
+        self._packer = Packer(self.limits)
+        self._turn = 0
+        if self.device.type == "cuda":
+            self._open_on_gpu(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
+        else:
+            self._open_on_cpu(engine, max_kv_blocks)
+        pinned = self.device.type == "cuda"
+        self._tokens = [
+            torch.zeros(logits_rows(self.limits), dtype=torch.int32, pin_memory=pinned) for _ in range(STAGES)
+        ]
+
+    def _open_on_cpu(self, engine: Engine, max_kv_blocks: int | None) -> None:
+        import torch
+
+        engine_format.load(engine.directory)  # verifies the weights' hash
+        self.num_blocks = max_kv_blocks or _blocks_in_host_memory(self.plan)
+        self._inputs = StepInputs(self.limits, self.device, STAGES)
+        self.executor = ReferenceExecutor(engine, self._inputs, self.num_blocks)
+        self._sample = reference_sampler(self._inputs)
+        self._stream, self._graphs = None, None
+        self._scope = torch.inference_mode
+
+    def _open_on_gpu(self, engine: Engine, max_kv_blocks: int | None, fraction: float) -> None:
+        import torch
+
+        from fp8.runtime import compiled
+        from fp8.runtime.weights import load_to_gpu
+
+        compiled.check_device(self.plan, self.device)
+        torch.cuda.set_device(self.device)
+        self._stream = torch.cuda.Stream()
+        self._scope = lambda: torch.cuda.stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            free = torch.cuda.mem_get_info()[0]
+            available = compiled.pool_blocks(self.plan, free, fraction)
+            self.num_blocks = min(max_kv_blocks or available, available)
+            weights = load_to_gpu(engine, self.device)
+            self._inputs = StepInputs(self.limits, self.device, STAGES)
+            self.executor = compiled.CompiledExecutor(engine, weights, self._inputs, self.num_blocks)
+            self._sample = compiled_sampler(engine, self._inputs, self.executor.logits)
+            self._graphs = compiled.Graphs(self._launch)
+            self._events = [torch.cuda.Event() for _ in range(STAGES)]
+        self._stream.synchronize()
+
+    def enqueue(self, rows: Sequence[Row]) -> Ticket:
+        """Packs and starts a step; its tokens come from `read`."""
+        stage, self._turn = self._turn, (self._turn + 1) % STAGES
+        host = self._inputs.host[stage]
+        with self._scope():
+            shape = self._packer.pack(rows, host)
+            count = shape.logits_rows
+            if self._graphs is not None and shape.decode_sequences == shape.sequences == count:
+                self._replay(shape, stage)
+            else:
+                self._inputs.upload(stage)
+                self._launch(shape)
+            if self._graphs is not None:
+                self._tokens[stage][:count].copy_(self._sampled[:count], non_blocking=True)
+                self._events[stage].record()
+            else:
+                self._tokens[stage][:count] = self._sampled
+        return Ticket(rows, stage, count)
+
+    def read(self, ticket: Ticket) -> list[int]:
+        """The tokens that the step sampled, in the order of its sampling rows; waits for them."""
+        if self._graphs is not None:
+            self._events[ticket.stage].synchronize()
+        return self._tokens[ticket.stage][: ticket.count].tolist()
+
+    def token_logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits f32 [T, V] after every token of `rows` (T at most `max_logits_rows`); good until the next step."""
+        host = self._inputs.host[self._turn]
+        with self._scope():
+            if self._graphs is not None:
+                self._events[self._turn].synchronize()
+            shape = self._packer.want_all_logits(self._packer.pack(rows, host), host)
+            self._inputs.upload(self._turn)
+            self._inputs.gather_input_ids(shape.tokens)
+            logits = self.executor.run(shape)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return logits
+
+    @property
+    def max_logits_rows(self) -> int:
+        return min(logits_rows(self.limits), self.limits.max_num_tokens)
+
+    @property
+    def max_kv_tokens(self) -> int:
+        return self.num_blocks * self.limits.block_size
+
+    def _replay(self, shape: StepShape, stage: int) -> None:
+        from fp8.runtime.compiled import context_bucket, row_bucket
+
+        assert self._graphs is not None
+        rows = row_bucket(shape.tokens, self.limits.max_batch_size)
+        context = context_bucket(shape.max_context, self.limits.max_seq_len)
+        padded = self._packer.pad(shape, rows, context, self._inputs.host[stage])
+        self._inputs.upload(stage)
+        self._graphs.run(padded)
+
+    def _launch(self, shape: StepShape) -> None:
+        """A whole step on the current stream, from `sources` to the table of sampled tokens."""
+        self._inputs.gather_input_ids(shape.tokens)
+        logits = self.executor.run(shape)
+        if shape.logits_rows:
+            self._sampled = self._sample(shape, logits)
+            self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], self._sampled)
+        else:
+            self._sampled = self._inputs.sampled[:0]
+
+
+def _blocks_in_host_memory(plan: Plan) -> int:
+    """As many blocks as all sequences need, or as half of the free memory holds."""
+    limits = plan.limits
+    per_sequence = -(-limits.max_seq_len // limits.block_size)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    blocks = min(per_sequence * limits.max_batch_size, free // 2 // kv_block_bytes(plan))
+    if blocks < per_sequence:
+        raise EngineError(
+            f"the KV pool would have {blocks} blocks in {free / 2**30:.1f} GiB of free memory, and one sequence of "
+            f"max_seq_len {limits.max_seq_len} needs {per_sequence}; build with a smaller --max_seq_len, "
+            f"or give max_kv_blocks"
+        )
+    return blocks

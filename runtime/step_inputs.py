@@ -1,0 +1,208 @@
+"""A step's inputs: fixed places in one buffer, filled on the host and uploaded with one copy.
+
+The buffer starts with the table of sampled tokens (one per slot, written by the sampler, never uploaded), followed by
+the fields of `layout`. `sources` points into the buffer, at a sampled token or at an uploaded one, so a decode row
+takes its input from the step before without the host having seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fp8.builder.engine import Limits
+from fp8.plugins.base import StepShape
+from fp8.runtime.scheduler import Row
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 128  # bytes
+MIN_LOGITS_ROWS = 256  # a step that wants every row's logits (perplexity) may be this long in any engine
+
+
+def logits_rows(limits: Limits) -> int:
+    """L's upper end."""
+    return max(limits.max_batch_size, MIN_LOGITS_ROWS)
+
+
+def layout(limits: Limits) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Fields uploaded every step, in order: dtype and maximal shape."""
+    tokens, sequences, rows = limits.max_num_tokens, limits.max_batch_size, logits_rows(limits)
+    int32, int64, float32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
+    return {
+        "token_ids": (int32, (tokens,)),
+        "sources": (int32, (tokens,)),
+        "position_ids": (int32, (tokens,)),
+        "slot_mapping": (int32, (tokens,)),
+        "query_start": (int32, (sequences + 1,)),
+        "sequence_lengths": (int32, (sequences,)),
+        "block_tables": (int32, (sequences, -(-limits.max_seq_len // limits.block_size))),
+        "logits_indices": (int32, (rows,)),
+        "temperature": (float32, (rows,)),
+        "counter": (int32, (rows,)),
+        "seed": (int64, (rows,)),
+        "slots": (int64, (rows,)),  # where the sampled tokens go
+    }
+
+
+class Packer:
+    """Writes scheduled rows into host arrays named as in `layout`, without torch and without a loop over tokens."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.spare_slot = limits.max_batch_size  # padding rows read and write here
+        self.first_token_id = _aligned(4 * (limits.max_batch_size + 1)) // 4  # index of token_ids[0] in the buffer
+        width = -(-limits.max_seq_len // limits.block_size)
+        self._tables = np.zeros((limits.max_batch_size + 1, width), np.int32)
+        self._written: list[tuple[list[int] | None, int]] = [(None, 0)] * (limits.max_batch_size + 1)
+
+    def pack(self, rows: Sequence[Row], host: dict[str, np.ndarray]) -> StepShape:
+        """Fills `host` with `rows` (single tokens first) and returns the step's shape."""
+        singles = sum(row.count == 1 for row in rows)
+        for row in rows:
+            self._update_table(row)
+        self._pack_singles(rows[:singles], host)
+        at, max_query = singles, 0
+        for i, row in enumerate(rows[singles:], singles):
+            self._pack_chunk(row, i, at, host)
+            at += row.count
+            max_query = max(max_query, row.count)
+        shape = StepShape(at, len(rows), singles, max_query, max(row.start + row.count for row in rows), 0)
+        self._pack_tables(rows, shape, host)
+        return self._pack_samples(rows, shape, host)
+
+    def want_all_logits(self, shape: StepShape, host: dict[str, np.ndarray]) -> StepShape:
+        """Turns a packed step into one that computes the logits of every token."""
+        rows = shape.tokens
+        host["logits_indices"][:rows] = np.arange(rows, dtype=np.int32)
+        host["temperature"][:rows] = 0
+        host["slots"][:rows] = self.spare_slot
+        return StepShape(
+            shape.tokens, shape.sequences, shape.decode_sequences, shape.max_query, shape.max_context, rows
+        )
+
+    def pad(self, shape: StepShape, rows: int, max_context: int, host: dict[str, np.ndarray]) -> StepShape:
+        """Grows a decode step to `rows` rows: the added ones have no context, write no K and V, and go nowhere."""
+        for name, value in self._padding().items():
+            host[name][shape.tokens : rows] = value
+        host["query_start"][: rows + 1] = np.arange(rows + 1, dtype=np.int32)
+        host["logits_indices"][:rows] = np.arange(rows, dtype=np.int32)
+        return StepShape(rows, rows, rows, 0, max_context, rows)
+
+    def _padding(self) -> dict[str, int]:
+        return {
+            "sources": self.spare_slot, "position_ids": 0, "slot_mapping": -1, "sequence_lengths": 0, "temperature": 0,
+            "counter": 0, "seed": 0, "slots": self.spare_slot, "block_tables": 0,
+        }  # fmt: skip
+
+    def _pack_singles(self, rows: Sequence[Row], host: dict[str, np.ndarray]) -> None:
+        n, block = len(rows), self.limits.block_size
+        positions = np.array([row.start for row in rows], np.int32)
+        slots = np.array([row.request.slot for row in rows], np.int32)
+        known = [row.start < len(row.request.tokens) for row in rows]
+        host["token_ids"][:n] = [row.request.tokens[row.start] if k else 0 for row, k in zip(rows, known, strict=True)]
+        host["sources"][:n] = np.where(known, self.first_token_id + np.arange(n), slots)
+        host["position_ids"][:n] = positions
+        host["slot_mapping"][:n] = self._tables[slots, positions // block] * block + positions % block
+        host["sequence_lengths"][:n] = positions + 1
+        host["query_start"][: n + 1] = np.arange(n + 1)
+
+    def _pack_chunk(self, row: Row, sequence: int, at: int, host: dict[str, np.ndarray]) -> None:
+        end, block = row.start + row.count, self.limits.block_size
+        here = slice(at, at + row.count)
+        positions = np.arange(row.start, end, dtype=np.int32)
+        host["token_ids"][here] = row.request.tokens[row.start : end]
+        host["sources"][here] = np.arange(self.first_token_id + here.start, self.first_token_id + here.stop)
+        host["position_ids"][here] = positions
+        host["slot_mapping"][here] = self._tables[row.request.slot, positions // block] * block + positions % block
+        host["sequence_lengths"][sequence] = end
+        host["query_start"][sequence + 1] = here.stop
+
+    def _pack_tables(self, rows: Sequence[Row], shape: StepShape, host: dict[str, np.ndarray]) -> None:
+        slots = [row.request.slot for row in rows]
+        columns = -(-shape.max_context // self.limits.block_size)
+        host["block_tables"][: len(rows), :columns] = self._tables[slots, :columns]
+
+    def _pack_samples(self, rows: Sequence[Row], shape: StepShape, host: dict[str, np.ndarray]) -> StepShape:
+        ends = host["query_start"][1 : len(rows) + 1]
+        chosen = [i for i, row in enumerate(rows) if row.samples]
+        sampling = [rows[i] for i in chosen]
+        n = len(chosen)
+        host["logits_indices"][:n] = ends[chosen] - 1
+        host["temperature"][:n] = [row.request.params.temperature for row in sampling]
+        host["counter"][:n] = [row.index for row in sampling]
+        host["seed"][:n] = [row.request.seed for row in sampling]
+        host["slots"][:n] = [row.request.slot for row in sampling]
+        return StepShape(shape.tokens, shape.sequences, shape.decode_sequences, shape.max_query, shape.max_context, n)
+
+    def _update_table(self, row: Row) -> None:
+        """Copies new blocks of a request into its slot's row; a preempted request comes back with another list."""
+        blocks, slot = row.request.blocks, row.request.slot
+        owner, count = self._written[slot]
+        if owner is not blocks:
+            count = 0
+        if count < len(blocks):
+            self._tables[slot, count : len(blocks)] = blocks[count:]
+            self._written[slot] = (blocks, len(blocks))
+
+
+class StepInputs:
+    """The buffer on the device and its staging copies on the host (the same memory on a CPU).
+
+    `device[name]` are maximal-size views for kernels to be bound to; `host[k][name]` are numpy views of staging copy k.
+    """
+
+    def __init__(self, limits: Limits, device: torch.device, stages: int) -> None:
+        import torch
+
+        fields = layout(limits)
+        head = _aligned(4 * (limits.max_batch_size + 1))
+        offsets, size = {}, head
+        for name, (dtype, shape) in fields.items():
+            offsets[name] = size
+            size = _aligned(size + dtype.itemsize * int(np.prod(shape)))
+        self._head = head
+        self._bytes = torch.zeros(size, dtype=torch.uint8, device=device)
+        pinned = device.type == "cuda"
+        self._staging = [
+            torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) if pinned else self._bytes for _ in range(stages)
+        ]
+        self.host = [_views(stage.numpy(), fields, offsets) for stage in self._staging]
+        self.device = {
+            name: _view(self._bytes, offsets[name], getattr(torch, dtype.name), shape)
+            for name, (dtype, shape) in fields.items()
+        }
+        self.tokens = self._bytes.view(torch.int32)  # what `sources` points into
+        self.sampled = self.tokens[: limits.max_batch_size + 1]
+        self.input_ids = torch.zeros(limits.max_num_tokens, dtype=torch.int32, device=device)
+
+    def upload(self, stage: int) -> None:
+        """Enqueues the copy of a staging buffer to the device; the sampled tokens stay as they are."""
+        if self._staging[stage] is not self._bytes:
+            self._bytes[self._head :].copy_(self._staging[stage][self._head :], non_blocking=True)
+
+    def gather_input_ids(self, tokens: int) -> None:
+        """input_ids[i] = buffer[sources[i]], on the device."""
+        import torch
+
+        torch.index_select(self.tokens, 0, self.device["sources"][:tokens], out=self.input_ids[:tokens])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _views(buffer: np.ndarray, fields: dict, offsets: dict[str, int]) -> dict[str, np.ndarray]:
+    return {
+        name: buffer[offsets[name] : offsets[name] + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
+        for name, (dtype, shape) in fields.items()
+    }
+
+
+def _view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    import math
+
+    return buffer[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
