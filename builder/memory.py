@@ -19,7 +19,8 @@ def logits_rows(limits: Limits) -> int:
 
 def buffer_bytes(buffer: Buffer, limits: Limits) -> int:
     """Size for the maximal step."""
-    sizes = {"T": limits.max_num_tokens, "B": limits.max_batch_size, "L": logits_rows(limits), "blocks": 1}
+    batch = limits.max_batch_size
+    sizes = {"T": limits.max_num_tokens, "B": batch, "B+1": batch + 1, "L": logits_rows(limits), "blocks": 1}
     count = 1
     for dim in buffer.shape:
         count *= sizes[dim] if isinstance(dim, str) else dim

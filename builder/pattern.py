@@ -6,15 +6,19 @@
 The positional parameters after `op` are the plugin's inputs in order; a keyword-only one lists the values to try (each
 combination is a variant) and, where the plugin has a field of that name, is an attribute; what is returned are the
 plugin's outputs. Nothing else may leave the matched nodes, except what is marked `op.shared`.
+
+Beside the function a pattern file may define `complete(inputs, attributes)`, which returns further attributes from the
+inputs' types, and `PREPARE`, the functions that turn a stored weight into what the kernels read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +29,8 @@ import onnx_graphsurgeon as gs
 from fp8.builder.dtypes import dtype_name
 from fp8.plugins import base
 
+Complete = Callable[[list[base.Tensor | None], dict[str, Any]], dict[str, Any]]
+Prepare = Callable[..., Any]  # (stored tensor, rows of the weight) -> tensor, in torch
 COMMUTATIVE = {"Add", "Mul", "Max", "Min", "And", "Or", "Equal"}
 
 
@@ -36,6 +42,17 @@ class Value:
 class Captured(Value):
     """Whatever tensor stands here; the same parameter must be the same tensor everywhere."""
 
+    name: str
+    constant: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Anything(Value):
+    """A tensor that does not matter: the shape operand of a Reshape whose result's shape is checked by the plugin."""
+
+
+@dataclass(frozen=True, eq=False)
+class GraphInput(Value):
     name: str
 
 
@@ -59,6 +76,7 @@ class Call:
     inputs: tuple[Value | None, ...]
     attributes: dict[str, Any]
     shared: bool = False
+    module: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,10 +112,24 @@ class Op:
         """A one-element constant that becomes the plugin's attribute `name`."""
         return Scalar(None, name)
 
+    def anything(self) -> Anything:
+        return Anything()
+
+    def input(self, name: str) -> GraphInput:
+        """The graph's input of that name."""
+        return GraphInput(name)
+
+    def constant(self, value: Captured) -> Captured:
+        """A captured tensor that must be a constant."""
+        return dataclasses.replace(value, constant=True)
+
     def shared(self, value: Result) -> Result:
-        """A value that other nodes may read as well: it is cheap or computed once for all layers."""
-        call = value.call
-        return Result(Call(call.op, call.inputs, call.attributes, shared=True), value.index)
+        """A value that other nodes may read as well: cheap to compute again, or computed once for all layers."""
+        return Result(dataclasses.replace(value.call, shared=True), value.index)
+
+    def module(self, value: Result) -> Result:
+        """The plugin's node bears the module name of the node that yields this value."""
+        return Result(dataclasses.replace(value.call, module=True), value.index)
 
     def set(self, **attributes: Any) -> None:
         """Attributes of the plugin that this variant fixes."""
@@ -106,10 +138,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why a pattern does not match here; `matched` nodes did before the sentence's one did not."""
+    """Why a pattern does not match here; `nodes` are those that did, and the one that the sentence is about."""
 
     sentence: str
-    node: str
+    nodes: list[gs.Node]
     matched: int
 
     def __bool__(self) -> bool:
@@ -135,6 +167,13 @@ class Match:
         return [self.tensors.get(name) for name in self.variant.parameters]
 
     @property
+    def module(self) -> str:
+        """Hugging Face path of the module that the plugin computes."""
+        calls = _calls(self.variant.outputs)
+        named = next((c for c in calls if c.module), self.variant.outputs[0].call)
+        return self.results[id(named)].name.split("/", 1)[0]
+
+    @property
     def outputs(self) -> list[gs.Tensor]:
         return [self.results[id(v.call)].outputs[v.index] for v in self.variant.outputs]
 
@@ -148,7 +187,8 @@ class Variant:
     choices: dict[str, Any]
     attributes: dict[str, Any]
     outputs: tuple[Result, ...]
-    complete: Callable[[list[base.Tensor | None]], dict[str, Any]] | None = None
+    complete: Complete | None = None
+    prepare: Mapping[str, Prepare] = field(default_factory=dict)
 
     @property
     def root(self) -> str:
@@ -176,7 +216,7 @@ class Variant:
 def load(name: str) -> list[Variant]:
     """The variants of `plugins/<name>/pattern.py`, function `<name>`, in the order of their choices."""
     module = importlib.import_module(f"fp8.plugins.{name}.pattern")
-    return trace(getattr(module, name), getattr(module, "complete", None))
+    return trace(getattr(module, name), getattr(module, "complete", None), getattr(module, "PREPARE", {}))
 
 
 def load_all() -> list[Variant]:
@@ -191,7 +231,9 @@ def load_all() -> list[Variant]:
     return sorted(found, key=lambda v: -v.size)
 
 
-def trace(function: Callable[..., Any], complete: Callable[..., dict[str, Any]] | None = None) -> list[Variant]:
+def trace(
+    function: Callable[..., Any], complete: Complete | None = None, prepare: Mapping[str, Prepare] | None = None
+) -> list[Variant]:
     """Runs a pattern function once per combination of its choices; a combination for which it returns None is none."""
     parameters = list(inspect.signature(function).parameters.values())
     names = tuple(p.name for p in parameters[1:] if p.kind is not p.KEYWORD_ONLY)
@@ -204,7 +246,7 @@ def trace(function: Callable[..., Any], complete: Callable[..., dict[str, Any]] 
         if outputs is not None:
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             name = function.__name__
-            variants.append(Variant(name, names, choices, {**choices, **op.fixed}, outputs, complete))
+            variants.append(Variant(name, names, choices, {**choices, **op.fixed}, outputs, complete, prepare or {}))
     return variants
 
 
@@ -257,7 +299,14 @@ def _match_all(values: tuple[Value | None, ...], tensors: list[gs.Tensor], node:
 def _match_value(value: Value | None, tensor: gs.Tensor, node: gs.Node, state: Match) -> Match | Mismatch:
     if value is None:
         return state if tensor.name == "" else _fail(state, node, f"expected no input there, found {tensor.name!r}")
+    if isinstance(value, Anything):
+        return state
+    if isinstance(value, GraphInput):
+        found = not tensor.inputs and not isinstance(tensor, gs.Constant) and tensor.name == value.name
+        return state if found else _fail(state, node, f"expected graph input {value.name!r}, found {tensor.name!r}")
     if isinstance(value, Captured):
+        if value.constant and not isinstance(tensor, gs.Constant):
+            return _fail(state, node, f"expected a constant as {value.name}, found {tensor.name!r}")
         bound = state.tensors.get(value.name)
         if bound is not None and bound is not tensor:
             return _fail(state, node, f"expected {value.name} = {bound.name!r} again, found {tensor.name!r}")
@@ -297,7 +346,7 @@ def scalar_value(tensor: gs.Tensor) -> float | None:
 
 
 def _match_attribute(name: str, expected: Any, found: Any, state: Match) -> str | None:
-    if name == "to":
+    if name in ("to", "output_dtype"):
         found = dtype_name(found)
     if isinstance(expected, Attribute):
         if expected.values and found not in expected.values:
@@ -333,7 +382,7 @@ def _closed(match: Match, graph_outputs: frozenset[str]) -> Match | Mismatch:
 
 
 def _fail(state: Match, node: gs.Node, sentence: str) -> Mismatch:
-    return Mismatch(f"{node.name or node.op}: {sentence}", node.name, len(state.nodes))
+    return Mismatch(f"{node.name or node.op}: {sentence}", [*state.nodes, node], len(state.nodes))
 
 
 def _what(tensor: gs.Tensor) -> str:

@@ -1,0 +1,29 @@
+"""The compiler's table of contents: PASSES in order, with a dump and a verification after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_graphsurgeon as gs
+
+from fp8.builder.passes.fold import fold
+from fp8.builder.passes.fuse import fuse
+from fp8.builder.passes.lower_attention import lower_attention
+from fp8.builder.passes.merge_linears import merge_linears
+from fp8.builder.target import Target
+
+Pass = Callable[[gs.Graph, Target], int]  # rewrites the graph, returns how many places it changed
+PASSES: tuple[Pass, ...] = (
+    fold,  # stored weights in the model's dtype; dead nodes
+    merge_linears,  # q, k, v -> one linear and a split; gate, up alike
+    lower_attention,  # slots -> pages; RoPE, KV write, attention, output quantization -> attention
+    fuse,  # everything else -> plugins
+)
+
+
+def run(graph: gs.Graph, target: Target, after: Callable[[str, int, gs.Graph], None] = lambda *_: None) -> gs.Graph:
+    """Runs all passes in place; `after(pass name, changes, graph)` is called once per pass."""
+    for rewrite in PASSES:
+        count = rewrite(graph, target)
+        after(rewrite.__name__, count, graph)
+    return graph
