@@ -181,7 +181,7 @@ class Checkpoint:
         allowed = {(size,), (size, 1)} | ({()} if size == 1 else set())
         if entry.shape not in allowed or entry.dtype not in [DTYPES[k] for k in ("F32", "BF16", "F16", "F64")]:
             raise CheckpointError(
-                f"{name} is {entry.dtype} {list(entry.shape)}, expected a float scale of {size} element(s) ({entry.file})"
+                f"{name} is {entry.dtype} {list(entry.shape)}, expected {size} float element(s) ({entry.file})"
             )
         values = entry.array().astype(np.float32).reshape(size)
         bad = values[~(np.isfinite(values) & (values > 0))]

@@ -169,7 +169,7 @@ class GraphBuilder:
     def stored(
         self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtypes: Sequence[np.dtype]
     ) -> gs.Constant:
-        """A checkpoint tensor, by reference. Raises CheckpointError if it is missing, or not of this shape and dtype."""
+        """A checkpoint tensor, by reference. Raises CheckpointError if it is missing, misshapen or of another dtype."""
         if name not in self._constants:
             entry = self.checkpoint.entry(name, shape)
             if entry.dtype not in dtypes:

@@ -7,6 +7,7 @@ everything else is freed after its last reader.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +102,11 @@ class Interpreter:
                 stack.extend(reversed(node.inputs))
             else:
                 finished[id(node)] = True
-                if node.domain != PLUGIN_DOMAIN and all(self._is_constant(t) for t in node.inputs):
+                if (
+                    node.domain != PLUGIN_DOMAIN
+                    and len(node.outputs) == 1
+                    and all(self._is_constant(t) for t in node.inputs)
+                ):
                     self._folded.add(tensor.name)
                 else:
                     order.append(node)
@@ -173,7 +178,7 @@ def step_shape(feeds: Mapping[str, torch.Tensor]) -> StepShape:
     if "query_start" not in feeds:
         return StepShape.prefill(rows)
     starts = feeds["query_start"].tolist()
-    queries = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    queries = [end - begin for begin, end in itertools.pairwise(starts)]
     decode = next((i for i, q in enumerate(queries) if q != 1), len(queries))
     wanted = feeds["logits_indices"].shape[0] if "logits_indices" in feeds else rows
     context = int(feeds["sequence_lengths"].max())

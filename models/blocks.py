@@ -7,7 +7,7 @@ Roles inside an attention module A (`model.layers.0.self_attn`), D = head size, 
   KV cache in DT:  Cast[A/q_round]-Cast[A/q_round_widen], the same for k; v is DT already
                    k, v -ScatterND[A/k_cache, A/v_cache]-> kv_cache.{i}.key.out, .value.out [S,KVH,D]
                    Reshape to rows [A/q_rows, A/k_rows, A/v_rows] - Attention[A/attention] - Reshape[A/output] [T,H*D]
-  KV cache in FP8: QuantizeLinear[A/q_quantize]-DequantizeLinear[A/q_dequantize], the same for k and v; ScatterND as above
+  KV cache in FP8: QuantizeLinear[A/q_quantize]-DequantizeLinear[A/q_dequantize], k and v alike; ScatterND as above
                    MatMul[A/product], Mul[A/logits], Where[A/masked], ReduceMax[A/row_max], Ceil[A/row_exponent],
                    Sub[A/shifted], Pow[A/exponentials] (2^shifted), ReduceSum[A/row_sum],
                    QuantizeLinear[A/p_quantize]-DequantizeLinear[A/p_dequantize], MatMul[A/weighted], Div[A/normalized],

@@ -6,9 +6,11 @@ The folder is the registry: `load("fp8_rowwise")`.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import importlib
 import pkgutil
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +32,8 @@ class FormatError(ValueError):
 class Format:
     """Base of all formats; on its own it quantizes no linear, only the KV cache if told so.
 
-    `exclude_modules` are globs over module paths (`model.layers.0.*`, `*.down_proj`); lm_head is never quantized.
+    `exclude_modules` are globs over module paths (`model.layers.0.*`, `*.down_proj`), or regular expressions after
+    `re:`; lm_head is never quantized.
     """
 
     kv_cache_dtype: str = "auto"
@@ -40,6 +43,7 @@ class Format:
     dtype: ClassVar[str | None] = None  # the model's dtype, if the format dictates it
     static: ClassVar[bool] = False  # activations have calibrated scales
     scheme: ClassVar[dict[str, Any] | None] = None  # compressed-tensors group of the quantized linears
+    foreign_options: ClassVar[dict[str, Any]] = {}  # own fields' values in checkpoints that do not tell them
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -50,7 +54,19 @@ class Format:
         return self.kv_cache_dtype == "fp8"
 
     def excludes(self, module: str) -> bool:
-        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude_modules)
+        return any(
+            re.match(pattern[3:], module) if pattern.startswith("re:") else fnmatch.fnmatchcase(module, pattern)
+            for pattern in self.exclude_modules
+        )
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Fields that only this format has."""
+        common = {f.name for f in dataclasses.fields(Format)}
+        return [f.name for f in dataclasses.fields(cls) if f.name not in common]
+
+    def options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.option_names()}
 
     def quantizes(self, module: str) -> bool:
         """Whether the linear at this module path is quantized."""

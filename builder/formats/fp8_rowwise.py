@@ -31,6 +31,7 @@ class Fp8Rowwise(Format):
 
     name: ClassVar[str] = "fp8_rowwise"
     scheme: ClassVar[dict[str, Any] | None] = float8_scheme(weights="channel", activations="token")
+    foreign_options: ClassVar[dict[str, Any]] = {"activation_scale_ub": None}  # compressed-tensors has no bound
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,128 @@
+"""fp8-quantize: Hugging Face directory -> quantized checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fp8.builder.calibration_text import CalibrationError
+from fp8.builder.checkpoint import Checkpoint, CheckpointError
+from fp8.builder.formats.base import KV_CACHE_DTYPES, Format, FormatError, load, names
+from fp8.builder.quantization_config import read_dtype
+from fp8.builder.quantize import Calibration, OutputError, Reporter, quantize_checkpoint
+from fp8.models import config as models
+from fp8.models.config import ConfigError
+
+ERRORS = (CheckpointError, ConfigError, FormatError, CalibrationError, OutputError)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("fp8-quantize", description=__doc__)
+    parser.add_argument("--model_dir", type=Path, required=True, help="Hugging Face checkpoint directory")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--qformat", default="fp8", help=f"one of {', '.join(names())}")
+    parser.add_argument("--kv_cache_dtype", default="auto", help=f"one of {', '.join(KV_CACHE_DTYPES)}")
+    parser.add_argument("--exclude_modules", nargs="+", default=[], metavar="GLOB", help="linears to leave unquantized")
+    parser.add_argument(
+        "--activation_scale_ub", help="fp8_rowwise: bound of a token's largest magnitude, or none (1200)"
+    )
+    parser.add_argument("--dtype", help="what is not quantized: bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument("--calib_dataset", type=Path, help=".txt, .jsonl or .parquet with a `text` column")
+    parser.add_argument("--calib_size", type=_positive, default=512, help="samples")
+    parser.add_argument("--calib_max_seq_length", type=_positive, default=512, help="tokens per sample")
+    parser.add_argument("--seed", type=int, default=0, help="choice of samples")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="continue an interrupted calibration of the same inputs (kept in OUTPUT_DIR.partial)",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def make_format(options: argparse.Namespace) -> Format:
+    kind = load(options.qformat)
+    own = {}
+    if options.activation_scale_ub is not None:
+        if "activation_scale_ub" not in kind.option_names():
+            raise FormatError(f"--activation_scale_ub does not apply to qformat {kind.name}")
+        own["activation_scale_ub"] = _bound(options.activation_scale_ub)
+    return kind(options.kv_cache_dtype, tuple(options.exclude_modules), **own)
+
+
+def _bound(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError as error:
+        raise FormatError(f"--activation_scale_ub {text} is neither a number nor none") from error
+
+
+def choose_dtype(requested: str | None, format: Format, checkpoint: Checkpoint) -> str:
+    """The dtype of everything unquantized. float32 checkpoints become bfloat16."""
+    if requested not in (None, "bfloat16", "float16"):
+        raise FormatError(f"--dtype {requested} is not one of bfloat16, float16")
+    if format.dtype and requested not in (None, format.dtype):
+        raise FormatError(f"--dtype {requested} contradicts qformat {format.name}")
+    stored = read_dtype(checkpoint.config)
+    return format.dtype or requested or ("float16" if stored == "float16" else "bfloat16")
+
+
+def choose_device(requested: str) -> str:
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError("--device cuda: torch sees no GPU; use --device cpu")
+    return "cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Quantizes as asked, with a progress bar. Raises one of ERRORS."""
+    format = make_format(options)
+    checkpoint = Checkpoint(options.model_dir)
+    dtype = choose_dtype(options.dtype, format, checkpoint)
+    calibration = Calibration(options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed)
+    columns = (
+        TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        quantize_checkpoint(
+            models.load(checkpoint.config), checkpoint, format, dtype, calibration, options.output_dir,
+            choose_device(options.device), options.resume, options.overwrite, Reporter(show, bars.console.print),
+        )  # fmt: skip
+    console.print(f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        run(options, Console(stderr=True))
+    except ERRORS as error:
+        print(f"fp8-quantize: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fp8-quantize: interrupted; the same command continues after the last finished layer", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
