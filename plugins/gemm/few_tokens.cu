@@ -15,6 +15,15 @@
 
 // Constants: GEMM_N, GEMM_K; WEIGHT (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32, 3 e4m3); SWIGLU and its 16-bit
 // type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token), W_SCALE, BIAS; and the tactic.
+#ifndef CHAINS
+#define CHAINS 1
+#endif
+#ifndef EVICT
+#define EVICT 0
+#endif
+#ifndef TRIGGER
+#define TRIGGER 0
+#endif
 constexpr int ATOM = 128;  // bytes of K in one swizzle atom: 4 wgmma
 constexpr int ATOM_K = WEIGHT == 0 ? 128 : 64;
 constexpr int K_BLOCKS = (GEMM_K + ATOM_K * ATOMS - 1) / (ATOM_K * ATOMS);
@@ -39,7 +48,10 @@ DEVICE Stage stage_at(u32 ring, int i) { return {ring + i * STAGE, ring + i * ST
 
 DEVICE void load_w(const Stage& s, const TensorMap* map, u32 bar, int block, int row) {
 #pragma unroll
-  for (int a = 0; a < ATOMS; a++) tma_load_2d(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
+  for (int a = 0; a < ATOMS; a++) {
+    if constexpr (EVICT) tma_load_2d_evict_first(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
+    else tma_load_2d(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
+  }
 }
 DEVICE void load_x(const Stage& s, const TensorMap* map, u32 bar, int block) {
 #pragma unroll
@@ -52,17 +64,15 @@ DEVICE void mma(float (&d)[TOKENS * FOLD / 2], u64 a, u64 b, int accumulate) {
   else wgmma_ss_f16(d, a, b, accumulate);
 }
 
-// One stage of the ring: this warpgroup's tiles of 64 rows.
-DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], const Stage& s, int first_tile, int accumulate) {
+// One stage of the ring: this warpgroup's tiles of 64 rows. Consecutive wgmma take the CHAINS accumulators in turn.
+DEVICE void multiply(float (&d)[TILES_EACH][CHAINS][TOKENS * FOLD / 2], const Stage& s, int first_tile, int more) {
 #pragma unroll
-  for (int a = 0; a < ATOMS; a += FOLD) {
-    u64 x = wgmma_descriptor(s.x + a * X_ATOM);
+  for (int i = 0; i < ATOMS / FOLD * 4; i++) {
+    int a = i / 4 * FOLD, j = i % 4;
+    u64 x = wgmma_descriptor(s.x + a * X_ATOM) + 2 * j;
 #pragma unroll
-    for (int t = 0; t < TILES_EACH; t++) {
-      u64 w = wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM);
-#pragma unroll
-      for (int j = 0; j < 4; j++) mma(d[t], w + 2 * j, x + 2 * j, accumulate | a | j);
-    }
+    for (int t = 0; t < TILES_EACH; t++)
+      mma(d[t][i % CHAINS], wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM) + 2 * j, x, more | (i >= CHAINS));
   }
 }
 
@@ -164,7 +174,7 @@ DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
            const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens) {
-  griddepcontrol_launch_dependents();
+  if (!TRIGGER) griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u64 full[STAGES], empty[STAGES];
   __shared__ float token_scale[TOKENS];
@@ -178,7 +188,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   if (producer && lane == 0) {
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
-    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), 1), mbarrier_init(shared_address(empty + i), WARPGROUPS);
+    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
     fence_mbarrier_init();
 #pragma unroll 1
     for (int i = 0; i < filled; i++) {
@@ -188,10 +198,11 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
     }
   }
   __syncthreads();
+  if (TRIGGER) griddepcontrol_launch_dependents();
   if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
 
   int first_tile = warp / 4 * TILES_EACH;
-  float d[TILES_EACH][TOKENS * FOLD / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
+  float d[TILES_EACH][CHAINS][TOKENS * FOLD / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
   if (producer) {
     griddepcontrol_wait();
     if (lane == 0) {
@@ -229,7 +240,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
       multiply(d, stage_at(ring, stage), first_tile, k);
       wgmma_commit_group();
       wgmma_wait_group<1>();  // the stage before is read
-      if (last >= 0 && threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(empty + last));
+      if (last >= 0 && lane == 0) mbarrier_arrive(shared_address(empty + last));
       last = stage;
       if (++stage == STAGES) stage = 0, parity ^= 1;
     }
@@ -239,12 +250,18 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   float sum[TILES_EACH][TOKENS / 2];
   if (SPLIT > 1) cluster_wait();
   if (!producer) {
-    if constexpr (FOLD > 1) unfold(sum[0], d[0], (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES));
+#pragma unroll
+    for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+      for (int c = 1; c < CHAINS; c++)
+#pragma unroll
+        for (int i = 0; i < TOKENS * FOLD / 2; i++) d[t][0][i] += d[t][c][i];
+    if constexpr (FOLD > 1) unfold(sum[0], d[0][0], (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES));
     else {
 #pragma unroll
       for (int t = 0; t < TILES_EACH; t++)
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = d[t][i];
+        for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = d[t][0][i];
       if (X_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written
     }
     if (SPLIT > 1) reduce(sum, shared_address(partials), first_tile, rank);

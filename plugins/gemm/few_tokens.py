@@ -169,7 +169,7 @@ def enumerate_tactics(n: int, k_bytes: int, tokens: int) -> list[FewTokens]:
     found = set()
     for split in (s for s in (1, 2, 4) if s <= atoms_of_k):
         for rows in _row_counts(n, split):
-            for atoms in (a for a in (1, 2, 4) if a == 1 and rows > 64 or 64 <= a * rows <= 128):
+            for atoms in (a for a in (1, 2, 4) if (a == 1 and rows > 64) or 64 <= a * rows <= 128):
                 for fold in {1, 64 // rows if rows in (16, 32) else 1}:
                     for per_sm in (1, 2, 3):
                         found.add(_fill(width, rows, split, atoms, fold, per_sm, -(-atoms_of_k // split)))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import PluginError, StepShape, Tensor
+from fp8.plugins.gemm.linear import Linear
 from fp8.plugins.gemm.types import check_tensor_cores, check_types
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gemm(Plugin):
+class Gemm(Linear):
     """x (e4m3 or 16-bit) [rows, K], w (same) [N, K], x_scale f32 [1] or [rows]?, w_scale f32 [N]?, bias f32 [N]?
     -> y out_dtype [rows, N]. Sums in float32, rounds once.
 

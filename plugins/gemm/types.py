@@ -53,9 +53,7 @@ def check_tensor_cores(inputs: Sequence[Tensor | None]) -> None:
     x, _ = operands(inputs)
     k = x.shape[1]
     if x.dtype == "float32":
-        raise PluginError(
-            "x is float32, but the tensor cores take float8_e4m3fn, bfloat16 or float16; choose a 16-bit dtype"
-        )
+        raise PluginError("x is float32, but the tensor cores take float8_e4m3fn, bfloat16, float16; choose one")
     unit = 16 // BYTES[x.dtype]
     if not isinstance(k, int) or k % unit or k == 0:
         remedy = "pad it, or keep this layer in 16 bits" if unit == 16 else "pad it"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import PluginError, StepShape, Tensor
+from fp8.plugins.gemm.linear import Linear
 from fp8.plugins.gemm.types import check_tensor_cores, check_types, check_vector
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GemmSwiglu(Plugin):
+class GemmSwiglu(Linear):
     """x (e4m3 or 16-bit) [T, K], w (same) [2F, K], x_scale f32 [1] or [T]?, w_scale f32 [2F]?, bias f32 [2F]?,
     out_scale f32 [1] (quant "static" only) -> y [T, F]: e4m3 (quant "static") or out_dtype (quant "none").
 

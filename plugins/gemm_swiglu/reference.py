@@ -17,7 +17,7 @@ def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     if gate.shape != up.shape or gate.shape[0] % GROUP:
         raise ValueError(
-            f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have the same shape, with rows in multiples of {GROUP}"
+            f"gate {tuple(gate.shape)} and up {tuple(up.shape)}: expected one shape, with rows in multiples of {GROUP}"
         )
     rows, tail = gate.shape[0], gate.shape[1:]
     parts = [t.reshape(rows // GROUP, 1, GROUP, *tail) for t in (gate, up)]

@@ -6,6 +6,9 @@ DEVICE void prefetch_tensormap(const TensorMap* map) { asm volatile("prefetch.te
 DEVICE void tma_load_2d(u32 dst, const TensorMap* map, u32 bar, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y) : "memory");
 }
+DEVICE void tma_load_2d_evict_first(u32 dst, const TensorMap* map, u32 bar, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "l"(0x12F0000000000000ull) : "memory");
+}
 DEVICE void tma_load_3d(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
 }
