@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
+import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
@@ -110,6 +112,22 @@ class CompiledExecutor:
             launcher(shape)
         return self.logits[: shape.logits_rows]
 
+    def time_launches(self, shape: StepShape, repeats: int) -> list[float]:
+        """Seconds of every plan step's launch, the median of `repeats` passes; without overlap between launches."""
+        import torch
+
+        launchers, passes = self.launchers(shape), []
+        for _ in range(repeats):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launchers) + 1)]
+            torch.cuda._sleep(20_000_000)  # some 10 ms: the host gets ahead, so that its own time is not measured
+            events[0].record()
+            for launcher, event in zip(launchers, events[1:], strict=True):
+                launcher(shape)
+                event.record()
+            events[-1].synchronize()
+            passes.append([a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)])
+        return [statistics.median(times) for times in zip(*passes, strict=True)]
+
     def launchers(self, shape: StepShape) -> list[Launcher]:
         """The launch of every plan step that fits the step's size."""
         out = []
@@ -122,20 +140,20 @@ class CompiledExecutor:
 
         top = sizes(plan)
         for buffer in plan.buffers:
-            dtype = getattr(torch, buffer.dtype)
-            shape = [top[d] if isinstance(d, str) else d for d in buffer.shape if d != "blocks"]
-            if buffer.kind == "activation" or (buffer.kind == "output" and buffer.offset is not None):
-                assert buffer.offset is not None
-                size = math.prod(shape) * dtype.itemsize
-                self._tensors[buffer.name] = self._arena[buffer.offset : buffer.offset + size].view(dtype).view(shape)
-            elif buffer.kind == "output":
-                self._tensors[buffer.name] = torch.zeros(shape, dtype=dtype, device=device)
-        for name, shape in cache_shapes(plan, plugins, num_blocks).items():
+            if buffer.kind not in ("activation", "output"):
+                continue
+            dtype, shape = getattr(torch, buffer.dtype), [top[d] if isinstance(d, str) else d for d in buffer.shape]
+            size = math.prod(shape) * dtype.itemsize
+            if buffer.offset is None:
+                memory = torch.zeros(size, dtype=torch.uint8, device=device)
+            else:
+                memory = self._arena[buffer.offset : buffer.offset + size]
+            self._tensors[buffer.name] = memory.view(dtype).view(shape)
+        for name, cache in cache_shapes(plan, plugins, num_blocks).items():
             # Zeros, and only ever finite codes: kernels may read the stale tail of a block under a mask.
             dtype = getattr(torch, plan.buffer(name).dtype)
-            self._tensors[name] = (
-                torch.zeros(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype).view(shape)
-            )
+            memory = torch.zeros(math.prod(cache) * dtype.itemsize, dtype=torch.uint8, device=device)
+            self._tensors[name] = memory.view(dtype).view(cache)
 
     def _bind(
         self, step: Step, plugin: Plugin, functions: dict[str, Function]
@@ -175,7 +193,7 @@ class Graphs:
     def __init__(self, enqueue: Callable[[StepShape], None]) -> None:
         self._enqueue = enqueue
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._pool = None
+        self._pool: Any = None
 
     def run(self, shape: StepShape) -> None:
         """Replays the graph of `shape`; the first run is eager (it loads the kernels) and captures it after."""

@@ -6,14 +6,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.session import Session
+from fp8.runtime.tokenizer import load_tokenizer
 from fp8.runtime.worker import Worker
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int]
 
@@ -40,17 +38,6 @@ class Completion:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def load_tokenizer(engine_dir: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the engine, None if there is none."""
-    if not any(
-        (Path(engine_dir) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    ):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(engine_dir))
 
 
 class LLM:
@@ -123,10 +110,10 @@ class LLM:
             return list(prompt)
         if self.tokenizer is None:
             raise RequestError(f"prompt {index} is text, and the engine directory holds no tokenizer; give token ids")
-        return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.encode(prompt)
 
     def completion(self, prompt: Prompt, request: Request) -> Completion:
-        text = None if self.tokenizer is None else self.tokenizer.decode(request.output, skip_special_tokens=True)
+        text = None if self.tokenizer is None else self.tokenizer.decode(request.output)
         timing = Timing(
             request.started - request.arrived, request.first_token - request.arrived, request.finished - request.arrived
         )

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fp8.runtime.kv_cache import BlockPool, blocks_for
 from fp8.runtime.request import Request, RequestError
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """Tokens `start` to `start + count` of one request, as it stood when the step was scheduled."""
 
     request: Request

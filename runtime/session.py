@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from fp8.runtime.step_inputs import Packer, StepInputs, logits_rows
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.runtime.compiled import CompiledExecutor, Graphs
 
 STAGES = 2  # steps whose tokens may be unread: one running, one enqueued behind it
 
@@ -69,6 +72,9 @@ class Session:
         self.limits, self.model = engine.plan.limits, engine.plan.model
         self.device = choose_device(device, engine.plan.compatibility.target)
         self._packer = Packer(self.limits)
+        self._stream: torch.cuda.Stream | None = None  # None on a CPU, like the graphs
+        self._graphs: Graphs | None = None
+        self._scope: Callable[[], AbstractContextManager]
         self._turn = 0
         if self.device.type == "cuda":
             self._open_on_gpu(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
@@ -85,9 +91,8 @@ class Session:
         engine_format.load(engine.directory)  # verifies the weights' hash
         self.num_blocks = max_kv_blocks or _blocks_in_host_memory(self.plan)
         self._inputs = StepInputs(self.limits, self.device, STAGES)
-        self.executor = ReferenceExecutor(engine, self._inputs, self.num_blocks)
+        self.executor: ReferenceExecutor | CompiledExecutor = ReferenceExecutor(engine, self._inputs, self.num_blocks)
         self._sample = reference_sampler(self._inputs)
-        self._stream, self._graphs = None, None
         self._scope = torch.inference_mode
 
     def _open_on_gpu(self, engine: Engine, max_kv_blocks: int | None, fraction: float) -> None:
@@ -98,19 +103,19 @@ class Session:
 
         compiled.check_device(self.plan, self.device)
         torch.cuda.set_device(self.device)
-        self._stream = torch.cuda.Stream()
-        self._scope = lambda: torch.cuda.stream(self._stream)
-        with torch.cuda.stream(self._stream):
+        stream = self._stream = torch.cuda.Stream()
+        self._scope = lambda: torch.cuda.stream(stream)
+        with self._scope():
             free = torch.cuda.mem_get_info()[0]
             available = compiled.pool_blocks(self.plan, free, fraction)
             self.num_blocks = min(max_kv_blocks or available, available)
             weights = load_to_gpu(engine, self.device)
             self._inputs = StepInputs(self.limits, self.device, STAGES)
-            self.executor = compiled.CompiledExecutor(engine, weights, self._inputs, self.num_blocks)
-            self._sample = compiled_sampler(engine, self._inputs, self.executor.logits)
+            self.executor = executor = compiled.CompiledExecutor(engine, weights, self._inputs, self.num_blocks)
+            self._sample = compiled_sampler(engine, self._inputs, executor.logits)
             self._graphs = compiled.Graphs(self._launch)
             self._events = [torch.cuda.Event() for _ in range(STAGES)]
-        self._stream.synchronize()
+        stream.synchronize()
 
     def enqueue(self, rows: Sequence[Row]) -> Ticket:
         """Packs and starts a step; its tokens come from `read`."""
@@ -150,6 +155,18 @@ class Session:
         if self._stream is not None:
             self._stream.synchronize()
         return logits
+
+    def time_launches(self, rows: Sequence[Row], repeats: int) -> list[float]:
+        """Seconds that each step of the plan takes for `rows`, on a GPU; writes their K and V, samples nothing."""
+        from fp8.runtime.compiled import CompiledExecutor
+
+        assert isinstance(self.executor, CompiledExecutor)
+        with self._scope():
+            self._events[self._turn].synchronize()
+            shape = self._packer.pack(rows, self._inputs.host[self._turn])
+            self._inputs.upload(self._turn)
+            self._inputs.gather_input_ids(shape.tokens)
+            return self.executor.time_launches(shape, repeats)
 
     @property
     def max_logits_rows(self) -> int:

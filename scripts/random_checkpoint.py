@@ -1,0 +1,172 @@
+"""Writes a checkpoint of a given shape with random weights, quantized already, laid out as fp8-quantize lays it out.
+
+For speed benchmarks: the shape decides the speed, and nothing is downloaded, calibrated or kept twice in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from fp8.builder.checkpoint import DTYPES, Checkpoint, CheckpointError, Entry, read_json
+from fp8.builder.formats.base import Format, FormatError
+from fp8.builder.formats.base import load as load_format
+from fp8.builder.formats.bf16 import Bf16
+from fp8.builder.graph import Graph
+from fp8.builder.quantization_config import write_engine_section, write_quantization
+from fp8.builder.shards import Group, Planned, write_shards
+from fp8.models.config import ConfigError
+from fp8.models.config import load as load_model
+
+ERRORS = (CheckpointError, ConfigError, FormatError, OSError)
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-7b": {
+        **LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "llama-3.1-8b": {
+        **LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": 128000, "eos_token_id": 128001,
+    },
+}  # fmt: skip
+ACTIVATION_AMAX = 8.0  # of normalized activations, queries, keys and values; what calibration finds is near it
+WEIGHT_STD = 0.02
+SIGMAS = 5.0  # the largest of some 10^7 normal numbers
+
+
+class Shapes(Checkpoint):
+    """Stands for a checkpoint of any shape: every tensor asked for is there."""
+
+    def __init__(self, config: dict[str, Any], dtype: torch.dtype) -> None:
+        self.config = config
+        self._dtype = DTYPES["BF16" if dtype == torch.bfloat16 else "F16"]
+
+    def entry(self, name: str, shape: tuple[int, ...] | None = None) -> Entry:
+        assert shape is not None, name
+        return Entry(name, Path("random"), 0, math.prod(shape) * 2, self._dtype, shape)
+
+
+def write_random_checkpoint(
+    output: Path, config: dict[str, Any], format: Format, device: str, seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Writes config.json and safetensors shards into `output`, which must not hold a checkpoint yet."""
+    if (output / "config.json").exists():
+        raise FormatError(f"{output} holds a checkpoint already; remove it or choose another --output_dir")
+    dtype = format.dtype or "bfloat16"
+    model = load_model(config)
+    shapes = Shapes(config, getattr(torch, dtype))
+    graph = model.emit(model.read_config(config), shapes, Bf16(), dtype, max_positions=1)
+    linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
+    scales = [name for name in graph.activations if format.calibrated(name)]
+    output.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator(device).manual_seed(seed)
+    groups = [*_weights(graph, linears, format, getattr(torch, dtype), generator), *map(_scale, scales)]
+    write_shards(output, groups, progress)
+    _write_config(output, config, format, dtype, linears)
+
+
+def _weights(
+    graph: Graph, linears: Sequence[str], format: Format, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[Group]:
+    stored = graph.tensors()
+    for name in graph.axes:
+        shape = tuple(stored[name].shape)
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in linears and format.quantizes(module):
+            types = format.quantize(torch.empty(shape, dtype=dtype, device="meta"))
+            planned = tuple(Planned(f"{module}.{k}", t.dtype, tuple(t.shape)) for k, t in types.items())
+            yield Group(planned, lambda planned=planned: _quantized(planned, generator))  # type: ignore[misc]
+        else:
+            plan = Planned(name, dtype, shape)
+            yield Group((plan,), lambda plan=plan: {plan.name: _plain(plan, generator)})  # type: ignore[misc]
+
+
+def _quantized(planned: Sequence[Planned], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Normal codes that fill e4m3's range, and the scale that gives them a standard deviation of WEIGHT_STD."""
+    out = {}
+    for p in planned:
+        if p.dtype == torch.float8_e4m3fn:
+            codes = torch.randn(p.shape, generator=generator, device=generator.device).mul_(448 / SIGMAS)
+            out[p.name] = codes.clamp_(-448, 448).to(p.dtype)
+        else:
+            out[p.name] = torch.full(p.shape, WEIGHT_STD * SIGMAS / 448, dtype=p.dtype)
+    return out
+
+
+def _plain(plan: Planned, generator: torch.Generator) -> torch.Tensor:
+    """Ones for a norm's weight, else normal."""
+    if len(plan.shape) == 1 and plan.name.endswith("norm.weight"):
+        return torch.ones(plan.shape, dtype=plan.dtype)
+    values = torch.randn(plan.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return values.mul_(WEIGHT_STD).to(plan.dtype)
+
+
+def _scale(name: str) -> Group:
+    return Group((Planned(name, torch.float32, (1,)),), lambda: {name: torch.full((1,), ACTIVATION_AMAX / 448)})
+
+
+def _write_config(output: Path, config: dict[str, Any], format: Format, dtype: str, linears: Sequence[str]) -> None:
+    config = {**config, "dtype": dtype, "torch_dtype": dtype}
+    if quantization := write_quantization(format, linears):
+        config["quantization_config"] = quantization
+    try:
+        version = importlib.metadata.version("fp8-engine")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        version = "0"
+    config["fp8_engine"] = write_engine_section(format, version, None)
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m fp8.scripts.random_checkpoint", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    p.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}, or a config.json")
+    p.add_argument("--output_dir", required=True, type=Path)
+    p.add_argument("--qformat", default="fp8")
+    p.add_argument("--kv_cache_dtype", default="auto", choices=("auto", "fp8"))
+    p.add_argument("--num_layers", type=int, help="fewer (or more) layers than the model has")
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = dict(PRESETS[args.model]) if args.model in PRESETS else read_json(Path(args.model))
+        if args.num_layers:
+            config["num_hidden_layers"] = args.num_layers
+        format = load_format(args.qformat)(kv_cache_dtype=args.kv_cache_dtype)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("writing", total=None)
+            show = lambda done, total: bar.update(task, completed=done, total=total)
+            write_random_checkpoint(args.output_dir, config, format, device, args.seed, show)
+    except ERRORS as error:
+        print(f"random_checkpoint: error: {error}", file=sys.stderr)
+        return 1
+    size = sum(f.stat().st_size for f in args.output_dir.iterdir())
+    print(f"{args.output_dir}: {size / 1e9:.2f} GB, {args.qformat}, kv_cache_dtype {args.kv_cache_dtype}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

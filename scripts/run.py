@@ -1,0 +1,122 @@
+"""fp8-run: texts from an engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fp8.builder.engine import EngineError
+from fp8.plugins.base import PluginError
+from fp8.runtime.kv_cache import KVCacheError
+from fp8.runtime.llm import LLM, Completion
+from fp8.runtime.request import RequestError, SamplingParams
+
+ERRORS = (EngineError, RequestError, KVCacheError, PluginError, OSError)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("fp8-run", description="Generates text with an engine.")
+    p.add_argument("--engine_dir", required=True)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input_text", nargs="+", help="one or several prompts")
+    what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
+    p.add_argument("--max_output_len", type=int, default=64)
+    p.add_argument("--min_output_len", type=int, default=0, help="a stop token before that many does not end the text")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    p.add_argument("--seed", type=int, help="fixes the text at a temperature above 0")
+    p.add_argument(
+        "--stop_token_ids", type=int, nargs="*", default=[], help="beside the model's end-of-sequence tokens"
+    )
+    p.add_argument("--ignore_eos", action="store_true")
+    add_session_arguments(p)
+    p.add_argument("--output", choices=("text", "json"), default="text")
+    return p
+
+
+def add_session_arguments(p: argparse.ArgumentParser) -> None:
+    """What every command that opens a session takes."""
+    p.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    p.add_argument(
+        "--max_kv_blocks", type=positive, help="size of the KV pool in blocks of 64 tokens; default: what fits"
+    )
+    p.add_argument("--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return value
+
+
+def token_ids(text: str) -> list[int]:
+    try:
+        return [int(t) for t in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise RequestError(f"--input_tokens {text!r} is not a list of token ids such as 1,306,4658") from error
+
+
+def open_llm(args: argparse.Namespace) -> LLM:
+    return LLM(args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction)
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the prompts; returns what `--output json` prints."""
+    prompts = args.input_text or [token_ids(t) for t in args.input_tokens]
+    params = SamplingParams(
+        args.max_output_len,
+        args.temperature,
+        args.seed,
+        tuple(args.stop_token_ids),
+        args.ignore_eos,
+        args.min_output_len,
+    )
+    llm = open_llm(args)
+    begin = time.perf_counter()
+    completions = llm.generate(prompts, params)
+    seconds = time.perf_counter() - begin
+    count = sum(len(c.token_ids) for c in completions)
+    return {
+        "engine_dir": str(args.engine_dir), "device": str(llm.session.device), "seconds": seconds,
+        "output_tokens": count, "tokens_per_second": count / seconds, "completions": completions,
+    }  # fmt: skip
+
+
+def as_text(result: dict[str, Any]) -> str:
+    completions: list[Completion] = result["completions"]
+    parts = []
+    for c in completions:
+        prompt = c.prompt if isinstance(c.prompt, str) else ",".join(map(str, c.prompt))
+        out = f" -> {','.join(map(str, c.token_ids))}" if c.text is None else c.text
+        parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens]")
+    rate = f"{result['output_tokens']} tokens in {result['seconds']:.2f} s, {result['tokens_per_second']:.1f} tokens/s"
+    return "\n\n".join([*parts, f"{rate} on {result['device']}"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        result = generate(args)
+    except ERRORS as error:
+        print(f"fp8-run: error: {error}", file=sys.stderr)
+        return 1
+    if args.output == "json":
+        print(json.dumps({**result, "completions": [c.as_dict() for c in result["completions"]]}, indent=2))
+    else:
+        print(as_text(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
