@@ -1,0 +1,380 @@
+// y[M, N] = x[M, K] w[N, K]^T for many tokens: TMA and wgmma, persistent, warp-specialised.
+//
+// One producer warpgroup (one thread issues TMA) fills a ring of STAGES stages of BLOCK_M x 128 bytes of x and
+// BLOCK_N x 128 bytes of w; one or two consumer warpgroups multiply. Cooperative: they share a tile's rows.
+// PINGPONG: they take turns in whole tiles, so that the epilogue of one runs under the products of the other.
+// A cluster of two either shares what both load (CLUSTER_M: two row blocks share w; CLUSTER_N: two column blocks share x;
+// each CTA loads one half and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
+// memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
+// The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
+// are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
+// (TMA knows the buffer's rows only); nothing reads them.
+#include "fp8/convert.cuh"
+#include "fp8/matrix.cuh"
+#include "fp8/mbarrier.cuh"
+#include "fp8/sync.cuh"
+#include "fp8/tma.cuh"
+#include "fp8/wgmma.cuh"
+
+// Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
+// to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token), W_SCALE, BIAS; TMA_STORE; the tactic.
+constexpr int WARPGROUPS = BLOCK_M == 64 && !PINGPONG ? 1 : 2;
+constexpr int TILE_ROWS = PINGPONG ? BLOCK_M : BLOCK_M / WARPGROUPS;  // of one warpgroup
+constexpr int MMAS = TILE_ROWS / 64;
+constexpr int CLUSTER = CLUSTER_M * CLUSTER_N * SPLIT;
+constexpr int ROW = 128;  // bytes of K in a stage: one swizzle atom, four wgmma
+constexpr int ROW_K = OPERAND == 0 ? 128 : 64;
+constexpr int K_BLOCKS = (GEMM_K + ROW_K - 1) / ROW_K;
+constexpr int X_BYTES = BLOCK_M * ROW, STAGE_BYTES = X_BYTES + BLOCK_N * ROW;
+constexpr int N_BLOCKS = (GEMM_N + BLOCK_N - 1) / BLOCK_N;
+constexpr int OUT_N = SWIGLU ? GEMM_N / 2 : GEMM_N;
+constexpr int OUT_BYTES = QUANT ? 1 : OUT == 2 ? 4 : 2;
+constexpr int TILE_BYTES = BLOCK_N / (SWIGLU ? 2 : 1) * OUT_BYTES;  // of one output row
+constexpr int CHUNK = TILE_BYTES % 128 == 0 ? 128 : TILE_BYTES % 64 == 0 ? 64 : 32;
+constexpr int CHUNKS = TILE_BYTES / CHUNK;
+constexpr int CHUNK_N = BLOCK_N / CHUNKS;                // accumulator columns of a chunk
+constexpr int BUFFERS = TMA_STORE ? 2 : 0;
+constexpr bool SCALED = W_SCALE || X_SCALE == 1;
+constexpr int CONSUMERS = PINGPONG ? 1 : WARPGROUPS;     // warpgroups that read a stage
+constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread carries to shared memory
+static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
+static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
+static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
+
+struct Arguments {
+  const float *x_scale, *w_scale, *bias, *out_scale;
+  void* y;
+  int rows;
+};
+
+// Tile `unit` of the raster: groups of GROUP row blocks, row blocks fastest, keep a wave's operands in L2.
+struct Tile {
+  int m, n;
+};
+DEVICE Tile tile_of(int unit, int m_units, u32 rank) {
+  constexpr int GROUP_UNITS = GROUP / CLUSTER_M, N_UNITS = (N_BLOCKS + CLUSTER_N - 1) / CLUSTER_N;
+  int group = unit / (GROUP_UNITS * N_UNITS), first = group * GROUP_UNITS;
+  int height = min(GROUP_UNITS, m_units - first), rest = unit - group * GROUP_UNITS * N_UNITS;
+  int m = first + rest % height, n = rest / height;
+  if (CLUSTER_M > 1) m = m * 2 + rank;
+  if (CLUSTER_N > 1) n = n * 2 + rank;
+  return {m * BLOCK_M, n * BLOCK_N};
+}
+
+// Loads this CTA's part of an operand's stage: all of it, or one half for both CTAs.
+template <int ROWS, bool SHARED> DEVICE void load(u32 dst, const TensorMap* map, u32 bar, int k, int row, u32 rank) {
+  if (SHARED) tma_load_2d_multicast(dst + rank * (ROWS / 2 * ROW), map, bar, k, row + rank * (ROWS / 2), 3);
+  else tma_load_2d(dst, map, bar, k, row);
+}
+
+DEVICE void mma(float (&d)[BLOCK_N / 2], u64 a, u64 b, int accumulate) {
+  if constexpr (OPERAND == 0) wgmma_ss_e4m3(d, a, b, accumulate);
+  else if constexpr (OPERAND == 1) wgmma_ss_bf16(d, a, b, accumulate);
+  else wgmma_ss_f16(d, a, b, accumulate);
+}
+
+DEVICE void warpgroup_sync(int warpgroup) {  // immediates: a register as the barrier's number would reserve all 16
+  if (warpgroup == 0) named_barrier_sync<1, 128>();
+  else named_barrier_sync<2, 128>();
+}
+
+// v: rows r and r + 8, columns c and c + 1 of the accumulator -> scaled and biased.
+DEVICE void finish(float (&v)[4], const float* scale, const float* bias, int column, const float (&x_scale)[2]) {
+  if (X_SCALE == 2) v[0] *= x_scale[0], v[1] *= x_scale[0], v[2] *= x_scale[1], v[3] *= x_scale[1];
+  if (SCALED) {
+    float2 s = *(const float2*)(scale + column);
+    v[0] *= s.x, v[1] *= s.y, v[2] *= s.x, v[3] *= s.y;
+  }
+  if (BIAS) {
+    float2 b = *(const float2*)(bias + column);
+    v[0] += b.x, v[1] += b.y, v[2] += b.x, v[3] += b.y;
+  }
+}
+
+// Rounds two neighbours to the 16-bit type, as a linear of its own would.
+DEVICE void round_pair(float& a, float& b) {
+  u32 packed = from_float2<OUT == 1>(a, b);
+  a = to_float<OUT == 1>((u16)packed), b = to_float<OUT == 1>((u16)(packed >> 16));
+}
+// gate becomes silu(gate) * up.
+DEVICE void swiglu(float (&gate)[4], float (&up)[4]) {
+  round_pair(gate[0], gate[1]), round_pair(gate[2], gate[3]);
+  round_pair(up[0], up[1]), round_pair(up[2], up[3]);
+#pragma unroll
+  for (int i = 0; i < 4; i++) gate[i] = __fdividef(gate[i], 1.f + __expf(-gate[i])) * up[i];
+}
+
+// h / scale rounded to nearest as __fdiv_rn does, by Markstein's two corrections of h * (1 / scale), a third of its
+// instructions. Past the range of e4m3 (and for inf, where the residual is NaN) the uncorrected quotient saturates as well.
+DEVICE float quotient(float h, float scale, float reciprocal) {
+  float q = h * reciprocal;
+  float better = __fmaf_rn(__fmaf_rn(-q, scale, h), reciprocal, q);
+  better = __fmaf_rn(__fmaf_rn(-better, scale, h), reciprocal, better);
+  return fabsf(q) < 512.f ? better : q;
+}
+
+// Columns `column` and the next of one output row, from registers.
+DEVICE void store_pair(void* y, int rows, int row, int column, float a, float b) {
+  if (row >= rows || column >= OUT_N) return;
+  constexpr bool EVEN = OUT_N % 2 == 0;
+  size_t at = (size_t)row * OUT_N + column;
+  bool both = EVEN || column + 1 < OUT_N;
+  if constexpr (QUANT) {
+    *(u16*)((u8*)y + at) = e4m3x2(a, b);
+  } else if constexpr (OUT == 2) {
+    float* p = (float*)y + at;
+    if (EVEN) *(float2*)p = make_float2(a, b);
+    else {
+      p[0] = a;
+      if (both) p[1] = b;
+    }
+  } else {
+    u16* p = (u16*)y + at;
+    u32 packed = from_float2<OUT == 1>(a, b);
+    if (EVEN) *(u32*)p = packed;
+    else {
+      p[0] = (u16)packed;
+      if (both) p[1] = (u16)(packed >> 16);
+    }
+  }
+}
+
+// The swizzle that the TMA store undoes: 16-byte unit `unit` of row `row` in a buffer of CHUNK-byte rows.
+DEVICE u32 swizzled(int row, int unit) { return row * CHUNK + ((unit ^ (row / (128 / CHUNK)) % (CHUNK / 16)) << 4); }
+
+// Four accumulators of column group `column`, or (SPLIT) their sums over the cluster.
+DEVICE void take(float (&v)[4], const float (&d)[BLOCK_N / 2], int column, u32 partials) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = d[column / 2 + i];
+  if (SPLIT == 1) return;
+  u32 at = partials + (column / 8) * 2048 + threadIdx.x % 128 * 16;
+#pragma unroll
+  for (int r = 0; r < SPLIT; r++) {
+    float4 part = load_shared_cluster(map_shared_rank(at, r));
+    if (r == 0) v[0] = part.x, v[1] = part.y, v[2] = part.z, v[3] = part.w;
+    else v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+  }
+}
+
+// 64 rows of one warpgroup: chunk by chunk, to shared memory and out.
+DEVICE void write(const float (&d)[BLOCK_N / 2], const Arguments& args, const TensorMap* map, u8* buffers, const float* scale,
+                  const float* bias, int row, int column, const float (&x_scale)[2], float quantum, u32 rank, u32 partials) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
+  float reciprocal = QUANT ? __frcp_rn(quantum) : 0.f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    if (SPLIT > 1 && c % SPLIT != rank) continue;
+    u8* buffer = buffers + (c % 2) * 64 * CHUNK;
+    if (TMA_STORE) {  // the buffer's last store has been read; a tile or 64 rows start with both buffers free
+      if (threadIdx.x % 128 == 0) {
+        if (c == 0 || SPLIT > 1) bulk_wait_group_read<0>();
+        else bulk_wait_group_read<1>();
+      }
+      warpgroup_sync(warpgroup);
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNK_N / 8; i += 2) {
+      int at = c * CHUNK_N + i * 8, pair = lane % 4 * 2;
+      float u[4], v[4];
+      take(u, d, at, partials), take(v, d, at + 8, partials);
+      finish(u, scale, bias, at + pair, x_scale), finish(v, scale, bias, at + 8 + pair, x_scale);
+      int r = warp * 16 + lane / 4;
+      if constexpr (SWIGLU) {
+        swiglu(u, v);
+        int out = (at / 2) + pair;
+        if constexpr (QUANT)
+          for (int e = 0; e < 4; e++) u[e] = quotient(u[e], quantum, reciprocal);
+        if constexpr (!TMA_STORE) {
+          store_pair(args.y, args.rows, row + r, column / 2 + out, u[0], u[1]);
+          store_pair(args.y, args.rows, row + r + 8, column / 2 + out, u[2], u[3]);
+        } else if constexpr (QUANT) {
+          int byte = i * 4 + pair;
+          *(u16*)(buffer + swizzled(r, byte / 16) + byte % 16) = e4m3x2(u[0], u[1]);
+          *(u16*)(buffer + swizzled(r + 8, byte / 16) + byte % 16) = e4m3x2(u[2], u[3]);
+        } else {
+          *(u32*)(buffer + swizzled(r, i / 2) + pair * 2) = from_float2<OUT == 1>(u[0], u[1]);
+          *(u32*)(buffer + swizzled(r + 8, i / 2) + pair * 2) = from_float2<OUT == 1>(u[2], u[3]);
+        }
+      } else if constexpr (!TMA_STORE) {
+        store_pair(args.y, args.rows, row + r, column + at + pair, u[0], u[1]);
+        store_pair(args.y, args.rows, row + r + 8, column + at + pair, u[2], u[3]);
+        store_pair(args.y, args.rows, row + r, column + at + 8 + pair, v[0], v[1]);
+        store_pair(args.y, args.rows, row + r + 8, column + at + 8 + pair, v[2], v[3]);
+      } else {
+        u32 to = shared_address(buffer) + swizzled(warp * 16 + lane % 16, i + lane / 16);
+        stmatrix_x4(to, from_float2<OUT == 1>(u[0], u[1]), from_float2<OUT == 1>(u[2], u[3]), from_float2<OUT == 1>(v[0], v[1]),
+                    from_float2<OUT == 1>(v[2], v[3]));
+      }
+    }
+    if (TMA_STORE) {
+      fence_proxy_async();
+      warpgroup_sync(warpgroup);
+      if (threadIdx.x % 128 == 0) {
+        tma_store_2d(map, shared_address(buffer), column / (SWIGLU ? 2 : 1) + c * (CHUNK / OUT_BYTES), row);
+        bulk_commit_group();
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
+gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
+     const float* x_scale, const float* w_scale, const float* bias, const float* out_scale, void* y, int rows) {
+  griddepcontrol_launch_dependents();
+  extern __shared__ __align__(1024) u8 shared[];
+  u8* buffers = shared + STAGES * STAGE_BYTES;
+  float* vectors = (float*)(buffers + WARPGROUPS * BUFFERS * 64 * CHUNK);  // per warpgroup: scale [BLOCK_N], bias [BLOCK_N]
+  u64* full = (u64*)(vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N);
+  u32 stages = shared_address(shared), full_bar = shared_address(full), empty_bar = full_bar + STAGES * 8;
+  int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), leader = threadIdx.x % 128 == 0;
+  u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+
+  if (threadIdx.x == 0) {
+    prefetch_tensormap(&x_map), prefetch_tensormap(&w_map);
+    for (int i = 0; i < STAGES; i++) {
+      mbarrier_init(full_bar + i * 8, 1);
+      mbarrier_init(empty_bar + i * 8, CLUSTER_M * CLUSTER_N * CONSUMERS * 4);
+    }
+    fence_mbarrier_init();
+  }
+  if (CLUSTER > 1) cluster_arrive(), cluster_wait();
+  else __syncthreads();
+
+  int m_units = ((rows + BLOCK_M - 1) / BLOCK_M + CLUSTER_M - 1) / CLUSTER_M;
+  int units = m_units * ((N_BLOCKS + CLUSTER_N - 1) / CLUSTER_N);
+  int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+  int k_begin = K_BLOCKS * rank / SPLIT, k_end = K_BLOCKS * (rank + 1) / SPLIT;  // SPLIT = 1: all
+  if (SPLIT == 1) k_begin = 0, k_end = K_BLOCKS;
+  int stage = 0, parity = 0;
+
+  if (warpgroup == WARPGROUPS) {
+    if constexpr (WARPGROUPS == 2) setmaxnreg_dec<40>();
+    if (leader) {
+      auto load_x = [&](int stage, int k, Tile t) {
+        load<BLOCK_M, (CLUSTER_N > 1)>(stages + stage * STAGE_BYTES, &x_map, full_bar + stage * 8, k * ROW_K, t.m, rank);
+      };
+      auto load_w = [&](int stage, int k, Tile t) {
+        load<BLOCK_N, (CLUSTER_M > 1)>(stages + stage * STAGE_BYTES + X_BYTES, &w_map, full_bar + stage * 8, k * ROW_K, t.n, rank);
+      };
+      int filled = 0;  // k blocks of the first tile whose weights are loaded before the kernels before have ended
+      if (first < units) {
+        Tile t = tile_of(first, m_units, rank);
+        filled = min(STAGES, k_end - k_begin);
+        for (int i = 0; i < filled; i++) {
+          mbarrier_arrive_expect_tx(full_bar + i * 8, STAGE_BYTES);
+          load_w(i, k_begin + i, t);
+        }
+        griddepcontrol_wait();
+        for (int i = 0; i < filled; i++) load_x(i, k_begin + i, t);
+        if (filled == STAGES) parity = 1;
+        else stage = filled;
+      }
+      for (int unit = first; unit < units; unit += step, filled = 0) {
+        Tile t = tile_of(unit, m_units, rank);
+#pragma unroll 1
+        for (int k = k_begin + filled; k < k_end; k++) {
+          mbarrier_wait(empty_bar + stage * 8, parity ^ 1);
+          mbarrier_arrive_expect_tx(full_bar + stage * 8, STAGE_BYTES);
+          load_w(stage, k, t);
+          load_x(stage, k, t);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+      }
+    }
+    __syncwarp();
+    if (SPLIT > 1) cluster_arrive(), cluster_wait();
+  } else {
+    if constexpr (WARPGROUPS == 2) setmaxnreg_inc<232>();
+    griddepcontrol_wait();
+    const Arguments args{x_scale, w_scale, bias, out_scale, y, rows};
+    buffers += warpgroup * BUFFERS * 64 * CHUNK;
+    float* scales = vectors + warpgroup * (SCALED + BIAS) * BLOCK_N;
+    float* biases = scales + SCALED * BLOCK_N;
+    float scalar = X_SCALE == 1 ? x_scale[0] : 1.f, quantum = QUANT ? out_scale[0] : 1.f;
+    int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
+    float d[MMAS][BLOCK_N / 2];
+    if (PINGPONG && warpgroup == 1) {  // the first tile is the other's
+      stage = K_BLOCKS % STAGES, parity = K_BLOCKS / STAGES % 2;
+      first += step;
+    }
+    for (int unit = first; unit < units; unit += PINGPONG ? 2 * step : step) {
+      Tile t = tile_of(unit, m_units, rank);
+      int row = t.m + (PINGPONG ? 0 : warpgroup * TILE_ROWS);
+      float column_scale[VECTOR], column_bias[VECTOR], row_scale[MMAS][2];
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        int n = t.n + thread + i * 128;
+        bool in = thread + i * 128 < BLOCK_N && n < GEMM_N;
+        if (SCALED) column_scale[i] = (W_SCALE && in ? w_scale[n] : 1.f) * scalar;
+        if (BIAS) column_bias[i] = in ? bias[n] : 0.f;
+      }
+#pragma unroll
+      for (int m = 0; m < MMAS; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
+          row_scale[m][i] = X_SCALE == 2 && r < rows ? x_scale[r] : 1.f;
+        }
+      int last = -1;
+#pragma unroll 1
+      for (int k = k_begin; k < k_end; k++) {
+        mbarrier_wait(full_bar + stage * 8, parity);
+        wgmma_fence();
+        u32 at = stages + stage * STAGE_BYTES;
+        u64 a = wgmma_descriptor(at + (PINGPONG ? 0 : warpgroup * TILE_ROWS * ROW)), b = wgmma_descriptor(at + X_BYTES);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+          for (int m = 0; m < MMAS; m++) mma(d[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, (k - k_begin) | j);
+        wgmma_commit_group();
+        wgmma_wait_group<1>();  // the stage before is read
+        if (last >= 0) {
+          if (CLUSTER_M * CLUSTER_N == 1 ? lane == 0 : lane < 2) {
+            if (CLUSTER_M * CLUSTER_N == 1) mbarrier_arrive(empty_bar + last * 8);
+            else mbarrier_arrive_cluster(empty_bar + last * 8, lane);
+          }
+        }
+        last = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+      wgmma_wait_group<0>();
+      if (CLUSTER_M * CLUSTER_N == 1 ? lane == 0 : lane < 2) {
+        if (CLUSTER_M * CLUSTER_N == 1) mbarrier_arrive(empty_bar + last * 8);
+        else mbarrier_arrive_cluster(empty_bar + last * 8, lane);
+      }
+      if (PINGPONG) {  // skip the other's tile
+        stage += K_BLOCKS % STAGES, parity ^= K_BLOCKS / STAGES % 2;
+        if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+      }
+      u32 partials = stages + warpgroup * (TILE_ROWS * BLOCK_N * 4);
+      if constexpr (SPLIT > 1) {
+        named_barrier_sync<3, 128 * WARPGROUPS>();  // every stage is read: the ring may hold sums
+#pragma unroll
+        for (int m = 0; m < MMAS; m++)
+#pragma unroll
+          for (int j = 0; j < BLOCK_N / 8; j++)
+            *(float4*)(shared + (partials - stages) + (m * BLOCK_N / 8 + j) * 2048 + thread * 16) =
+                make_float4(d[m][4 * j], d[m][4 * j + 1], d[m][4 * j + 2], d[m][4 * j + 3]);
+        cluster_arrive(), cluster_wait();
+      }
+      if (SCALED || BIAS) {
+        warpgroup_sync(warpgroup);  // the tile before has been written out
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++)
+          if (thread + i * 128 < BLOCK_N) {
+            if (SCALED) scales[thread + i * 128] = column_scale[i];
+            if (BIAS) biases[thread + i * 128] = column_bias[i];
+          }
+        warpgroup_sync(warpgroup);
+      }
+#pragma unroll
+      for (int m = 0; m < MMAS; m++)
+        write(d[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
+              partials + m * 64 * BLOCK_N * 4);
+    }
+    if (TMA_STORE && leader) bulk_wait_group<0>();
+    __syncwarp();
+  }
+  // Neither may end while the other can still write or read here.
+  if (CLUSTER > 1) cluster_arrive(), cluster_wait();
+}

@@ -1,0 +1,59 @@
+"""What gemm and gemm_swiglu share: the ways to run a linear layer, which are few_tokens.cu, gemm.cu (many tokens) and
+cuBLASLt through torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
+from fp8.plugins.gemm import few_tokens, library, many_tokens
+from fp8.plugins.gemm.few_tokens import FewTokens
+from fp8.plugins.gemm.library import Library
+from fp8.plugins.gemm.many_tokens import ManyTokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function
+
+Tactic = FewTokens | ManyTokens | Library
+KINDS = {"few_tokens": FewTokens, "many_tokens": ManyTokens, "library": Library}
+OFFERED_FEW = 12
+
+
+class Linear(Plugin):
+    """Tactics, kernels and launches; a subclass adds its fields, types and reference."""
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
+        """Few-token tactics first where they apply, then the many-token ones, the library last."""
+        few = few_tokens.candidates(self, inputs, tokens)[:OFFERED_FEW]
+        many = many_tokens.candidates(self, inputs, tokens)
+        return [*few, *(many[:2] if few else many), *library.candidates(self, inputs)]
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        """Powers of two from 8 up, then `max_tokens`."""
+        return [n for n in (1 << i for i in range(3, 31)) if n < max_tokens] + [max_tokens]
+
+    def tactic(self, fields: dict[str, Any]) -> Tactic:
+        return KINDS[fields["kind"]](**fields)
+
+    def kernels(self, tactic: Tactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        if isinstance(tactic, Library):
+            return ()
+        if isinstance(tactic, FewTokens):
+            return few_tokens.kernels(self, tactic, inputs)
+        return many_tokens.kernels(self, tactic, inputs)
+
+    def bind(
+        self,
+        tactic: Tactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+        if isinstance(tactic, Library):
+            return library.bind(self, tensors)
+        if isinstance(tactic, FewTokens):
+            return few_tokens.bind(self, tactic, functions, tensors, workspace)
+        return many_tokens.bind(self, tactic, functions, tensors)

@@ -1,0 +1,208 @@
+"""Linear layers of many tokens: the tactic of gemm.cu, its cost model and its launch, for gemm and gemm_swiglu."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
+from fp8.plugins.gemm.types import BYTES, operands
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function
+
+SMS = 132  # of an H200
+SHARED_MAX = 227 * 1024  # bytes of shared memory that a CTA may have
+ATOM = 128  # bytes of K in a stage
+L2_BYTES = 46.0  # that the L2 gives each SM per clock when all of them ask (64 to an SM alone)
+DEVICE_BYTES = 2400.0  # of device memory per clock
+CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
+OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
+OFFERED = 8  # candidates that are worth timing
+
+
+@dataclass(frozen=True)
+class ManyTokens:
+    """Constants of gemm.cu, and `GROUP` row blocks that the raster keeps together."""
+
+    BLOCK_M: int  # 64, 128 or 256
+    BLOCK_N: int
+    STAGES: int
+    PINGPONG: int = 0
+    CLUSTER_M: int = 1
+    CLUSTER_N: int = 1
+    SPLIT: int = 1
+    kind: str = "many_tokens"
+
+    @property
+    def cluster(self) -> int:
+        return self.CLUSTER_M * self.CLUSTER_N * self.SPLIT
+
+    @property
+    def warpgroups(self) -> int:
+        return 1 if self.BLOCK_M == 64 and not self.PINGPONG else 2
+
+    @property
+    def group(self) -> int:
+        """Row blocks of the squarest wave: its operands are the fewest bytes."""
+        blocks = round((SMS * self.BLOCK_N / self.BLOCK_M) ** 0.5)
+        return max(2, blocks // 2 * 2)
+
+    def units(self, rows: int, n: int) -> int:
+        """Clusters' worth of tiles."""
+        return -(-rows // (self.BLOCK_M * self.CLUSTER_M)) * -(-n // (self.BLOCK_N * self.CLUSTER_N))
+
+    def grid(self, rows: int, n: int, sms: int) -> int:
+        """CTAs: all that fit at once, or (split K) one per tile and part."""
+        units = self.units(rows, n)
+        return (units if self.SPLIT > 1 else min(units, sms // self.cluster)) * self.cluster
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What gemm.cu needs to know of a plugin call."""
+
+    n: int
+    k_blocks: int
+    constants: tuple[tuple[str, int], ...]
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.constants)[name]
+
+    @property
+    def out_bytes(self) -> int:
+        return 1 if self["QUANT"] else 4 if self["OUT"] == 2 else 2
+
+    def chunk(self, block_n: int) -> int:
+        """Bytes of a row that leave in one TMA store: the widest swizzle that divides the tile."""
+        tile = block_n // (1 + self["SWIGLU"]) * self.out_bytes
+        return next((c for c in (128, 64, 32) if tile % c == 0), 0)
+
+    def shared(self, t: ManyTokens) -> int:
+        """Bytes of dynamic shared memory: stages, store buffers, scales and biases, barriers."""
+        stages = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
+        buffers = 2 * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
+        vectors = (int(self["W_SCALE"] or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
+        return stages + t.warpgroups * (buffers + vectors) + 16 * t.STAGES
+
+
+def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
+    x, w = operands(inputs)
+    x_scale, w_scale, bias = inputs[2:5]
+    attributes = plugin.attributes()
+    n, k = int(w.shape[0]), int(w.shape[1])
+    swiglu, quant = int(plugin.name == "gemm_swiglu"), int(attributes.get("quant") == "static")
+    out = CODES[attributes["out_dtype"]]
+    row_bytes = n // (1 + swiglu) * (1 if quant else 2)
+    constants = {
+        "GEMM_N": n,
+        "GEMM_K": k,
+        "OPERAND": OPERANDS[x.dtype],
+        "OUT": out,
+        "SWIGLU": swiglu,
+        "QUANT": quant,
+        "X_SCALE": 0 if x_scale is None else 1 if x_scale.shape[0] == 1 else 2,
+        "W_SCALE": int(w_scale is not None),
+        "BIAS": int(bias is not None),
+        "TMA_STORE": int(out != 2 and row_bytes % 16 == 0),
+    }
+    return Problem(n, -(-k * BYTES[x.dtype] // ATOM), tuple(constants.items()))
+
+
+def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> list[ManyTokens]:
+    """The tactics that `cost` likes best for up to `tokens` rows, best first. Each is legal for any number of rows."""
+    p = problem(plugin, inputs)
+    return sorted(enumerate_tactics(p, tokens), key=lambda t: cost(t, p, tokens))[:OFFERED]
+
+
+def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
+    """Tiles whose accumulators fit the registers, with the ways to share loads or K that the sizes allow."""
+    tiles = [(64, n, 0) for n in (32, 64, 96, 128, 160, 192, 224, 256)]
+    tiles += [(128, n, 0) for n in (32, 64, 96, 128, 160, 192, 224, 256)]
+    tiles += [(256, n, 0) for n in (64, 96, 128)]
+    tiles += [(64, n, 1) for n in (64, 128, 192, 256)] + [(128, n, 1) for n in (64, 96, 128)]
+    for block_m, block_n, pingpong in tiles:
+        if (block_m > 64 and tokens <= block_m // 2) or not p.chunk(block_n):
+            continue
+        for cluster_m, cluster_n, split in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4)]:
+            few_tiles = -(-tokens // block_m) * -(-p.n // block_n) * split <= SMS
+            if (cluster_m > 1 and tokens <= block_m) or (cluster_n > 1 and p.n <= block_n):
+                continue
+            if split > 1 and (pingpong or not few_tiles or p.k_blocks < 4 * split):
+                continue
+            t = deepest(p, ManyTokens(block_m, block_n, 0, pingpong, cluster_m, cluster_n, split))
+            if t and (split == 1 or t.STAGES * (block_m + block_n) * ATOM >= block_m * block_n * 4):
+                yield t
+
+
+def deepest(p: Problem, t: ManyTokens) -> ManyTokens | None:
+    """The tactic with as many stages as fit, 10 at most; None if they are fewer than two."""
+    for stages in range(10, 1, -1):
+        found = ManyTokens(t.BLOCK_M, t.BLOCK_N, stages, t.PINGPONG, t.CLUSTER_M, t.CLUSTER_N, t.SPLIT)
+        if p.shared(found) <= SHARED_MAX:
+            return found
+    return None
+
+
+def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
+    """Clocks that the model expects: whole waves of tiles, each bound by the tensor cores, shared memory or L2."""
+    rows, columns = t.BLOCK_M, t.BLOCK_N
+    busy = min(1.0, t.units(tokens, p.n) * t.cluster / SMS)
+    multiply = rows * columns / 32
+    shared = rows / 64 * (64 + columns) + rows + columns
+    l2 = (rows / t.CLUSTER_N + columns / t.CLUSTER_M) * ATOM / min(64.0, L2_BYTES / busy)
+    main = -(-p.k_blocks // t.SPLIT) * max(multiply, shared, l2)
+    epilogue = 500 + rows * columns * (1 + p["SWIGLU"]) / 24 + (1500 if t.SPLIT > 1 else 0)
+    waves = -(-t.units(tokens, p.n) // (SMS // t.cluster))
+    work = waves * main + epilogue if t.PINGPONG else waves * (main + epilogue)
+    stream = p.n * p.k_blocks * ATOM / DEVICE_BYTES / busy
+    return max(work, stream) + 1000 + 0.1 * min(work, stream)
+
+
+def kernels(plugin: Plugin, tactic: ManyTokens, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    """The one kernel of a tactic."""
+    t = tactic
+    knobs = {"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "STAGES": t.STAGES, "PINGPONG": t.PINGPONG, "GROUP": t.group}
+    knobs |= {"CLUSTER_M": t.CLUSTER_M, "CLUSTER_N": t.CLUSTER_N, "SPLIT": t.SPLIT}
+    return (Kernel("gemm", "gemm.cu", "gemm", problem(plugin, inputs).constants + tuple(knobs.items())),)
+
+
+def bind(
+    plugin: Plugin,
+    tactic: ManyTokens,
+    functions: Sequence[Function],
+    tensors: Sequence[torch.Tensor | None],
+) -> Launcher:
+    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale) and y; a call sets the rows and the grid."""
+    import torch
+
+    from fp8.plugins.cuda import Launch, matrix_map
+
+    *inputs, y = tensors
+    types = [None if i is None else Tensor(str(i.dtype).removeprefix("torch."), tuple(i.shape)) for i in inputs]
+    p = problem(plugin, types)
+    x, w, x_scale, w_scale, bias = inputs[:5]
+    assert x is not None and w is not None and y is not None
+    out_scale = inputs[5] if plugin.name == "gemm_swiglu" else None
+    x_map = matrix_map(x, ATOM // x.element_size(), tactic.BLOCK_M // tactic.CLUSTER_N)
+    w_map = matrix_map(w, ATOM // w.element_size(), tactic.BLOCK_N // tactic.CLUSTER_M)
+    chunk = p.chunk(tactic.BLOCK_N)
+    y_map = matrix_map(y, chunk // y.element_size(), 64, chunk) if p["TMA_STORE"] else x_map
+    count = ctypes.c_int(0)
+    args = [x_map, w_map, y_map, x_scale, w_scale, bias, out_scale, y, count]
+    threads = 128 * (tactic.warpgroups + 1)
+    launch = Launch(functions[0], threads, args, p.shared(tactic), cluster=tactic.cluster)
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    logits = plugin.attributes().get("rows") == "L"
+
+    def run(step: StepShape) -> None:
+        rows = step.logits_rows if logits else step.tokens
+        if rows:
+            count.value = rows
+            launch(tactic.grid(rows, p.n, sms))
+
+    return run
