@@ -94,7 +94,8 @@ def quantize_checkpoint(
     _check_patterns(format, linears)
     needed = [name for name in whole.activations if format.calibrated(name)]
     with _workplace(output, resume, overwrite) as partial:
-        amax, facts = {}, None
+        amax: dict[str, float] = {}
+        facts: dict[str, Any] | None = None
         if needed:
             try:
                 amax, facts = _calibrate(model, config, checkpoint, format, dtype, calibration, partial, device, report)

@@ -17,6 +17,7 @@ from fp8.models.rope import Rope, read_rope
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "pretraining_tp": (None, 0, 1),
+    "partial_rotary_factor": (None, 1.0),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "attn_logit_softcapping": (None,),

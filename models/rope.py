@@ -55,7 +55,7 @@ class Rope:
     def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin, float32 [positions, head_dim / 2]."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        inv_freq = np.float32(1) / np.power(np.float32(self.theta), exponents)
+        inv_freq = np.float32(1) / np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
         if self.scaling is not None:
             inv_freq = self.scaling.apply(inv_freq)
         angles = np.arange(positions, dtype=np.float32)[:, None] * inv_freq[None, :]
