@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fp8.builder.engine import Engine
-from fp8.plugins.base import StepShape, Tensor, load
+from fp8.builder.engine import Engine, EngineError
+from fp8.plugins.base import Plugin, StepShape, Tensor, load
 from fp8.runtime.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -30,33 +30,36 @@ def reference_sampler(inputs: StepInputs) -> Sampler:
 
 
 def compiled_sampler(engine: Engine, inputs: StepInputs, logits: torch.Tensor) -> Sampler:
-    """Binds the plugin's kernels to the buffer `logits` f32 [L, V] and to the step's inputs."""
+    """Binds the engine's sampling kernel to the buffer `logits` f32 [L, V] and to the step's inputs."""
     import torch
 
-    from fp8.plugins.compile import compile_all, key
     from fp8.plugins.cuda import Module
 
     plugin, rows = load("sampling")(), logits.shape[0]
-    types = [
-        Tensor("float32", ("L", logits.shape[1])),
-        Tensor("float32", ("L",)),
-        Tensor("int64", ("L",)),
-        Tensor("int32", ("L",)),
-    ]
-    tactic = plugin.tactics(types, rows)[0]
-    kernels = plugin.kernels(tactic, types)
-    cubins = compile_all(kernels)
-    functions = [Module(cubins[key(kernel)].code).function(kernel.entry) for kernel in kernels]
-    size = plugin.workspace(tactic, types, rows, rows)
-    workspace = torch.zeros(size, dtype=torch.uint8, device=logits.device) if size else None
+    kinds = {"temperature": "float32", "seed": "int64", "counter": "int32"}
+    types = [Tensor("float32", ("L", logits.shape[1])), *(Tensor(dtype, ("L",)) for dtype in kinds.values())]
+    tactic, hashes = _embedded(engine, plugin, types, rows)
+    functions = [Module(engine.cubins[h]).function(str(engine.plan.kernels[h]["entry"])) for h in hashes]
+    workspace = torch.zeros(plugin.workspace(tactic, types, rows, rows), dtype=torch.uint8, device=logits.device)
     tokens = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    fields = inputs.device
-    launch = plugin.bind(
-        tactic, functions, [logits, fields["temperature"], fields["seed"], fields["counter"], tokens], workspace
-    )
+    launch = plugin.bind(tactic, functions, [logits, *(inputs.device[name] for name in kinds), tokens], workspace)
 
     def sample(shape: StepShape, _: torch.Tensor) -> torch.Tensor:
         launch(shape)
         return tokens[: shape.logits_rows]
 
     return sample
+
+
+def _embedded(engine: Engine, plugin: Plugin, types: list[Tensor], rows: int) -> tuple[Any, list[str]]:
+    """The tactic whose kernels the engine holds, and their hashes."""
+    held = {
+        (f["plugin"], f["source"], f["entry"], tuple(sorted(f["constants"].items()))): h
+        for h, f in engine.plan.kernels.items()
+    }
+    for tactic in plugin.tactics(types, rows):
+        kernels = plugin.kernels(tactic, types)
+        hashes = [held.get((k.plugin, k.source, k.entry, tuple(sorted(k.constants)))) for k in kernels]
+        if all(hashes):
+            return tactic, [h for h in hashes if h]
+    raise EngineError(f"{engine.directory} holds no sampling kernel of this package's; build it again")

@@ -206,8 +206,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             write_atomically(args.output, [json.dumps(result, indent=2).encode() + b"\n"])
     except ERRORS as error:
-        print(f"fp8-bench: error: {error}", file=sys.stderr)
+        print(f"fp8-bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fp8-bench: interrupted", file=sys.stderr)
+        return 130
     print(table(rows))
     return 0
 

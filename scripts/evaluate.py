@@ -107,7 +107,7 @@ def reference_losses(directory: Path, device: str) -> Losses:
 
 
 def read_tokens(args: argparse.Namespace, session: Session) -> tuple[list[int], int]:
-    """The text's tokens and the UTF-8 bytes that all but the first stand for."""
+    """The text's tokens, and how many UTF-8 bytes all but the first stand for (its share of the text)."""
     tokenizer = load_tokenizer(args.engine_dir)
     if tokenizer is None:
         raise RequestError(f"{args.engine_dir} holds no tokenizer; perplexity on a text needs one")
@@ -115,7 +115,8 @@ def read_tokens(args: argparse.Namespace, session: Session) -> tuple[list[int], 
         text = args.data.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"--data {args.data} is not UTF-8 text ({error})") from error
-    tokens = tokenizer.encode(text)[: args.max_tokens]
+    every = tokenizer.encode(text)
+    tokens = every[: args.max_tokens]
     if len(tokens) < 2:
         raise RequestError(f"--data {args.data} has {len(tokens)} tokens; at least 2 are needed")
     if max(tokens) >= session.model.vocab_size:
@@ -123,7 +124,7 @@ def read_tokens(args: argparse.Namespace, session: Session) -> tuple[list[int], 
             f"--data {args.data}: the tokenizer gives token {max(tokens)}, the model's vocabulary ends at "
             f"{session.model.vocab_size - 1}; the tokenizer does not belong to this model"
         )
-    return tokens, len(tokenizer.decode(tokens[1:]).encode())
+    return tokens, round(len(text.encode()) * (len(tokens) - 1) / len(every))
 
 
 def spans_of(args: argparse.Namespace, session: Session, tokens: int) -> list[Window]:
@@ -184,8 +185,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             write_atomically(args.output, [json.dumps(result, indent=2).encode() + b"\n"])
     except ERRORS as error:
-        print(f"fp8-eval: error: {error}", file=sys.stderr)
+        print(f"fp8-eval: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fp8-eval: interrupted", file=sys.stderr)
+        return 130
     print(report(result))
     limit = args.max_ppl_increase
     if limit is not None and not result["reference"]["increase"] <= limit:

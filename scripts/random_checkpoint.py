@@ -161,8 +161,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             show = lambda done, total: bar.update(task, completed=done, total=total)
             write_random_checkpoint(args.output_dir, config, format, device, args.seed, show)
     except ERRORS as error:
-        print(f"random_checkpoint: error: {error}", file=sys.stderr)
+        print(f"random_checkpoint: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("random_checkpoint: interrupted", file=sys.stderr)
+        return 130
     size = sum(f.stat().st_size for f in args.output_dir.iterdir())
     print(f"{args.output_dir}: {size / 1e9:.2f} GB, {args.qformat}, kv_cache_dtype {args.kv_cache_dtype}")
     return 0

@@ -109,8 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = generate(args)
     except ERRORS as error:
-        print(f"fp8-run: error: {error}", file=sys.stderr)
+        print(f"fp8-run: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fp8-run: interrupted", file=sys.stderr)
+        return 130
     if args.output == "json":
         print(json.dumps({**result, "completions": [c.as_dict() for c in result["completions"]]}, indent=2))
     else:

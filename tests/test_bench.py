@@ -1,0 +1,98 @@
+"""fp8-bench and random checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_checkpoint
+import tiny_engine
+
+from fp8.builder import engine as engine_format
+from fp8.builder.checkpoint import Checkpoint
+from fp8.scripts import bench, build, random_checkpoint, run
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_engine.write(tmp_path_factory.mktemp("tiny"))
+
+
+def latency(engine: Path, *flags: str) -> int:
+    return bench.main(["latency", "--engine_dir", str(engine), "--device", "cpu", *flags])
+
+
+def test_latency_reports_every_batch_size(engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "bench.json"
+    sizes = ["--batch_size", "1", "3", "--input_len", "40", "--output_len", "5", "--runs", "2"]
+    assert latency(engine_dir, *sizes, "--output", str(output)) == 0
+    result = json.loads(output.read_text())
+    assert {"command", "commit", "device", "date"} <= set(result)
+    for row, batch in zip(result["results"], (1, 3), strict=True):
+        assert row["batch_size"] == batch and len(row["all_seconds"]) == 2
+        assert row["tokens_per_second"] == pytest.approx(batch * 5 / row["seconds"])
+        assert 0 < row["first_token_ms"] < row["seconds"] * 1e3
+        assert row["bound_tokens_per_second"] is None, "the bound is the GPU's"
+    assert "tokens_per_second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "9"], "exceeds the engine's max_batch_size 8"),
+        (["--input_len", "250", "--output_len", "10"], "exceed the engine's max_seq_len 256"),
+        (
+            ["--batch_size", "4", "--input_len", "100", "--output_len", "20", "--max_kv_blocks", "7"],
+            "needs 8 KV blocks",
+        ),
+    ],
+)
+def test_what_the_engine_cannot_hold_is_refused(
+    engine_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert latency(engine_dir, "--input_len", "16", "--output_len", "8", *flags) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_profile_needs_a_gpu(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["profile", "--engine_dir", str(engine_dir), "--device", "cpu"]) == 1
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def config_file(directory: Path) -> Path:
+    path = directory / "shape.json"
+    path.write_text(json.dumps(tiny_checkpoint.CONFIG))
+    return path
+
+
+@pytest.mark.parametrize(("qformat", "kv"), [("fp8", "fp8"), ("fp8_rowwise", "auto"), ("bf16", "fp8")])
+def test_a_random_checkpoint_has_the_tensors_of_a_quantized_one_and_builds(
+    tmp_path: Path, qformat: str, kv: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "random"
+    model = ["--model", str(config_file(tmp_path)), "--output_dir", str(out)]
+    assert random_checkpoint.main([*model, "--qformat", qformat, "--kv_cache_dtype", kv]) == 0
+    made = Checkpoint(out)
+    like = Checkpoint(tiny_checkpoint.write(tmp_path / "like", tiny_checkpoint.qformat(qformat, kv)))
+    assert {n: (e.dtype, e.shape) for n, e in made.entries.items()} == {
+        n: (e.dtype, e.shape) for n, e in like.entries.items()
+    }
+    assert made.config["quantization_config"] == like.config["quantization_config"]
+    engine = tmp_path / "engine"
+    limits = ["--max_batch_size", "2", "--max_num_tokens", "64", "--log_level", "error"]
+    assert build.main(["--checkpoint_dir", str(out), "--output_dir", str(engine), "--target", "cpu", *limits]) == 0
+    tokens = ["--input_tokens", "1,2", "--max_output_len", "3"]
+    assert run.main(["--engine_dir", str(engine), "--device", "cpu", *tokens]) == 0
+    assert random_checkpoint.main(model) == 1, "it overwrites nothing"
+    assert "holds a checkpoint already" in capsys.readouterr().err
+
+
+def test_decode_is_bound_by_reading_weights_and_cache(tmp_path: Path) -> None:
+    """Weights in their own width and the K and V of the mean context, once per step."""
+    plan = engine_format.load(tiny_engine.write(tmp_path, tiny_engine.E4M3)).plan
+    weights = [b for b in plan.buffers if b.name.endswith("_proj.weight")] + [plan.buffer("lm_head.weight")]
+    read = sum(2 * b.shape[0] * b.shape[1] for b in weights)
+    kv = 2 * tiny_engine.LAYERS * tiny_engine.KV_HEADS * tiny_engine.HEAD_DIM
+    one_step = (read + kv * 1000) / bench.BYTES_PER_SECOND
+    assert bench.bound(plan, 1, 1, 1999) == pytest.approx(1999 / (1998 * one_step), rel=1e-3)

@@ -1,0 +1,79 @@
+"""fp8-run on the tiny engine: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hf_llama
+import pytest
+import tiny_engine
+
+from fp8.scripts import run
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_engine.write(tmp_path_factory.mktemp("tiny"))
+
+
+def test_json_output_holds_every_completion_in_order(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [
+        "--engine_dir",
+        str(engine_dir),
+        "--input_tokens",
+        "1,2,3",
+        "4 5",
+        "--max_output_len",
+        "6",
+        "--device",
+        "cpu",
+    ]
+    assert run.main([*args, "--output", "json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [c["prompt"] for c in result["completions"]] == [[1, 2, 3], [4, 5]]
+    assert all(len(c["token_ids"]) == 6 and c["finish_reason"] == "length" for c in result["completions"])
+    assert result["output_tokens"] == 12 and result["device"] == "cpu" and result["tokens_per_second"] > 0
+
+
+def test_text_output_begins_with_the_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)
+    assert run.main(["--engine_dir", str(directory), "--input_text", "AB!", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("AB!") and "[length, 64 tokens]" in out and "tokens/s on cpu" in out
+
+
+def test_a_seed_gives_the_same_text_again(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--engine_dir", str(engine_dir), "--input_tokens", "1,2,3", "--temperature", "0.9", "--output", "json"]
+    texts = []
+    for seed in ("5", "5", "6"):
+        run.main([*args, "--seed", seed])
+        texts.append(json.loads(capsys.readouterr().out)["completions"][0]["token_ids"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input_tokens", "1,x"], "'1,x' is not a list of token ids"),
+        (["--input_tokens", "5", "--max_output_len", "0"], "max_tokens is 0"),
+        (["--input_tokens", "5", "--temperature", "-1"], "temperature is -1.0"),
+        (["--input_tokens", "97"], "token 97 at position 0 is outside the vocabulary"),
+        (["--input_tokens", ""], "prompt 0 is empty"),
+        (["--input_text", "hello"], "holds no tokenizer"),
+        (["--input_tokens", "5", "--device", "abacus"], "device 'abacus' is unknown"),
+        (["--input_tokens", "5", "--max_kv_blocks", "1"], "need 2 KV blocks, and the pool has 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failure(
+    engine_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert run.main(["--engine_dir", str(engine_dir), *flags]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_directory_without_an_engine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--engine_dir", str(tmp_path), "--input_tokens", "1"]) == 1
+    assert "is not an engine directory" in capsys.readouterr().err
