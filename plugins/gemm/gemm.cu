@@ -3,8 +3,8 @@
 // One producer warpgroup (one thread issues TMA) fills a ring of STAGES stages of BLOCK_M x 128 bytes of x and
 // BLOCK_N x 128 bytes of w; one or two consumer warpgroups multiply. Cooperative: they share a tile's rows.
 // PINGPONG: they take turns in whole tiles, so that the epilogue of one runs under the products of the other.
-// A cluster of two either shares what both load (CLUSTER_M: two row blocks share w; CLUSTER_N: two column blocks share x;
-// each CTA loads one half and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
+// A cluster either shares what all its CTAs load (CLUSTER_M row blocks share w, or CLUSTER_N column blocks share x; each
+// CTA loads one part and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
@@ -56,14 +56,15 @@ DEVICE Tile tile_of(int unit, int m_units, u32 rank) {
   int group = unit / (GROUP_UNITS * N_UNITS), first = group * GROUP_UNITS;
   int height = min(GROUP_UNITS, m_units - first), rest = unit - group * GROUP_UNITS * N_UNITS;
   int m = first + rest % height, n = rest / height;
-  if (CLUSTER_M > 1) m = m * 2 + rank;
-  if (CLUSTER_N > 1) n = n * 2 + rank;
+  if (CLUSTER_M > 1) m = m * CLUSTER_M + rank;
+  if (CLUSTER_N > 1) n = n * CLUSTER_N + rank;
   return {m * BLOCK_M, n * BLOCK_N};
 }
 
-// Loads this CTA's part of an operand's stage: all of it, or one half for both CTAs.
+// Loads this CTA's part of an operand's stage: all of it, or its share for the whole cluster.
 template <int ROWS, bool SHARED> DEVICE void load(u32 dst, const TensorMap* map, u32 bar, int k, int row, u32 rank) {
-  if (SHARED) tma_load_2d_multicast(dst + rank * (ROWS / 2 * ROW), map, bar, k, row + rank * (ROWS / 2), 3);
+  constexpr int PART = ROWS / CLUSTER;
+  if (SHARED) tma_load_2d_multicast(dst + rank * (PART * ROW), map, bar, k, row + rank * PART, (1 << CLUSTER) - 1);
   else tma_load_2d(dst, map, bar, k, row);
 }
 
@@ -71,6 +72,25 @@ DEVICE void mma(float (&d)[BLOCK_N / 2], u64 a, u64 b, int accumulate) {
   if constexpr (OPERAND == 0) wgmma_ss_e4m3(d, a, b, accumulate);
   else if constexpr (OPERAND == 1) wgmma_ss_bf16(d, a, b, accumulate);
   else wgmma_ss_f16(d, a, b, accumulate);
+}
+
+// The consumer warpgroup is through with a stage: each of its warps tells every CTA that loads into it.
+DEVICE void release(u32 empty) {
+  int lane = threadIdx.x % 32;
+  if (CLUSTER_M * CLUSTER_N == 1) {
+    if (lane == 0) mbarrier_arrive(empty);
+  } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
+}
+
+// PINGPONG: the main loops run in the order of the tiles. (Without it a warpgroup could wait for a stage two uses ahead,
+// which a parity does not tell from now.)
+DEVICE void await_turn(int warpgroup) {
+  if (warpgroup == 0) named_barrier_sync<4, 256>();
+  else named_barrier_sync<5, 256>();
+}
+DEVICE void pass_turn(int warpgroup) {
+  if (warpgroup == 0) named_barrier_arrive<5, 256>();
+  else named_barrier_arrive<4, 256>();
 }
 
 DEVICE void warpgroup_sync(int warpgroup) {  // immediates: a register as the barrier's number would reserve all 16
@@ -296,6 +316,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     if (PINGPONG && warpgroup == 1) {  // the first tile is the other's
       stage = K_BLOCKS % STAGES, parity = K_BLOCKS / STAGES % 2;
       first += step;
+      pass_turn(warpgroup);
     }
     for (int unit = first; unit < units; unit += PINGPONG ? 2 * step : step) {
       Tile t = tile_of(unit, m_units, rank);
@@ -315,6 +336,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
           row_scale[m][i] = X_SCALE == 2 && r < rows ? x_scale[r] : 1.f;
         }
+      if (PINGPONG) await_turn(warpgroup);
       int last = -1;
 #pragma unroll 1
       for (int k = k_begin; k < k_end; k++) {
@@ -328,20 +350,13 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           for (int m = 0; m < MMAS; m++) mma(d[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, (k - k_begin) | j);
         wgmma_commit_group();
         wgmma_wait_group<1>();  // the stage before is read
-        if (last >= 0) {
-          if (CLUSTER_M * CLUSTER_N == 1 ? lane == 0 : lane < 2) {
-            if (CLUSTER_M * CLUSTER_N == 1) mbarrier_arrive(empty_bar + last * 8);
-            else mbarrier_arrive_cluster(empty_bar + last * 8, lane);
-          }
-        }
+        if (last >= 0) release(empty_bar + last * 8);
         last = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
+      if (PINGPONG) pass_turn(warpgroup);
       wgmma_wait_group<0>();
-      if (CLUSTER_M * CLUSTER_N == 1 ? lane == 0 : lane < 2) {
-        if (CLUSTER_M * CLUSTER_N == 1) mbarrier_arrive(empty_bar + last * 8);
-        else mbarrier_arrive_cluster(empty_bar + last * 8, lane);
-      }
+      release(empty_bar + last * 8);
       if (PINGPONG) {  // skip the other's tile
         stage += K_BLOCKS % STAGES, parity ^= K_BLOCKS / STAGES % 2;
         if (stage >= STAGES) stage -= STAGES, parity ^= 1;

@@ -22,6 +22,7 @@ L2_BYTES = 46.0  # that the L2 gives each SM per clock when all of them ask (64 
 DEVICE_BYTES = 2400.0  # of device memory per clock
 CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
+CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
 OFFERED = 8  # candidates that are worth timing
 
 
@@ -59,7 +60,12 @@ class ManyTokens:
     def grid(self, rows: int, n: int, sms: int) -> int:
         """CTAs: all that fit at once, or (split K) one per tile and part."""
         units = self.units(rows, n)
-        return (units if self.SPLIT > 1 else min(units, sms // self.cluster)) * self.cluster
+        return (units if self.SPLIT > 1 else min(units, clusters(self.cluster, sms))) * self.cluster
+
+
+def clusters(size: int, sms: int = SMS) -> int:
+    """Clusters that run at once (an H200 has room for 66 of two, 30 of four: its processing clusters differ in size)."""
+    return sms // size if size <= 2 else (sms - 12) // size
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,11 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
     for block_m, block_n, pingpong in tiles:
         if (block_m > 64 and tokens <= block_m // 2) or not p.chunk(block_n):
             continue
-        for cluster_m, cluster_n, split in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4)]:
-            few_tiles = -(-tokens // block_m) * -(-p.n // block_n) * split <= SMS
-            if (cluster_m > 1 and tokens <= block_m) or (cluster_n > 1 and p.n <= block_n):
+        for cluster_m, cluster_n, split in CLUSTERS:
+            few_tiles = -(-tokens // block_m) * -(-p.n // block_n) <= clusters(split)
+            if tokens <= block_m * (cluster_m - 1) or p.n <= block_n * (cluster_n - 1):
+                continue
+            if block_m // cluster_n % 8 or block_n // cluster_m % 8:  # parts are whole swizzle atoms
                 continue
             if split > 1 and (pingpong or not few_tiles or p.k_blocks < 4 * split):
                 continue
@@ -157,7 +165,7 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
     l2 = (rows / t.CLUSTER_N + columns / t.CLUSTER_M) * ATOM / min(64.0, L2_BYTES / busy)
     main = -(-p.k_blocks // t.SPLIT) * max(multiply, shared, l2)
     epilogue = 500 + rows * columns * (1 + p["SWIGLU"]) / 24 + (1500 if t.SPLIT > 1 else 0)
-    waves = -(-t.units(tokens, p.n) // (SMS // t.cluster))
+    waves = -(-t.units(tokens, p.n) // clusters(t.cluster))
     work = waves * main + epilogue if t.PINGPONG else waves * (main + epilogue)
     stream = p.n * p.k_blocks * ATOM / DEVICE_BYTES / busy
     return max(work, stream) + 1000 + 0.1 * min(work, stream)

@@ -11,7 +11,7 @@ from fp8.plugins.gemm_swiglu.plugin import GemmSwiglu
 
 TO_CODES = (
     "gate and up differ by one bfloat16 rounding here and there (2^-9), which moves h across a rounding boundary of "
-    "e4m3 (a step of 2^-3) for about one value in 40: rms 0.09 * 40^-0.5 = 1.4e-2"
+    "e4m3 (a step of 2^-3) for about one value in 40: rms 0.09 * 40^-0.5 = 1.4e-2, more in a single row"
 )
 TO_16_BITS = "gate, up and the product are each rounded to 16 bits: three roundings, bfloat16 rms 1.6e-3 each"
 
@@ -35,7 +35,7 @@ def case(
 
     moved = (rows + 2 * features) * k * BYTES[dtype] + rows * features * (1 if quant == "static" else 2)
     name = f"{rows}x{features}x{k} {dtype} {mode} quant {quant} {out}{' bias' if bias else ''}"
-    tolerance, why = (2e-2, TO_CODES) if quant == "static" else (5e-3, TO_16_BITS)
+    tolerance, why = (4e-2, TO_CODES) if quant == "static" else (5e-3, TO_16_BITS)
     plugin = GemmSwiglu("silu", quant, out)
     return Case(name, plugin, make, StepShape.prefill(rows), tolerance, why, moved, 4 * rows * features * k)
 

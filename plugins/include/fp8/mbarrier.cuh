@@ -9,9 +9,10 @@ DEVICE void mbarrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta
 DEVICE void mbarrier_arrive_expect_tx(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Arrives at the same barrier of CTA `rank` of the cluster.
+// Arrives at the same barrier of CTA `rank` of the cluster. Orders this thread's CTA only: enough to hand back a buffer that
+// was read, not to publish writes (cluster scope would cost a memory barrier each time).
 DEVICE void mbarrier_arrive_cluster(u32 bar, u32 rank) {
-  asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(bar), "r"(rank) : "memory");
+  asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(bar), "r"(rank) : "memory");
 }
 DEVICE void mbarrier_wait(u32 bar, u32 parity) {
   asm volatile(
