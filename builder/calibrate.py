@@ -145,7 +145,7 @@ def _open_hidden(graph: Graph, path: Path, tokens: int) -> np.ndarray:
     tensor = next(t for t in graph.inputs if t.name == "hidden_states")
     shape, dtype = (tokens, tensor.shape[1]), np.dtype(tensor.dtype)
     if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
-        raise CalibrationError(f"{path} is damaged; delete {path.parent} and start again")
+        raise CalibrationError(f"{path} is damaged; run again to start anew")
     return np.memmap(path, np.uint8, "r").view(dtype).reshape(shape)
 
 

@@ -127,7 +127,8 @@ def _check_patterns(format: Format, linears: list[str]) -> None:
 
 @contextlib.contextmanager
 def _workplace(output: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """`<output>.partial`, renamed to `output` on success; on failure nothing stays in it but calibration state."""
+    """`<output>.partial`, renamed to `output` on success. An interruption or a full disk leaves the calibration state in
+    it, an error in the inputs nothing."""
     partial = output.with_name(output.name + ".partial")
     try:
         if partial.exists() and not resume:
@@ -146,6 +147,9 @@ def _workplace(output: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
         _clear(partial)
         full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
         raise OutputError(f"{output} cannot be written: {error.strerror or error}{full}") from error
+    except ValueError:  # the inputs are at fault: what was calibrated with them is of no use
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     except BaseException:
         _clear(partial)
         raise
