@@ -1,0 +1,231 @@
+"""gemm and gemm_swiglu: meaning against float64, legality, and that every tactic offered compiles as intended."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fp8.plugins.base import Case, PluginError, StepShape, Tensor, load
+from fp8.plugins.compile import compile_kernel
+from fp8.plugins.gemm import many_tokens
+from fp8.plugins.gemm.cases import CASES
+from fp8.plugins.gemm.cases import case as gemm_case
+from fp8.plugins.gemm.library import Library
+from fp8.plugins.gemm.many_tokens import ManyTokens
+from fp8.plugins.gemm.plugin import Gemm
+from fp8.plugins.gemm_swiglu.cases import CASES as SWIGLU_CASES
+from fp8.plugins.gemm_swiglu.cases import case as swiglu_case
+from fp8.plugins.gemm_swiglu.plugin import GemmSwiglu
+from fp8.plugins.gemm_swiglu.reference import deinterleave, interleave
+
+E4M3 = "float8_e4m3fn"
+
+
+def tensors(case: Case) -> list[torch.Tensor | None]:
+    return case.make(torch.Generator().manual_seed(7), "cpu")
+
+
+def types(inputs: list[torch.Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in inputs]
+
+
+def operands(n: int = 64, k: int = 64, dtype: str = E4M3, rows: int | str = "T") -> list[Tensor | None]:
+    f32 = "float32"
+    return [Tensor(dtype, (rows, k)), Tensor(dtype, (n, k)), Tensor(f32, (1,)), Tensor(f32, (n,)), Tensor(f32, (n,))]
+
+
+def exact(x, w, x_scale, w_scale, bias) -> np.ndarray:
+    """float64, element by element in the other order: scales applied before the products."""
+    x, w = x.double().numpy(), w.double().numpy()
+    if x_scale is not None:
+        x = x * x_scale.double().numpy().reshape(-1, 1)
+    if w_scale is not None:
+        w = w * w_scale.double().numpy().reshape(-1, 1)
+    y = np.einsum("tk,nk->tn", x, w)
+    return y if bias is None else y + bias.double().numpy()
+
+
+SMALL = [c for c in CASES if c.flops < 5e7]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_gemm_reference_is_the_float64_product_rounded_once(case: Case) -> None:
+    inputs = tensors(case)
+    (y,) = case.plugin.reference(*inputs, step=case.step)
+    expected = torch.from_numpy(exact(*inputs))
+    unit = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 2**-20}[y.dtype]
+    assert y.shape == expected.shape
+    assert ((y.double() - expected).abs() <= unit * expected.abs() + 1e-5).all()
+
+
+def test_swiglu_reference_equals_two_linears_and_an_activation() -> None:
+    torch.manual_seed(3)
+    x, gate, up = torch.randn(5, 48), torch.randn(24, 48) / 7, torch.randn(24, 48) / 7
+    w = interleave(gate, up).bfloat16()
+    plugin = GemmSwiglu("silu", "static", "bfloat16")
+    scale = torch.tensor([0.01])
+    (codes,) = plugin.reference(x.bfloat16(), w, None, None, None, scale, step=StepShape.prefill(5))
+    g, u = ((x.bfloat16().double() @ m.bfloat16().double().t()).float().bfloat16().double() for m in (gate, up))
+    h = g / (1 + torch.exp(-g)) * u
+    expected = (h.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert (codes.float() != expected.float()).float().mean() < 0.05  # a float32 sum may round a gate the other way
+    assert torch.allclose(codes.float(), expected.float(), rtol=0.13)
+
+
+def test_swiglu_saturates_codes_at_448() -> None:
+    plugin = GemmSwiglu("silu", "static", "bfloat16")
+    x, w = torch.full((1, 16), 4.0).bfloat16(), torch.ones(16, 16).bfloat16()
+    (codes,) = plugin.reference(x, w, None, None, None, torch.tensor([1e-3]), step=StepShape.prefill(1))
+    assert codes.float().tolist() == [[448.0] * 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_interleaved_rows_come_apart_again(dtype: torch.dtype) -> None:
+    gate, up = (torch.randn(24, 3).to(dtype) for _ in range(2))
+    both = interleave(gate, up)
+    assert torch.equal(both[:8].float(), gate[:8].float()) and torch.equal(both[8:16].float(), up[:8].float())
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(deinterleave(both), (gate, up), strict=True))
+
+
+def test_interleave_refuses_odd_groups() -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        interleave(torch.zeros(12, 2), torch.zeros(12, 2))
+
+
+def test_symbolic_rows_are_inferred() -> None:
+    assert Gemm("float32", "L").infer(operands(rows="L")) == (Tensor("float32", ("L", 64)),)
+    inputs = [*operands(), Tensor("float32", (1,))]
+    assert GemmSwiglu().infer(inputs) == (Tensor(E4M3, ("T", 32)),)
+    inputs[2] = Tensor("float32", ("T",))
+    GemmSwiglu().check(inputs)
+
+
+def replaced(inputs: list, index: int, value: Tensor | None) -> list:
+    return [value if i == index else t for i, t in enumerate(inputs)]
+
+
+REFUSED = [
+    (operands(k=4100), "K=4100 is not a multiple of 16 .TMA rows are 16-byte units.; pad it, or keep this layer"),
+    (operands(k=4100, dtype="bfloat16"), "K=4100 is not a multiple of 8"),
+    (operands(dtype="float32"), "x is float32 and the output bfloat16"),
+    (replaced(operands(), 1, Tensor("bfloat16", (64, 64))), "x is float8_e4m3fn and w is bfloat16"),
+    (replaced(operands(), 1, Tensor(E4M3, (64, 32))), "expected .rows, K. and .N, K. with one K"),
+    (replaced(operands(), 2, Tensor("float32", (7,))), "x_scale is float32 .7., expected float32 .1. or .T."),
+    (replaced(operands(), 3, Tensor("float32", (1,))), "w_scale is float32 .1., expected float32 .64."),
+    (replaced(operands(), 4, Tensor("bfloat16", (64,))), "bias is bfloat16 .64., expected float32 .64."),
+    (replaced(operands(), 0, None), "x and w must be given"),
+    (operands(dtype="float16"), "x is float16 and the output bfloat16"),
+]
+
+
+@pytest.mark.parametrize("inputs, message", REFUSED)
+def test_gemm_refuses_with_a_remedy(inputs: list[Tensor | None], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        Gemm("bfloat16").check(inputs)
+
+
+def test_float32_is_for_the_reference_only() -> None:
+    plugin = Gemm("float32")
+    assert plugin.infer(operands(dtype="float32"))[0].dtype == "float32"
+    with pytest.raises(PluginError, match="x is float32, but the tensor cores take"):
+        plugin.check(operands(dtype="float32"))
+
+
+def test_swiglu_refuses_what_it_cannot_pair() -> None:
+    scale = Tensor("float32", (1,))
+    for plugin, inputs, message in [
+        (GemmSwiglu(), [*operands(n=24), scale], "w has 24 rows, expected groups of 8"),
+        (GemmSwiglu("gelu"), [*operands(), scale], "activation is 'gelu', expected 'silu'"),
+        (GemmSwiglu(), [*operands(), None], "out_scale is absent, but quant is 'static'"),
+        (GemmSwiglu(quant="none"), [*operands(), scale], "out_scale is given, but quant is 'none'"),
+        (GemmSwiglu(quant="none", out_dtype="float32"), [*operands(), None], "out_dtype is float32"),
+    ]:
+        with pytest.raises(PluginError, match=message):
+            plugin.check(inputs)
+
+
+def test_every_case_is_legal_and_has_tactics() -> None:
+    for case in CASES + SWIGLU_CASES:
+        inputs = types(tensors(case)) if case.flops < 5e7 else None
+        if inputs:
+            case.plugin.check(inputs)
+            assert case.plugin.tactics(inputs, case.step.tokens)
+
+
+def test_tactics_survive_a_round_trip_through_fields() -> None:
+    import dataclasses
+
+    for tokens in (8, 1000):
+        for tactic in Gemm().tactics(operands(4096, 4096), tokens):
+            assert load("gemm")().tactic(dataclasses.asdict(tactic)) == tactic
+
+
+def test_few_tokens_come_first_up_to_64_and_many_after() -> None:
+    inputs = [*operands(4096, 4096)[:4], None]
+    kinds = [[t.kind for t in Gemm().tactics(inputs, tokens)] for tokens in (64, 65)]
+    assert kinds[0][0] == "few_tokens" and "many_tokens" in kinds[0]
+    assert set(kinds[1]) == {"many_tokens", "library"} and kinds[1][0] == "many_tokens"
+
+
+def test_buckets_end_at_the_maximum() -> None:
+    assert Gemm().buckets(1000) == [8, 16, 32, 64, 128, 256, 512, 1000]
+    assert GemmSwiglu().buckets(8) == [8]
+
+
+def test_the_library_is_offered_only_for_the_same_op() -> None:
+    def offered(plugin, inputs) -> bool:
+        return Library() in plugin.tactics(inputs, 128)
+
+    scaled = operands(4096, 4096)[:4]
+    assert offered(Gemm(), [*scaled, None])
+    assert not offered(Gemm(), operands(4096, 4096))  # its bias is rounded
+    assert not offered(Gemm("float32"), [*scaled, None])
+    assert not offered(Gemm(), [*operands(1000, 4096)[:4], None])
+    assert offered(Gemm(), [*operands(1000, 4096, "bfloat16")[:2], None, None, None])
+
+
+def test_every_offered_tactic_fits_shared_memory_and_the_grid() -> None:
+    for n, k in [(12288, 4096), (4096, 11008), (1003, 864), (384, 320), (24, 16)]:
+        problem = many_tokens.problem(Gemm(), operands(n, k))
+        for tokens in (1, 65, 300, 4096):
+            for t in many_tokens.enumerate_tactics(problem, tokens):
+                assert problem.shared(t) <= many_tokens.SHARED_MAX
+                assert t.grid(tokens, n, many_tokens.SMS) % t.cluster == 0
+                assert t.grid(1, n, many_tokens.SMS) >= t.cluster
+
+
+COMPILED = [
+    (gemm_case(1, 12288, 4096), ManyTokens(128, 256, 4)),
+    (gemm_case(1, 12288, 4096, "rowwise"), ManyTokens(256, 128, 4)),
+    (gemm_case(1, 12288, 4096), ManyTokens(128, 128, 6, 1, 2)),
+    (gemm_case(1, 4096, 4096), ManyTokens(128, 64, 8, 0, 1, 4)),
+    (gemm_case(1, 4096, 11008), ManyTokens(128, 64, 8, SPLIT=2)),
+    (gemm_case(1, 12288, 4096, "none", "bfloat16", bias=True), ManyTokens(128, 192, 4)),
+    (gemm_case(1, 1003, 864, out="float32"), ManyTokens(64, 256, 4)),
+    (swiglu_case(1, 11008, 4096), ManyTokens(128, 256, 4)),
+    (swiglu_case(1, 11008, 4096), ManyTokens(128, 128, 6, 1)),
+    (swiglu_case(1, 11008, 4096, quant="none"), ManyTokens(64, 256, 4, 1)),
+]
+
+
+@pytest.mark.parametrize("case, tactic", COMPILED, ids=lambda v: getattr(v, "name", "tactic"))
+def test_kernel_compiles_without_spills_and_keeps_its_wgmma_pipeline(case: Case, tactic: ManyTokens) -> None:
+    rows = case.step.tokens
+    assert rows == 1
+    generator = torch.Generator().manual_seed(0)
+    inputs = types(case.make(generator, "cpu"))
+    (kernel,) = case.plugin.kernels(tactic, inputs)
+    cubin = compile_kernel(kernel)
+    assert cubin.spill_bytes == 0
+    assert not cubin.serialized
+    assert cubin.registers <= 168 or tactic.warpgroups == 1
+
+
+@pytest.mark.parametrize("rows", [65, 512, 2048])
+def test_the_favourite_tactics_compile(rows: int) -> None:
+    inputs = [*operands(4096, 4096)[:4], None]
+    for tactic in many_tokens.candidates(Gemm(), inputs, rows)[:2]:
+        cubin = compile_kernel(Gemm().kernels(tactic, inputs)[0])
+        assert cubin.spill_bytes == 0 and not cubin.serialized
