@@ -161,10 +161,8 @@ class Bench:
 
         workspace = self.workspace(tactic)
         size = sum(t.nbytes for t in [*self.inputs, *self.outputs()[0]] if t is not None)
-        launches = []
-        for _ in range(max(2, min(32, -(-COLD // size)))):
-            tensors = [*self.fresh_inputs(), *self.outputs()[0]]
-            launches.append(self.plugin.bind(tactic, functions, tensors, workspace))
+        sets = [[*self.fresh_inputs(), *self.outputs()[0]] for _ in range(max(2, min(32, -(-COLD // size))))]
+        launches = [self.plugin.bind(tactic, functions, tensors, workspace) for tensors in sets]
         count = max(LAUNCHES, len(launches))
         launches[0](self.case.step)
         torch.cuda.synchronize()
