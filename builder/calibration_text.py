@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 CHARACTERS_PER_TOKEN = 4  # of a piece cut from running text; what a piece has beyond the maximal length is dropped
@@ -21,10 +21,8 @@ def read_samples(
 
     A row of JSON lines or parquet (column `text`) is one sample; running text is cut into pieces.
     """
-    texts = list(_texts(path, max_seq_length))
-    random.Random(seed).shuffle(texts)
     samples: list[list[int]] = []
-    for text in texts:
+    for text in _choose(_texts(path, max_seq_length), size, random.Random(seed)):
         tokens = encode(text)[:max_seq_length]
         outside = [t for t in tokens if not 0 <= t < vocab_size]
         if outside:
@@ -34,11 +32,20 @@ def read_samples(
             )
         if tokens:
             samples.append(tokens)
-        if len(samples) == size:
-            break
     if not samples:
         raise CalibrationError(f"{path} has no text to calibrate with")
     return samples
+
+
+def _choose(texts: Iterable[str], size: int, choice: random.Random) -> list[str]:
+    """`size` of the non-empty texts, each with the same chance, holding no more (reservoir sampling)."""
+    chosen: list[str] = []
+    for count, text in enumerate(filter(None, texts), 1):
+        if len(chosen) < size:
+            chosen.append(text)
+        elif (place := choice.randrange(count)) < size:
+            chosen[place] = text
+    return chosen
 
 
 def _texts(path: Path, max_seq_length: int) -> Iterator[str]:

@@ -59,7 +59,7 @@ class Interpreter:
         self._plugins: dict[int, base.Plugin] = {}
         self._tensors = graph.tensors()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         feeds: Mapping[str, torch.Tensor],

@@ -127,8 +127,8 @@ def _check_patterns(format: Format, linears: list[str]) -> None:
 
 @contextlib.contextmanager
 def _workplace(output: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """`<output>.partial`, renamed to `output` on success. An interruption or a full disk leaves the calibration state in
-    it, an error in the inputs nothing."""
+    """`<output>.partial`, renamed to `output` on success. An interruption or a full disk leaves the calibration state
+    in it, an error in the inputs nothing."""
     partial = output.with_name(output.name + ".partial")
     try:
         if partial.exists() and not resume:
