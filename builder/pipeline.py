@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
@@ -10,6 +11,7 @@ from fp8.builder.passes.fold import fold
 from fp8.builder.passes.fuse import fuse
 from fp8.builder.passes.lower_attention import lower_attention
 from fp8.builder.passes.merge_linears import merge_linears
+from fp8.builder.rewrite import tensor_type
 from fp8.builder.target import Target
 
 Pass = Callable[[gs.Graph, Target], int]  # rewrites the graph, returns how many places it changed
@@ -27,3 +29,19 @@ def run(graph: gs.Graph, target: Target, after: Callable[[str, int, gs.Graph], N
         count = rewrite(graph, target)
         after(rewrite.__name__, count, graph)
     return graph
+
+
+def dump(graph: gs.Graph, directory: Path, index: int, name: str) -> None:
+    """Writes `<index>_<name>.txt`: one line per node, in order, with types."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [f"{n.name}: {n.op}({_types(n.inputs)}) {_attributes(n)} -> {_types(n.outputs)}\n" for n in graph.nodes]
+    (directory / f"{index}_{name}.txt").write_text("".join(lines))
+
+
+def _types(tensors: list[gs.Tensor]) -> str:
+    found = ((t.name, tensor_type(t)) for t in tensors)
+    return ", ".join(f"{name} {t.dtype}[{','.join(map(str, t.shape))}]" if t else "-" for name, t in found)
+
+
+def _attributes(node: gs.Node) -> str:
+    return "{" + ", ".join(f"{k}={v}" for k, v in node.attrs.items()) + "}"

@@ -56,7 +56,7 @@ def to_torch(constant: gs.Constant) -> torch.Tensor:
     values = constant._values
     if isinstance(values, Prepared):
         return values.load_torch()
-    array = np.ascontiguousarray(values.load() if isinstance(values, LazyValues) else values).reshape(-1)
+    array = np.array(values.load() if isinstance(values, LazyValues) else values).reshape(-1)  # a copy, off the file
     return torch.from_numpy(array.view(np.uint8)).view(torch_dtype(constant)).reshape(tuple(constant.shape))
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fp8.builder.formats.base import Format, load
+from fp8.builder.quantization_config import write_engine_section, write_quantization
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 192,
@@ -17,6 +18,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 64, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 ODD = {"hidden_size": 60, "intermediate_size": 44, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20}
 
 
@@ -66,6 +68,12 @@ def write(directory: Path, format: Format, seed: int = 0, **changes: Any) -> Pat
     """Writes config.json and model.safetensors; `changes` go into the config."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {**CONFIG, **changes}
+    linears = [f"model.layers.{i}.{m}" for i in range(config["num_hidden_layers"]) for m in LINEARS]
+    config["dtype"] = config["torch_dtype"] = format.dtype or config.get("torch_dtype") or "bfloat16"
+    quantization = write_quantization(format, linears)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    config["fp8_engine"] = write_engine_section(format, "0", None)
     save_file(tensors(config, format, seed), directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     return directory

@@ -108,6 +108,10 @@ def replace(graph: gs.Graph, match: Match, constants: dict[str, gs.Constant], ta
     """Puts the plugin's node in the place of the matched ones."""
     plugin = operator(match)
     inputs = [gs.Variable.empty() if t is None else t for t in prepared_inputs(match, constants)]
+    for stored, tensor in zip(match.inputs, inputs, strict=True):
+        if isinstance(stored, gs.Constant) and stored is not tensor:  # one constant of a name in the graph
+            for reader in list(stored.outputs):
+                reader.inputs = [tensor if t is stored else t for t in reader.inputs]
     names = {n.name for n in graph.nodes if n.domain == DOMAIN}
     name = match.module if match.module not in names else f"{match.module}/{plugin.name}"
     node = gs.Node(plugin.name, name, plugin.attributes(), inputs, [], domain=DOMAIN)

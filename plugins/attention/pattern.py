@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 P_SCALE = 1 / 256
 
 
@@ -86,7 +84,5 @@ def complete(inputs, attributes):
     head_dim = qkv.shape[1] // heads
     found = {"head_dim": head_dim, "out_dtype": qkv.dtype}
     if "log2_scale" in attributes:
-        usual = 1 / math.sqrt(head_dim)
-        same = np.float32(usual * math.log2(math.e)) == np.float32(attributes["log2_scale"])
-        found["softmax_scale"] = usual if same else attributes["log2_scale"] / math.log2(math.e)
+        found["softmax_scale"] = attributes["log2_scale"] / math.log2(math.e)
     return found

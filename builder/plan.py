@@ -1,0 +1,163 @@
+"""From the fused graph to a plan: buffers, steps, tactics, and where everything lives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from fp8.builder import memory, tune
+from fp8.builder.dtypes import dtype_name
+from fp8.builder.engine import Buffer, Limits, Step, TacticChoice
+from fp8.builder.interpret import plugin_of
+from fp8.builder.rewrite import DOMAIN, tensor_type
+from fp8.plugins.base import Plugin, PluginError, Tensor, load
+
+REGION = 256  # alignment of a workspace region in bytes
+
+
+class LegalityError(ValueError):
+    """Ops that no kernel of the target can execute, each with its module's name, what was found and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A plugin node with what the planner asks of it."""
+
+    name: str
+    plugin: Plugin
+    types: tuple[Tensor | None, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def rows(self) -> str:
+        """Which size of a step counts its rows: "T" or "L"."""
+        output = self.plugin.infer(self.types)[0]
+        return str(output.shape[0])
+
+
+def nodes(graph: gs.Graph) -> list[Node]:
+    """All nodes, in order. Raises LegalityError for what no plugin took."""
+    left = [n for n in graph.nodes if n.domain != DOMAIN]
+    if left:
+        raise LegalityError(
+            f"{len(left)} nodes were taken by no plugin, the first is {left[0].name} ({left[0].op}); "
+            f"fp8-build --explain {left[0].name} tells why"
+        )
+    return [
+        Node(
+            n.name, plugin_of(n), tuple(tensor_type(t) for t in n.inputs), tuple(t.name for t in n.inputs),
+            tuple(t.name for t in n.outputs),
+        )
+        for n in graph.nodes
+    ]  # fmt: skip
+
+
+def check(found: list[Node]) -> None:
+    """Raises LegalityError with every op that no CUDA tactic can execute."""
+    errors = []
+    for node in found:
+        try:
+            node.plugin.check(node.types)
+        except PluginError as error:
+            errors.append(f"{node.plugin.name}: {node.name}: {error}")
+    if errors:
+        more = f"\n({len(errors) - 8} more)" if len(errors) > 8 else ""
+        raise LegalityError("\n".join(errors[:8]) + more)
+
+
+def constants(graph: gs.Graph) -> dict[str, gs.Constant]:
+    """The weights, by name."""
+    found: dict[str, gs.Constant] = {}
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                known = found.setdefault(tensor.name, tensor)
+                assert tensor_type(known) == tensor_type(tensor), f"{tensor.name} is stored in two layouts"
+    return found
+
+
+def buffers(graph: gs.Graph) -> dict[str, Buffer]:
+    """Every tensor of the plan: inputs, caches, weights, activations, outputs."""
+    outputs = {t.name for t in graph.outputs}
+    found: dict[str, Buffer] = {}
+
+    def add(tensor: gs.Tensor, kind: str) -> None:
+        if tensor.name and tensor.name not in found:
+            found[tensor.name] = Buffer(tensor.name, dtype_name(tensor.dtype), tuple(tensor.shape), kind)
+
+    for tensor in graph.inputs:
+        add(tensor, "kv_cache" if tensor.name.startswith("kv_cache.") else "input")
+    for tensor in constants(graph).values():
+        add(tensor, "weight")
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            add(tensor, "output" if tensor.name in outputs else "activation")
+    return found
+
+
+def place(found: dict[str, Buffer], steps: list[Step], limits: Limits) -> tuple[tuple[Buffer, ...], int]:
+    """The buffers with the activations' offsets, and the size of their arena."""
+    offsets, size = memory.place(found, steps, limits)
+    return tuple(dataclasses.replace(b, offset=offsets.get(b.name)) for b in found.values()), size
+
+
+def steps(found: list[Node]) -> list[Step]:
+    """Steps without tactics, as an engine for target cpu has them."""
+    return [Step(n.name, n.plugin.name, n.plugin.attributes(), n.inputs, n.outputs) for n in found]
+
+
+class Tactics:
+    """The tactics of all nodes for a GPU target: compiled, and their workspace regions assigned."""
+
+    def __init__(self, found: list[Node], limits: Limits) -> None:
+        self.nodes = found
+        self.limits = limits
+        self.sites = {n.name: [tune.Site(n.plugin, n.types, rows) for rows in self._buckets(n)] for n in found}
+        self.sampler = tune.Site(load("sampling")(), self._sampler_types(), memory.logits_rows(limits))
+        self.choices: dict[tune.Site, tune.Choice] = {}
+        self._regions: dict[Any, int] = {}
+        self.workspace_bytes = 0
+
+    def choose(
+        self, measured: dict[str, dict[str, Any]], progress: Callable[[int, int], None], warn: Callable[[str], None]
+    ) -> None:
+        """Compiles; see `tune.choose`. The sampler's kernel is embedded too: serving needs no compiler."""
+        every = [site for sites in self.sites.values() for site in sites]
+        self.choices = tune.choose([*every, self.sampler], measured, progress, warn)
+
+    def steps(self) -> list[Step]:
+        plain = steps(self.nodes)
+        return [dataclasses.replace(s, tactics=tuple(map(self._choice, self.sites[s.name]))) for s in plain]
+
+    def cubins(self) -> dict[str, tune.Cubin]:
+        return {c.key: c for choice in self.choices.values() for c in choice.cubins}
+
+    def _choice(self, site: tune.Site) -> TacticChoice:
+        choice = self.choices[site]
+        size = site.plugin.workspace(choice.tactic, site.types, site.max_tokens, self.limits.max_batch_size)
+        hashes = tuple(c.key for c in choice.cubins)
+        fields = tune.tactic_fields(choice.tactic)
+        return TacticChoice(site.max_tokens, fields, hashes, size, self._region(site, choice.tactic, size))
+
+    def _region(self, site: tune.Site, tactic: Any, size: int) -> int:
+        """Kernels leave their counters at zero but not their data: only equal launches share a region."""
+        if size == 0:
+            return 0
+        owner = (site, tactic)
+        if owner not in self._regions:
+            self._regions[owner] = self.workspace_bytes
+            self.workspace_bytes += -(-size // REGION) * REGION
+        return self._regions[owner]
+
+    def _buckets(self, node: Node) -> list[int]:
+        rows = memory.logits_rows(self.limits) if node.rows == "L" else self.limits.max_num_tokens
+        return node.plugin.buckets(rows)
+
+    def _sampler_types(self) -> tuple[Tensor | None, ...]:
+        logits = self.nodes[-1].plugin.infer(self.nodes[-1].types)[0]
+        kinds = ("float32", "int64", "int32")  # temperature, seed, counter
+        return (logits, *(Tensor(kind, ("L",)) for kind in kinds))

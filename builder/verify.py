@@ -1,0 +1,107 @@
+"""Verification: the interpreter runs the graph before and after every pass on the same random steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_graphsurgeon as gs
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fp8.builder.engine import Limits
+from fp8.builder.interpret import Interpreter, empty_caches, next_caches, step_inputs
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+PLAIN_SQNR, QUANTIZED_SQNR = 80.0, 45.0  # dB; with quantization a last-bit difference may flip an FP8 code
+
+
+class VerificationError(RuntimeError):
+    """A pass changed what the graph computes: names the pass, the SQNR found and the bound."""
+
+
+def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Signal to quantization noise ratio in dB: 10 log10(|expected|^2 / |found - expected|^2); inf if equal."""
+    signal, noise = expected.double().square().sum(), (found.double() - expected.double()).square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+
+
+class Exact(TorchFunctionMode):
+    """Every float type but e4m3 becomes float64, in plugins' references too.
+
+    Two equal graphs then agree to 1e-15, so that no code flips between them: in float32 a last-bit difference flips one
+    code in 10^4 to 10^6, the flip disturbs its row, and after a few layers the logits differ by 30 to 40 dB.
+    """
+
+    def __enter__(self) -> Exact:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self.default)
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func is torch.Tensor.view:  # stored bytes are read as what they are
+            return func(*args, **kwargs or {})
+        wider = {k: _wider(v) for k, v in (kwargs or {}).items()}
+        return func(*map(_wider, args), **wider)
+
+
+def _wider(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.dtype in NARROW else x
+
+
+class ExactInterpreter(Interpreter):
+    def _constant_value(self, tensor: gs.Tensor) -> torch.Tensor:
+        return exact(super()._constant_value(tensor))
+
+
+class Verifier:
+    """Logits of a prefill step of three sequences and of a mixed step after it (decode rows and a chunk)."""
+
+    def __init__(self, graph: gs.Graph, vocabulary: int, limits: Limits, quantized: bool, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.context = min(limits.max_seq_len, 128)
+        longest = max(1, self.context - 4)
+        lengths = [min(n, longest) for n in (70, 5, 9)]
+
+        def tokens(count: int) -> list[int]:
+            return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+        self.steps = [
+            [(tokens(n), 0) for n in lengths],
+            [(tokens(min(n, self.context - past)), past) for n, past in zip((1, 1, 3), lengths, strict=True)],
+        ]
+        self.bound = QUANTIZED_SQNR if quantized else PLAIN_SQNR
+        self.before = self._logits(graph)
+
+    def check(self, name: str, graph: gs.Graph) -> float:
+        """SQNR in dB of the graph after the pass `name` against before it. Raises VerificationError below the bound."""
+        after = self._logits(graph)
+        found = sqnr(after, self.before)
+        if not found >= self.bound:
+            raise VerificationError(
+                f"pass {name} changed the result: SQNR {found:.1f} dB, expected at least {self.bound:.0f} dB; "
+                "--dump_passes DIR writes the graph after every pass"
+            )
+        self.before = after
+        return found
+
+    def _logits(self, graph: gs.Graph) -> torch.Tensor:
+        interpreter, logits, caches = ExactInterpreter(graph), [], None
+        for sequences in self.steps:
+            feeds = step_inputs(sequences, self.context)
+            caches = caches or {name: exact(cache) for name, cache in empty_caches(graph, feeds).items()}
+            with Exact():
+                results = interpreter({**feeds, **caches})
+            caches = next_caches(caches, results)
+            logits.append(results["logits"])
+        return torch.cat(logits)

@@ -1,0 +1,159 @@
+"""fp8-build: checkpoint -> engine directory."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fp8.builder import build
+from fp8.builder.build import BuildError, Compiled, Reporter, Request, Source
+from fp8.builder.checkpoint import Checkpoint, CheckpointError
+from fp8.builder.export import ExportError, export
+from fp8.builder.formats.base import FormatError
+from fp8.builder.measure import TuneError
+from fp8.builder.plan import LegalityError
+from fp8.builder.target import TARGETS
+from fp8.builder.verify import VerificationError
+from fp8.models import config as models
+from fp8.models.config import ConfigError
+from fp8.plugins.base import PluginError
+
+ERRORS = (
+    BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, TuneError,
+    VerificationError,
+)  # fmt: skip
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LOG_LEVELS = ("error", "warning", "info", "verbose")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("fp8-build", description=__doc__)
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="as fp8-quantize or Hugging Face writes it")
+    parser.add_argument("--output_dir", type=Path, help="engine directory; an existing engine is replaced")
+    parser.add_argument(
+        "--strongly_typed", action=argparse.BooleanOptionalAction, default=True,
+        help="every op runs in the types of the graph (default). --no-strongly_typed permits a higher precision where "
+        "that is faster; no tactic makes use of it yet, so the engine is the same",
+    )  # fmt: skip
+    parser.add_argument("--max_batch_size", type=int, default=64, help="sequences in flight")
+    parser.add_argument("--max_seq_len", type=int, help="tokens per sequence, prompt included (default: the model's)")
+    parser.add_argument("--max_num_tokens", type=int, default=8192, help="tokens per step")
+    parser.add_argument(
+        "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check and print the memory budget; compile, write nothing"
+    )
+    parser.add_argument("--verify", action="store_true", help="interpret random steps before and after every pass")
+    parser.add_argument("--tune", action="store_true", help="time the tactics on this machine's GPU")
+    parser.add_argument("--explain", metavar="NODE", help="tell why each pattern did or did not match here; no build")
+    parser.add_argument("--dump_passes", type=Path, metavar="DIR", help="write the graph after every pass as text")
+    parser.add_argument("--export_onnx", type=Path, metavar="FILE", help="write the quantize/dequantize graph as ONNX")
+    parser.add_argument(
+        "--export_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="type of the exported activations (onnxruntime's CPU wants float32, the default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu_memory", default="141G", help="of the card that the memory budget is for (default: 141G)"
+    )
+    parser.add_argument("--log_level", default="info", choices=LOG_LEVELS)
+    options = parser.parse_args(arguments)
+    if options.output_dir is None and not (options.dry_run or options.explain or options.export_onnx):
+        parser.error("--output_dir is needed, except with --dry_run, --explain or --export_onnx")
+    return options
+
+
+def memory_size(text: str) -> int:
+    """Bytes of `80G`, `141GiB`, `1024`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text)
+    if not found:
+        raise BuildError(f"gpu_memory {text!r} is no size; expected one like 80G")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Builds as asked. Raises one of ERRORS."""
+    request = Request(
+        options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
+        options.tune, options.dump_passes, options.explain,
+    )  # fmt: skip
+    card = memory_size(options.gpu_memory)
+    checkpoint = Checkpoint(options.checkpoint_dir)
+    source = Source(models.load(checkpoint.config), checkpoint)
+    if options.output_dir:
+        build.check_output(options.output_dir)
+    if options.explain:
+        print("\n".join(build.explain(source, request)))
+        return
+    if options.export_onnx:
+        export(source, options.export_onnx, options.export_dtype, source.limits(request).max_seq_len)
+        console.print(f"{options.export_onnx}: the graph as ONNX, activations in {options.export_dtype}")
+    if options.output_dir or options.dry_run:
+        _build(options, source, request, card, console)
+
+
+def _build(options: argparse.Namespace, source: Source, request: Request, card: int, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    level = LOG_LEVELS.index(options.log_level)
+    with Progress(*columns, console=console, disable=level < LOG_LEVELS.index("info")) as bars:
+        tasks: dict[str, int] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        talkative = level >= LOG_LEVELS.index("verbose") or options.verify or options.tune
+        reporter = Reporter(
+            show,
+            (lambda text: bars.console.print(text, markup=False)) if talkative and level >= 2 else lambda text: None,
+            (lambda text: bars.console.print(f"warning: {text}", markup=False)) if level >= 1 else lambda text: None,
+        )
+        compiled = build.compile(source, request, reporter, options.dry_run)
+        if not options.dry_run:
+            build.write(compiled, source, options.output_dir, reporter)
+    if level >= LOG_LEVELS.index("info"):
+        _summary(compiled, card, console)
+        if not options.dry_run:
+            console.print(f"{options.output_dir}: {source.format.name} engine for {request.target}")
+
+
+def _summary(compiled: Compiled, card: int, console: Console) -> None:
+    pairs = compiled.plan.fusion_report
+    left = [p for p in pairs if not p["folded"]]
+    console.print(
+        f"{len(compiled.plan.steps)} steps, {len(pairs)} quantize/dequantize pairs, {len(left)} left unfolded"
+    )
+    table = Table("memory", "size", title=None)
+    for row in build.budget_lines(compiled.plan, card):
+        table.add_row(*row)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half-written, as Ctrl-C
+    try:
+        run(options, Console(stderr=True))
+    except ERRORS as error:
+        print(f"fp8-build: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fp8-build: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
