@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.attention import layout
-from fp8.plugins.base import BLOCK_SIZE, Dim, Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.attention import decode, layout, prefill, rope_kv_write
+from fp8.plugins.attention.decode import Decode
+from fp8.plugins.attention.prefill import Prefill
+from fp8.plugins.base import BLOCK_SIZE, Dim, Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.plugins.cuda import Function
 
 E4M3 = "float8_e4m3fn"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -19,6 +23,11 @@ INPUTS = (
     "qkv", "position_ids", "slot_mapping", "query_start", "sequence_lengths", "block_tables", "cos", "sin",
     "key_cache", "value_cache", "q_scale", "k_scale", "v_scale", "out_scale",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionTactic(Decode, Prefill):
+    """Both parts' fields side by side."""
 
 
 @dataclass(frozen=True)
@@ -144,3 +153,62 @@ class Attention(Plugin):
             raise PluginError("qkv is float32, but the tensor cores take bfloat16 or float16; choose a 16-bit dtype")
         if not self.quant_out and self.out_dtype != qkv.dtype:
             raise PluginError(f"out_dtype is {self.out_dtype}, but the kernels write qkv's {qkv.dtype}; insert a Cast")
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[AttentionTactic]:
+        """The favourites of both parts, then each alternative of one part beside the favourite of the other."""
+        decodes, prefills = decode.candidates(self, inputs), prefill.candidates(self, inputs)
+        pairs = [(d, prefills[0]) for d in decodes] + [(decodes[0], p) for p in prefills[1:]]
+        return [AttentionTactic(**asdict(d), **asdict(p)) for d, p in pairs]
+
+    def tactic(self, fields: dict[str, Any]) -> AttentionTactic:
+        return AttentionTactic(**fields)
+
+    def kernels(self, tactic: AttentionTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        parts = (*decode.kernels(self, tactic, inputs), *prefill.kernels(self, tactic, inputs))
+        return (rope_kv_write.kernel(self, inputs), *parts)
+
+    def workspace(
+        self, tactic: AttentionTactic, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
+    ) -> int:
+        """The decode part's, the prefill part's, and the queries."""
+        return sum(self._regions(tactic, inputs, max_tokens, max_sequences))
+
+    def _regions(
+        self, tactic: AttentionTactic, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
+    ) -> tuple[int, int, int]:
+        """Bytes of each, in multiples of 1024."""
+        sizes = (
+            decode.workspace(self, tactic, inputs, max_tokens, max_sequences),
+            prefill.workspace(self, tactic, inputs, max_tokens, max_sequences),
+            max_tokens * self.num_heads * prefill.row_bytes(self, inputs),
+        )
+        return tuple(-(-size // 1024) * 1024 for size in sizes)  # type: ignore[return-value]
+
+    def bind(
+        self,
+        tactic: AttentionTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> Launcher:
+        types = [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors[:14]]
+        qkv, lengths, key = tensors[0], tensors[4], tensors[8]
+        assert qkv is not None and lengths is not None and key is not None and workspace is not None
+        sizes = self._regions(tactic, types, len(qkv), len(lengths))
+        for_decode, for_prefill, for_q = workspace[: sum(sizes)].split(sizes)
+        q_bytes = for_q[: len(qkv) * self.num_heads * prefill.row_bytes(self, types)]
+        q = q_bytes.view(key.dtype).view(len(qkv), self.num_heads, self.head_dim)
+        prefill_functions = len(prefill.kernels(self, tactic, types))
+        decode_functions, of_prefill = functions[1:-prefill_functions], functions[-prefill_functions:]
+        write = rope_kv_write.bind(self, functions[0], q, tensors, for_prefill)
+        decode_rows = decode.bind(self, tactic, decode_functions, q, tensors, for_decode)
+        prefill_rows = prefill.bind(self, tactic, of_prefill, q, tensors, for_prefill)
+
+        def run(step: StepShape) -> None:
+            write(step)
+            if step.decode_sequences:
+                decode_rows(step)
+            if step.sequences > step.decode_sequences:
+                prefill_rows(step)
+
+        return run

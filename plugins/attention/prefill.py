@@ -23,3 +23,135 @@ rope_kv_write comes first in the stream and is launched with programmatic depend
 `griddepcontrol.wait` before they read q, the caches or any step input. The prefill part runs after the decode part and
 depends on nothing that it wrote.
 """
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Kernel, Launcher, StepShape, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.attention.plugin import Attention
+    from fp8.plugins.cuda import Function
+
+E4M3 = "float8_e4m3fn"
+TILE = 128  # query rows of a work item, and tokens of a K or V tile
+SHARED_LIMIT = 226 * 1024  # bytes of dynamic shared memory; barriers take less than the 1 KB left
+Q_STAGES = 2
+TILE_ENTRY = 16  # bytes of the work list: tiles.cuh
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Depth of the rings of K and V tiles."""
+
+    prefill_stages: int = 4
+
+
+def row_bytes(plugin: Attention, inputs: Sequence[Tensor | None]) -> int:
+    """Of one head of q, k or v."""
+    cache = inputs[8]
+    assert cache is not None
+    return plugin.head_dim * (1 if cache.dtype == E4M3 else 2)
+
+
+def shared_bytes(row: int, stages: int) -> int:
+    return (Q_STAGES + 2 * stages) * TILE * row
+
+
+def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Prefill]:
+    row = row_bytes(plugin, inputs)
+    return [Prefill(stages) for stages in (4, 3, 2) if shared_bytes(row, stages) <= SHARED_LIMIT]
+
+
+def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    qkv, cache = inputs[0], inputs[8]
+    assert qkv is not None and cache is not None
+    fp8 = int(cache.dtype == E4M3)
+    constants = (
+        ("NUM_HEADS", plugin.num_heads),
+        ("NUM_KV_HEADS", plugin.num_kv_heads),
+        ("HEAD_DIM", plugin.head_dim),
+        ("FP8_CACHE", fp8),
+        ("QUANT_OUT", int(plugin.quant_out)),
+        ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
+        ("SCALE_LOG2", plugin.softmax_scale * math.log2(math.e)),
+        ("STAGES", tactic.prefill_stages),
+        ("PROMOTE", fp8),
+    )
+    return (Kernel("attention", "prefill.cu", "prefill", constants),)
+
+
+def most_tiles(tokens: int, sequences: int) -> int:
+    """Bound of the number of query tiles: every sequence has at most one that is not full."""
+    return tokens // TILE + sequences
+
+
+def workspace(
+    plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
+) -> int:
+    """The work list, which rope_kv_write writes: its length, then its tiles."""
+    return TILE_ENTRY * (1 + most_tiles(max_tokens, max_sequences))
+
+
+def bind(
+    plugin: Attention,
+    tactic: Prefill,
+    functions: Sequence[Function],
+    q: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    workspace: torch.Tensor | None,
+) -> Launcher:
+    import torch
+
+    from fp8.plugins.cuda import Launch
+
+    tables, key, y = tensors[5], tensors[8], tensors[14]
+    assert tables is not None and key is not None and y is not None and workspace is not None
+    row = plugin.head_dim * key.element_size()
+    maps = [_query_map(q), *_cache_maps(plugin, tensors)]
+    args = [*maps, workspace, tables, *tensors[10:14], y, ctypes.c_int(tables.shape[1])]
+    launch = Launch(functions[0], 384, args, shared_bytes(row, tactic.prefill_stages))
+    multiprocessors = torch.cuda.get_device_properties(y.device).multi_processor_count
+
+    def run(step: StepShape) -> None:
+        tiles = most_tiles(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences)
+        launch(min(multiprocessors, tiles * plugin.num_heads))
+
+    return run
+
+
+def _query_map(q: torch.Tensor) -> object:
+    """[tokens, heads, D]: a box is 128 tokens of one head, one swizzle atom wide."""
+    from fp8.plugins.cuda import tensor_map
+
+    tokens, heads, head_dim = q.shape
+    size = q.element_size()
+    swizzle = min(head_dim * size, 128)
+    return tensor_map(
+        q.data_ptr(),
+        str(q.dtype).removeprefix("torch."),
+        [head_dim, heads, tokens],
+        [head_dim * size, heads * head_dim * size],
+        [swizzle // size, 1, TILE],
+        swizzle,
+    )
+
+
+def _cache_maps(plugin: Attention, tensors: Sequence[torch.Tensor | None]) -> list[object]:
+    """K and V as matrices, a box per page and swizzle atom; a negative page lies outside and reads as zeros."""
+    from fp8.plugins.cuda import matrix_map
+
+    key, value = tensors[8], tensors[9]
+    assert key is not None and value is not None
+    swizzle = min(plugin.head_dim * key.element_size(), 128)
+    keys = matrix_map(key.view(-1, plugin.head_dim), swizzle // key.element_size(), 64, swizzle)
+    if key.element_size() == 1:
+        return [keys, matrix_map(value.view(-1, 64), 64, plugin.head_dim, 64)]
+    return [keys, matrix_map(value.view(-1, plugin.head_dim), swizzle // value.element_size(), 64, swizzle)]

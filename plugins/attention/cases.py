@@ -1,0 +1,152 @@
+"""Cases of attention with prefill rows: ragged lengths, chunked prefill, mixed batches and padding for correctness;
+long prompts of Llama's shapes for speed. Those of pure decode batches are in decode_cases.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fp8.plugins.attention.plugin import Attention
+from fp8.plugins.base import BLOCK_SIZE, Case, StepShape
+
+E4M3 = torch.float8_e4m3fn
+SCALE = 0.01  # of q, k and v: 448 * 0.01 is near the largest of a thousand normal values, so some saturate
+OUT_SCALE = 0.004
+FP8 = (
+    "the tensor cores add e4m3 products with about 14 bits of fraction, so P differs by 1e-4 to 5e-4 before it becomes a "
+    "code, and 1 code in 200 falls to the neighbour, 2^-4 to 2^-3 away: rms sqrt(5e-4 * 0.09) = 7e-3 of the output at most"
+)
+FP8_OUT = FP8 + "; some codes of the e4m3 output fall to the neighbour likewise: another 1e-2"
+DT = "P is rounded to the 16-bit type for the tensor cores and the output once more (bfloat16 unit roundoff 2^-9)"
+TOLERANCES = {(True, True): (2e-2, FP8_OUT), (True, False): (1e-2, FP8)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences as (new tokens, context with them), decode sequences first; then rows that belong to none."""
+
+    sequences: tuple[tuple[int, int], ...]
+    padding_rows: int = 0
+
+    @property
+    def step(self) -> StepShape:
+        decode = next((i for i, (n, _) in enumerate(self.sequences) if n != 1), len(self.sequences))
+        queries = [n for n, _ in self.sequences]
+        tokens = sum(queries) + self.padding_rows
+        contexts = [length for _, length in self.sequences]
+        return StepShape(tokens, len(queries), decode, max(queries[decode:], default=0), max(contexts), len(queries))
+
+    @property
+    def scores(self) -> int:
+        """Visible pairs of a query and a key, per head."""
+        return sum(n * (length - n) + n * (n + 1) // 2 for n, length in self.sequences)
+
+
+def index_inputs(batch: Batch, generator: torch.Generator, device: str) -> tuple[list[torch.Tensor], int]:
+    """position_ids, slot_mapping, query_start, sequence_lengths, block_tables over pages in random order, and how many
+    pages the pool must have. Entries of the tables behind a sequence's end are -1."""
+    pages = [-(-length // BLOCK_SIZE) for _, length in batch.sequences]
+    num_blocks = sum(pages) + 2
+    order = torch.randperm(num_blocks, generator=generator, device=device).tolist()
+    tables = torch.full((len(pages), max(pages) + 1), -1)
+    positions, slots, starts = [], [], [0]
+    for i, (n, length) in enumerate(batch.sequences):
+        mine = [order.pop() for _ in range(pages[i])]
+        tables[i, : pages[i]] = torch.tensor(mine, dtype=torch.long)
+        new = range(length - n, length) if length else [-1] * n
+        positions += [max(p, 0) for p in new]
+        slots += [mine[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE if p >= 0 else -1 for p in new]
+        starts.append(starts[-1] + n)
+    positions += [0] * batch.padding_rows
+    slots += [-1] * batch.padding_rows
+    lengths = [length for _, length in batch.sequences]
+    lists = [torch.tensor(x) for x in (positions, slots, starts, lengths)]
+    return [t.to(device, torch.int32) for t in (*lists, tables)], num_blocks
+
+
+def rotary_tables(length: int, rotary_dim: int, device: str) -> list[torch.Tensor]:
+    frequency = 10000.0 ** (-torch.arange(0, rotary_dim, 2, device=device) / rotary_dim)
+    angle = torch.arange(length, device=device).unsqueeze(1) * frequency
+    return [angle.cos(), angle.sin()]
+
+
+def inputs(
+    plugin: Attention, batch: Batch, dtype: str, fp8: bool, rotary_dim: int, generator: torch.Generator, device: str
+) -> list[torch.Tensor | None]:
+    """Fresh Gaussian inputs in the reference layout; the pool holds values everywhere."""
+    kind = getattr(torch, dtype)
+    index, num_blocks = index_inputs(batch, generator, device)
+    width = (plugin.num_heads + 2 * plugin.num_kv_heads) * plugin.head_dim
+    qkv = torch.randn(batch.step.tokens, width, generator=generator, device=device).to(kind)
+    pool = (num_blocks, BLOCK_SIZE, plugin.num_kv_heads, plugin.head_dim)
+    caches = [torch.randn(pool, generator=generator, device=device) for _ in range(2)]
+    caches = [(c / SCALE).clamp(-448, 448).to(E4M3) for c in caches] if fp8 else [c.to(kind) for c in caches]
+    tables = rotary_tables(batch.step.max_context, rotary_dim, device) if plugin.rotary else [None, None]
+    scales = [torch.tensor([SCALE * f], device=device) if fp8 else None for f in (1.0, 1.1, 0.9)]
+    out_scale = torch.tensor([OUT_SCALE], device=device) if plugin.quant_out else None
+    return [qkv, *index, *tables, *caches, *scales, out_scale]
+
+
+def case(
+    name: str,
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int] = (8, 2),
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    fp8: bool = True,
+    quant_out: bool | None = None,
+    rotary_dim: int | None = None,
+    padding_rows: int = 0,
+) -> Case:
+    """quant_out: as `fp8` if not given; rotary_dim: head_dim if not given, 0 for none."""
+    batch, quant_out = Batch(tuple(sequences), padding_rows), fp8 if quant_out is None else quant_out
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    plugin = Attention(*heads, head_dim, head_dim**-0.5, rotary_dim > 0, quant_out, dtype)
+
+    def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
+        return inputs(plugin, batch, dtype, fp8, rotary_dim, generator, device)
+
+    cache = f"{'e4m3' if fp8 else dtype} cache to {'e4m3' if quant_out else dtype}"
+    tolerance, why = TOLERANCES.get(
+        (fp8, quant_out),
+        (2e-2, DT + "; the e4m3 output has a code in 20 at the neighbour: 1e-2") if quant_out else (5e-3, DT),
+    )
+    tokens, item = batch.step.tokens, 1 if fp8 else 2
+    kv = sum(length for _, length in batch.sequences) * 2 * heads[1] * head_dim * item
+    moved = tokens * head_dim * (2 * (heads[0] + 2 * heads[1]) + heads[0] * (1 if quant_out else 2)) + kv
+    title = f"{name} {heads[0]}/{heads[1]}x{head_dim} {cache}"
+    return Case(title, plugin, make, batch.step, tolerance, why, moved, 4 * batch.scores * heads[0] * head_dim)
+
+
+def whole(*lengths: int) -> list[tuple[int, int]]:
+    """Prompts with no cached context."""
+    return [(n, n) for n in lengths]
+
+
+CHUNKS = [(65, 130), (64, 64), (7, 700), (128, 1000), (300, 301), (2, 3)]
+MIXED = [(1, 1), (1, 300), (1, 64), (1, 65), (130, 195), (5, 5), (63, 129)]
+
+
+def cases() -> list[Case]:
+    found = [case(f"prompt {n}", whole(n), head_dim=d) for n in (2, 7, 63, 64, 65, 300, 1024) for d in (64, 128)]
+    for fp8 in (True, False):
+        for head_dim in (64, 128):
+            found += [
+                case("several", whole(65, 2, 128, 300, 129), (4, 4), head_dim, fp8=fp8),
+                case("chunks", CHUNKS, (8, 1), head_dim, fp8=fp8, quant_out=False),
+                case("mixed", MIXED, (8, 2), head_dim, "float16", fp8, padding_rows=3),
+            ]
+        found += [
+            case("rotary 20", CHUNKS, fp8=fp8, rotary_dim=20),
+            case("rotary 6", whole(65, 9), fp8=fp8, rotary_dim=6),
+            case("no rotary", MIXED, fp8=fp8, rotary_dim=0),
+            case("empty sequence", [(9, 0), (70, 70)], fp8=fp8),
+            case("heads of 3", CHUNKS, (9, 3), 64, fp8=fp8),
+        ]
+    found += [case("to e4m3", CHUNKS, fp8=False, quant_out=True), case("many", whole(*range(1, 200)), (4, 1), 64)]
+    for heads in ((32, 8), (32, 32)):
+        found += [case(f"prompt {n}", whole(n), heads) for n in (4096, 16384)]
+        found += [case("8 x 1024", whole(*[1024] * 8), heads)]
+    found += [case("64 x 1024", whole(*[1024] * 64), (32, 8))]
+    return [*found, case("prompt 4096", whole(4096), (32, 8), fp8=False)]

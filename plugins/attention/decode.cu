@@ -1,0 +1,465 @@
+// Attention of one query token per sequence over the paged KV cache.
+//
+// The heads that share a KV head are the rows of one 16-row tile (larger groups are cut into several). A unit is such a
+// tile of a sequence; its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are dealt out to
+// the blocks in equal runs, so that one long context and many short ones fill the machine alike; the dealing depends on
+// sequence_lengths only and is done on the device, so the grid is fixed under a CUDA graph.
+// Inside a block the warps take tiles in turn and know nothing of each other: each warp has its own ring of slots that
+// TMA fills with K and V tiles in turn, running ahead into the next unit, and its own running maximum, sum and output.
+// At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results, and
+// the last block to arrive joins them in the order of the context, so results do not depend on timing.
+// The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
+//
+// Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of the output, and of q and the cache if not FP8), QUANT_OUT,
+// SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
+#include "fp8/mbarrier.cuh"
+#include "fp8/mma.cuh"
+#include "fp8/rows.cuh"
+#include "fp8/sync.cuh"
+#include "fp8/tma.cuh"
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int PAGE = 64;                       // tokens
+constexpr int TILE = FP8_CACHE ? 64 : 32;      // tokens: 8 KB of keys or values for a head of 128
+constexpr int BYTES = FP8_CACHE ? 1 : 2;       // of a cached value
+constexpr int SLOT_BYTES = TILE * HEAD_DIM * BYTES;
+constexpr int ROWS = GROUP < 16 ? GROUP : 16;  // heads in a unit, at most
+constexpr int PARTS = (GROUP + 15) / 16;       // units for one KV head
+constexpr int UNITS = KV_HEADS * PARTS;        // of a sequence
+constexpr int HEADS = KV_HEADS * GROUP;
+constexpr int K_STEPS = HEAD_DIM * BYTES / 32; // products over the head dimension: 32 bytes each
+constexpr int S_TILES = TILE / 8, O_TILES = HEAD_DIM / 8;
+constexpr int SPAN = HEAD_DIM * BYTES < 128 ? HEAD_DIM * BYTES : 128;  // bytes of a swizzled row of keys
+// Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory.
+constexpr int COLUMNS = (ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32) < HEAD_DIM ? (ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32) : HEAD_DIM;
+constexpr int PITCH = COLUMNS + 8;             // floats; the padding spreads rows over the banks
+static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
+
+struct Partial {
+  float m[ROWS], l[ROWS];
+  alignas(16) float o[ROWS][HEAD_DIM];
+};
+
+struct Problem {
+  const u8* q;
+  const int *block_tables, *starts;
+  int sequences, max_blocks, begin, end;  // this block's run of tiles
+};
+
+// A place in the line of tiles.
+struct Cursor {
+  int index, sequence, unit, tile;
+
+  __device__ __forceinline__ void seek(const Problem& p, int place) {
+    index = place;
+    sequence = unit = tile = 0;
+    if (place >= p.end) return;
+    int high = p.sequences;  // starts[sequence] * UNITS <= place < starts[high] * UNITS
+    while (high - sequence > 1) {
+      const int middle = (sequence + high) / 2;
+      if (p.starts[middle] * UNITS <= place) sequence = middle;
+      else high = middle;
+    }
+    const int inside = place - p.starts[sequence] * UNITS, count = tiles(p);
+    unit = inside / count;
+    tile = inside - unit * count;
+  }
+  __device__ __forceinline__ int tiles(const Problem& p) const { return p.starts[sequence + 1] - p.starts[sequence]; }
+  __device__ __forceinline__ void advance(const Problem& p, int count) {
+    index += count;
+    tile += count;
+    if (index >= p.end) return;
+    while (tile >= tiles(p)) {
+      tile -= tiles(p);
+      if (++unit < UNITS) continue;
+      unit = 0;
+      do sequence++;
+      while (tiles(p) == 0);
+    }
+  }
+};
+
+// Fills a warp's slots, in order: keys and values of its first tile, of its second, ... Run by one lane.
+struct Producer {
+  Cursor at;
+  int page;
+  int values;  // 0: keys are next
+
+  __device__ __forceinline__ void start(const Problem& p, int warp) {
+    at.seek(p, p.begin + warp);
+    values = 0;
+    look_up(p);
+  }
+  __device__ __forceinline__ void look_up(const Problem& p) {
+    if (at.index < p.end) page = p.block_tables[at.sequence * p.max_blocks + at.tile * TILE / PAGE];
+  }
+  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot, u32 full) {
+    if (at.index >= p.end) return;
+    const int head = page * KV_HEADS + at.unit / PARTS;
+    const int row = head * PAGE + at.tile * TILE % PAGE;
+    mbarrier_arrive_expect_tx(full, SLOT_BYTES);
+    if (FP8_CACHE) {
+      if (values) tma_load_2d(slot, v_map, full, 0, head * HEAD_DIM);
+      else tma_load_2d(slot, k_map, full, 0, row);
+    } else {
+#pragma unroll
+      for (int half = 0; half < HEAD_DIM / 64; half++)
+        tma_load_2d(slot + half * TILE * 128, values ? v_map : k_map, full, half * 64, row);
+    }
+    if (values) {
+      at.advance(p, WARPS);
+      look_up(p);
+    }
+    values = !values;
+  }
+};
+
+struct Shared {
+  alignas(1024) u8 ring[WARPS][SLOTS][SLOT_BYTES];
+  alignas(16) float o[WARPS][ROWS][PITCH];
+  float m[WARPS][ROWS], l[WARPS][ROWS];
+  alignas(8) u64 full[WARPS][SLOTS];
+  Producer producers[WARPS];  // here, not in registers: only one lane of a warp needs them
+  int last;
+  int starts[1];  // [sequences + 1]: tiles of one unit in the sequences before
+};
+
+// Where TMA's swizzle has put 16-byte unit `chunk` of a row of Span bytes, row < 8; the pattern repeats every 8 rows.
+template <int Span> DEVICE u32 swizzled(int row, int chunk) {
+  return row * Span + ((chunk ^ (Span == 128 ? row : row / 2)) << 4);
+}
+
+// s = Q K^T over a tile of keys: rows are heads, columns tokens.
+DEVICE void multiply_keys(float (&s)[S_TILES][4], const u32 (&q)[K_STEPS][4], u32 keys) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < S_TILES; j++) {
+    s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k += 2) {
+      const int chunk = 2 * k + lane / 8;  // of 16 bytes
+      u32 b[4];
+      ldmatrix_x4(keys + swizzled<SPAN>(lane % 8, chunk % 8) + chunk / 8 * TILE * 128 + j * 8 * SPAN, b);
+      if (FP8_CACHE) {
+        mma_m16n8k32_e4m3(s[j], q[k], b[0], b[1]);
+        mma_m16n8k32_e4m3(s[j], q[k + 1], b[2], b[3]);
+      } else {
+        mma_m16n8k16<DTYPE>(s[j], q[k], b[0], b[1]);
+        mma_m16n8k16<DTYPE>(s[j], q[k + 1], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// o += P V over a tile of values. The e4m3 values lie transposed, their tokens in the order in which the accumulators of
+// Q K^T hold them, so P needs no shuffle.
+DEVICE void multiply_values(float (&o)[O_TILES][4], const float (&p)[S_TILES][4], u32 values) {
+  const int lane = threadIdx.x % 32;
+  if (FP8_CACHE) {
+    u32 a[2][4];
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int j = (4 * k + i / 2 * 2) % S_TILES, high = i % 2 * 2;  // % is for the 16-bit case, which compiles too
+        a[k][i] = high && ROWS <= 8 ? 0 : e4m3x4(p[j][high], p[j][high + 1], p[j + 1][high], p[j + 1][high + 1]);
+      }
+#pragma unroll
+    for (int j = 0; j < O_TILES; j++) {
+      if (j % 4 == 0) __syncwarp();  // keeps the compiler from loading all fragments at once, and from spilling
+      u32 b[4];
+      ldmatrix_x4(values + swizzled<64>(lane % 8, lane / 8) + j * 8 * 64, b);
+      mma_m16n8k32_e4m3(o[j], a[0], b[0], b[1]);
+      mma_m16n8k32_e4m3(o[j], a[1], b[2], b[3]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++) {
+      const float(&left)[4] = p[2 * k], (&right)[4] = p[2 * k + 1];
+      const u32 a[4] = {from_float2<DTYPE>(left[0], left[1]), from_float2<DTYPE>(left[2], left[3]),
+                        from_float2<DTYPE>(right[0], right[1]), from_float2<DTYPE>(right[2], right[3])};
+#pragma unroll
+      for (int j = 0; j < O_TILES; j += 2) {
+        const int chunk = j + lane / 16;
+        u32 b[4];
+        const u32 half = chunk / 8 * TILE * 128 + (2 * k + lane / 8 % 2) * 8 * 128;
+        ldmatrix_x4_trans(values + swizzled<128>(lane % 8, chunk % 8) + half, b);
+        mma_m16n8k16<DTYPE>(o[j], a, b[0], b[1]);
+        mma_m16n8k16<DTYPE>(o[j + 1], a, b[2], b[3]);
+      }
+    }
+  }
+}
+
+// A warp's running state: thread t has heads t / 4 and t / 4 + 8; l is the thread's own part of the sum.
+struct State {
+  float m[2], l[2];
+  float o[O_TILES][4];
+
+  __device__ __forceinline__ void clear() {
+    m[0] = m[1] = __int_as_float(0xFF800000);
+    l[0] = l[1] = 0.0f;
+#pragma unroll
+    for (int j = 0; j < O_TILES; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+  }
+
+  // Turns scores into p (times 256 for an FP8 cache), and rescales the state to the new maximum.
+  __device__ __forceinline__ void soften(float (&s)[S_TILES][4], float scale, int valid) {
+    const float NONE = __int_as_float(0xFF800000);
+    if (valid < TILE) {
+#pragma unroll
+      for (int j = 0; j < S_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (8 * j + 2 * (threadIdx.x % 4) + i % 2 >= valid) s[j][i] = NONE;
+    }
+    float factor[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int half = 0; half < (ROWS > 8 ? 2 : 1); half++) {
+      float top = NONE;
+#pragma unroll
+      for (int j = 0; j < S_TILES; j++) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float now = fmaxf(m[half], ceilf(top * scale));
+      factor[half] = exp2f(m[half] - now);
+      m[half] = now;
+      l[half] *= factor[half];
+      const float shift = (FP8_CACHE ? 8.0f : 0.0f) - now;
+#pragma unroll
+      for (int j = 0; j < S_TILES; j++)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; i++) {
+          asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(s[j][i]) : "f"(fmaf(s[j][i], scale, shift)));
+          l[half] += s[j][i];
+        }
+    }
+    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int j = 0; j < O_TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[j][i] *= factor[i / 2];
+    }
+  }
+};
+
+DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Problem& p, const Cursor& at, int rows) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;  // bytes
+  const int head = at.unit / PARTS * GROUP + at.unit % PARTS * 16;
+  const u8* first = p.q + (u64)(at.sequence * HEADS + head) * HEAD_DIM * BYTES + column;
+#pragma unroll
+  for (int k = 0; k < K_STEPS; k++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int r = row + i % 2 * 8;
+      const bool there = (ROWS > 8 || i % 2 == 0) && r < rows;
+      q[k][i] = there ? *(const u32*)(first + r * HEAD_DIM * BYTES + 32 * k + i / 2 * 16) : 0u;
+    }
+}
+
+struct Output {
+  void* y;
+  const float *v_scale, *out_scale;  // read where they are used: the main loop needs the registers
+
+  // Four columns: o / l, in the cache's scale, rounded or quantized.
+  __device__ __forceinline__ void store(u64 at, float4 o, float l) const {
+    const float factor = (FP8_CACHE ? *v_scale : 1.0f) / l;
+    o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor;
+    if (QUANT_OUT) {
+      const Divisor d(*out_scale);
+      *(u32*)((u8*)y + at) = e4m3x4(d.divide(o.x), d.divide(o.y), d.divide(o.z), d.divide(o.w));
+    } else {
+      *(uint2*)((u16*)y + at) = make_uint2(from_float2<DTYPE>(o.x, o.y), from_float2<DTYPE>(o.z, o.w));
+    }
+  }
+};
+
+// a += b * factor.
+DEVICE void add(float4& a, float4 b, float factor) {
+  a.x += b.x * factor, a.y += b.y * factor, a.z += b.z * factor, a.w += b.w * factor;
+}
+
+// Joins the warps' states. A unit that is whole goes to y, divided by its sum; else it goes to `partial`.
+DEVICE void merge(Shared& shared, const State& state, int rows, bool whole, const Output& y, u64 first, Partial* partial) {
+  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < (ROWS > 8 ? 2 : 1); half++) {
+    float l = state.l[half];
+    l += __shfl_xor_sync(~0u, l, 1);
+    l += __shfl_xor_sync(~0u, l, 2);
+    if (row + 8 * half < rows && column == 0) {
+      shared.m[warp][row + 8 * half] = state.m[half];
+      shared.l[warp][row + 8 * half] = l;
+    }
+  }
+#pragma unroll
+  for (int pass = 0; pass < HEAD_DIM / COLUMNS; pass++) {
+#pragma unroll
+    for (int half = 0; half < (ROWS > 8 ? 2 : 1); half++) {
+      if (row + 8 * half >= rows) continue;
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; j++) {
+        const float(&o)[4] = state.o[pass * COLUMNS / 8 + j];
+        *(float2*)&shared.o[warp][row + 8 * half][8 * j + column] = make_float2(o[2 * half], o[2 * half + 1]);
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * (COLUMNS / 4); i += THREADS) {
+      const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4) * 4;
+      float m = shared.m[0][r], l = 0.0f;
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) m = fmaxf(m, shared.m[w][r]);
+      float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float factor = exp2f(shared.m[w][r] - m);
+        l += shared.l[w][r] * factor;
+        add(o, *(const float4*)&shared.o[w][r][c], factor);
+      }
+      const int at = pass * COLUMNS + c;
+      if (whole) {
+        y.store(first + r * HEAD_DIM + at, o, l);
+      } else {
+        *(float4*)&partial->o[r][at] = o;
+        if (at == 0) partial->m[r] = m, partial->l[r] = l;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Joins the partial results of a unit, `count` of them: the first block's, then those of the blocks after it.
+DEVICE void combine(const Partial* partials, int block, int count, int rows, const Output& y, u64 first) {
+  for (int i = threadIdx.x; i < rows * (HEAD_DIM / 4); i += THREADS) {
+    const int r = i / (HEAD_DIM / 4), c = i % (HEAD_DIM / 4) * 4;
+    auto at = [&](int split) { return partials + 2 * (block + split) + (split == 0); };
+    float m = __int_as_float(0xFF800000), l = 0.0f;
+#pragma unroll 8
+    for (int split = 0; split < count; split++) m = fmaxf(m, __ldcg(&at(split)->m[r]));
+    float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+    for (int split = 0; split < count; split++) {
+      const float factor = exp2f(__ldcg(&at(split)->m[r]) - m);
+      l += __ldcg(&at(split)->l[r]) * factor;
+      add(o, __ldcg((const float4*)&at(split)->o[r][c]), factor);
+    }
+    y.store(first + r * HEAD_DIM + c, o, l);
+  }
+}
+
+// True in the block that arrives last of `count` at a unit's counter, which is zero again after it.
+DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.last = atomicAdd(counter, 1) + 1 == count;
+    if (shared.last) *counter = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return shared.last;
+}
+
+// starts[i] = tiles in a unit's context, over the sequences before i.
+DEVICE void count_tiles(Shared& shared, const int* sequence_lengths, int sequences) {
+  for (int i = threadIdx.x; i < sequences; i += THREADS) shared.starts[i + 1] = (sequence_lengths[i] + TILE - 1) / TILE;
+  if (threadIdx.x == 0) shared.starts[0] = 0;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  for (int i = 1 + threadIdx.x, before = 0; i - (int)threadIdx.x <= sequences; i += 32) {
+    int sum = i <= sequences ? shared.starts[i] : 0;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int left = __shfl_up_sync(~0u, sum, d);
+      if (threadIdx.x >= d) sum += left;
+    }
+    sum += before;
+    if (i <= sequences) shared.starts[i] = sum;
+    before = __shfl_sync(~0u, sum, 31);
+  }
+}
+
+// Rows of sequences without context, as in padding, are zero.
+DEVICE void clear_empty(const int* starts, int sequences, void* y) {
+  constexpr int WORDS = HEADS * HEAD_DIM * (QUANT_OUT ? 1 : 2) / 16;
+  for (int i = blockIdx.x; i < sequences; i += gridDim.x)
+    if (starts[i] == starts[i + 1])
+      for (int j = threadIdx.x; j < WORDS; j += THREADS) ((uint4*)y)[(u64)i * WORDS + j] = make_uint4(0, 0, 0, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const u8* q,
+       const int* block_tables, const int* sequence_lengths, const float* q_scale, const float* k_scale,
+       const float* v_scale, const float* out_scale, void* y, int* counters, Partial* partials, int sequences,
+       int max_blocks) {
+  extern __shared__ __align__(1024) u8 memory[];
+  Shared& shared = *(Shared*)memory;
+  griddepcontrol_launch_dependents();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    prefetch_tensormap(&k_map);
+    prefetch_tensormap(&v_map);
+    for (int i = 0; i < WARPS * SLOTS; i++) mbarrier_init(shared_address(&shared.full[0][i]), 1);
+    fence_mbarrier_init();
+  }
+  const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (FP8_CACHE ? *q_scale * *k_scale : 1.0f);
+  griddepcontrol_wait();
+
+  count_tiles(shared, sequence_lengths, sequences);
+  __syncthreads();
+  clear_empty(shared.starts, sequences, y);
+  const int total = shared.starts[sequences] * UNITS;
+  const int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
+  const int begin = min(total, (int)blockIdx.x * run);
+  const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, begin, min(total, begin + run)};
+
+  const u32 ring = shared_address(&shared.ring[warp][0]), full = shared_address(&shared.full[warp][0]);
+  Producer& producer = shared.producers[warp];
+  if (lane == 0) {
+    producer.start(p, warp);
+    for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring + i * SLOT_BYTES, full + 8 * i);
+  }
+  __syncwarp();
+
+  u32 slot = 0, parity = 0;
+  auto wait = [&] {
+    mbarrier_wait(full + 8 * slot, parity);
+    return ring + slot * SLOT_BYTES;
+  };
+  auto release = [&] {  // all lanes have read the slot: fill it again
+    __syncwarp();
+    if (lane == 0) producer.fill(p, &k_map, &v_map, ring + slot * SLOT_BYTES, full + 8 * slot);
+    __syncwarp();
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  };
+
+  const Output output = {y, v_scale, out_scale};
+  State state;
+  u32 queries[K_STEPS][4];
+  Cursor at;
+  at.seek(p, p.begin);
+  while (at.index < p.end) {
+    const int tiles = at.tiles(p), stop = min(tiles, at.tile + p.end - at.index);
+    const int part = PARTS == 1 ? 0 : at.unit % PARTS, rows = PARTS == 1 ? ROWS : min(16, GROUP - 16 * part);
+    const int length = sequence_lengths[at.sequence];
+    load_queries(queries, p, at, rows);
+    state.clear();
+    const int turn = (at.index - p.begin) % WARPS;
+    for (int tile = at.tile + (warp - turn + WARPS) % WARPS; tile < stop; tile += WARPS) {
+      float s[S_TILES][4];
+      multiply_keys(s, queries, wait());
+      release();
+      state.soften(s, scale, length - tile * TILE);
+      multiply_values(state.o, s, wait());
+      release();
+    }
+    const u64 first = (u64)(at.sequence * HEADS + at.unit / PARTS * GROUP + 16 * part) * HEAD_DIM;
+    const int origin = at.index - at.tile;  // of the unit, in the line of tiles
+    const int block = origin / run, count = (origin + tiles - 1) / run - block + 1;
+    Partial* partial = partials + 2 * blockIdx.x + (block == (int)blockIdx.x);
+    merge(shared, state, rows, count == 1, output, first, partial);
+    if (count > 1 && last_to_arrive(shared, counters + at.sequence * UNITS + at.unit, count))
+      combine(partials, block, count, rows, output, first);
+    at.advance(p, stop - at.tile);
+  }
+}

@@ -1,0 +1,154 @@
+"""Attention of decode rows, one query token per sequence: tactics and launch of decode.cu. For the interface that it
+shares with the prefill part see prefill.py; for the method see decode.cu."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Kernel, Launcher, StepShape, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.attention.plugin import Attention
+    from fp8.plugins.cuda import Function
+
+E4M3 = "float8_e4m3fn"
+MULTIPROCESSORS = 132
+SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and keeps 1 KB of each block's
+TILE_ROWS = 16  # heads in a unit
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Warps in a block, slots in each warp's ring, blocks on a multiprocessor."""
+
+    decode_warps: int = 4
+    decode_slots: int = 3
+    decode_blocks: int = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decode.cu derives from its constants, for the host's side of it."""
+
+    head_dim: int
+    kv_heads: int
+    group: int
+    fp8: bool
+
+    @property
+    def tile(self) -> int:
+        """Tokens."""
+        return 64 if self.fp8 else 32
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.tile * self.head_dim * (1 if self.fp8 else 2)
+
+    @property
+    def rows(self) -> int:
+        return min(self.group, TILE_ROWS)
+
+    @property
+    def units(self) -> int:
+        """Of one sequence."""
+        return self.kv_heads * -(-self.group // TILE_ROWS)
+
+    @property
+    def partial_bytes(self) -> int:
+        return -(-8 * self.rows // 16) * 16 + 4 * self.rows * self.head_dim
+
+    def shared_bytes(self, tactic: Decode, sequences: int) -> int:
+        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers, producers, tiles."""
+        columns = min(self.head_dim, 128 if self.rows <= 4 else 64 if self.rows <= 8 else 32)
+        warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 8 + 2) + 24
+        return tactic.decode_warps * warp + 4 * (sequences + 2) + 32
+
+    def fits(self, tactic: Decode, sequences: int) -> bool:
+        size = self.shared_bytes(tactic, sequences)
+        return size <= SHARED_LIMIT and tactic.decode_blocks * (size + 1024) <= SHARED_LIMIT + 1024
+
+
+def shape(plugin: Attention, inputs: Sequence[Tensor | None]) -> Shape:
+    cache = inputs[8]
+    assert cache is not None
+    group = plugin.num_heads // plugin.num_kv_heads
+    return Shape(plugin.head_dim, plugin.num_kv_heads, group, cache.dtype == E4M3)
+
+
+def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decode]:
+    """Two blocks of four warps, four of two, one of eight: rings of up to 192 KB on a multiprocessor in each."""
+    sequences = 256  # the tables of more of them still fit, in most shapes with a slot less
+    of = shape(plugin, inputs)
+    slots = 24576 // of.slot_bytes
+    wanted = [Decode(4, slots, 2), Decode(4, max(2, slots - 1), 2), Decode(2, slots, 4), Decode(8, slots, 1)]
+    return [tactic for tactic in dict.fromkeys(wanted) if of.fits(tactic, sequences)]
+
+
+def kernels(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    of, qkv = shape(plugin, inputs), inputs[0]
+    assert qkv is not None
+    constants = (
+        ("HEAD_DIM", of.head_dim),
+        ("KV_HEADS", of.kv_heads),
+        ("GROUP", of.group),
+        ("FP8_CACHE", int(of.fp8)),
+        ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
+        ("QUANT_OUT", int(plugin.quant_out)),
+        ("SOFTMAX_SCALE", plugin.softmax_scale),
+        ("WARPS", tactic.decode_warps),
+        ("SLOTS", tactic.decode_slots),
+        ("BLOCKS_PER_SM", tactic.decode_blocks),
+    )
+    return (Kernel("attention", "decode.cu", "decode", constants),)
+
+
+def counter_bytes(of: Shape, max_sequences: int) -> int:
+    return -(-4 * max_sequences * of.units // 1024) * 1024
+
+
+def workspace(
+    plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
+) -> int:
+    """A counter for each unit, zero between launches, then two partial results for each block."""
+    of = shape(plugin, inputs)
+    return counter_bytes(of, max_sequences) + 2 * MULTIPROCESSORS * tactic.decode_blocks * of.partial_bytes
+
+
+def bind(
+    plugin: Attention,
+    tactic: Decode,
+    functions: Sequence[Function],
+    q: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    workspace: torch.Tensor | None,
+) -> Launcher:
+    from fp8.plugins.cuda import Launch, matrix_map
+
+    lengths, tables, key, value = tensors[4], tensors[5], tensors[8], tensors[9]
+    assert lengths is not None and tables is not None and key is not None and value is not None
+    assert workspace is not None
+    of = Shape(plugin.head_dim, plugin.num_kv_heads, plugin.num_heads // plugin.num_kv_heads, key.element_size() == 1)
+    keys, values = key.view(-1, of.head_dim), value.view(-1, value.shape[-1])
+    if of.fp8:
+        maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 64, of.head_dim, 64)]
+    else:
+        maps = [matrix_map(t, 64, of.tile, 128) for t in (keys, values)]
+    start = counter_bytes(of, len(lengths))
+    sequences = ctypes.c_int()
+    scales = tensors[10:14]  # q, k, v, out
+    partials, width = workspace[start:], ctypes.c_int(tables.shape[1])
+    args = [*maps, q, tables, lengths, *scales, tensors[14], workspace, partials, sequences, width]
+    shared = of.shared_bytes(tactic, len(lengths))
+    launch = Launch(functions[0], 32 * tactic.decode_warps, args, shared)
+
+    def run(step: StepShape) -> None:
+        sequences.value = step.decode_sequences
+        tiles = step.decode_sequences * of.units * -(-step.max_context // of.tile)  # at most
+        launch(max(1, min(MULTIPROCESSORS * tactic.decode_blocks, -(-tiles // tactic.decode_warps))))
+
+    return run

@@ -1,0 +1,406 @@
+// Causal attention of packed prefill chunks over the paged cache: O = softmax(scale Q K^T) V, per query tile of 128 rows
+// and head. Persistent, warp-specialised: a TMA warp fills rings of K and V tiles of 128 tokens (two pages); two consumer
+// warpgroups of 64 query rows each issue Q K^T of tile j, then P V of tile j - 1, and take the softmax of tile j under it.
+//
+// The running maximum is an integer in the log2 domain, so that rescaling is exact and P is quantized to the same codes in
+// whatever order tiles come. e4m3: P * 256 becomes e4m3 in registers; the cache's token permutation (layout.py) makes an
+// accumulator fragment an operand fragment. 16 bits: P is rounded to the model's type, V is read transposed by wgmma.
+//
+// Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), STAGES,
+// PROMOTE (1: every tile's P V is added in float32, as e4m3 wgmma sums in about 22 bits).
+#include "fp8/convert.cuh"
+#include "fp8/mbarrier.cuh"
+#include "fp8/sync.cuh"
+#include "fp8/tma.cuh"
+#include "fp8/wgmma.cuh"
+#include "tiles.cuh"
+
+#define METHOD __device__ __forceinline__
+
+constexpr int TILE_KV = 128, PAGE = 64;
+constexpr int ROW = HEAD_DIM * (FP8_CACHE ? 1 : 2);      // bytes of a q, k or v row
+constexpr int SWIZZLE = ROW < 128 ? ROW : 128;           // bytes of a row of one swizzle atom
+constexpr int ATOMS = ROW / SWIZZLE;                     // atom columns of a tile
+constexpr int ATOM_ELEMENTS = SWIZZLE / (FP8_CACHE ? 1 : 2);
+constexpr int TILE_BYTES = 128 * ROW;                    // of Q, K and V alike
+constexpr int ATOM_BYTES = 128 * SWIZZLE;                // one atom column of a tile
+constexpr int Q_STAGES = 2;
+constexpr int PV_STEPS = TILE_KV * (FP8_CACHE ? 1 : 2) / 32;
+constexpr float P_LOG2_SCALE = FP8_CACHE ? 8.f : 0.f;    // P * 256 uses e4m3's range
+constexpr int OUT_BYTES = QUANT_OUT ? 1 : 2;
+static_assert(SWIZZLE == 64 || SWIZZLE == 128);
+
+struct Barriers {
+  u64 q_full[Q_STAGES], q_empty[Q_STAGES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+struct Item {
+  int row, rows, position, sequence, head;
+  METHOD int tiles() const { return max(position + rows + TILE_KV - 1, 0) / TILE_KV; }
+};
+
+// The n-th item of this block: rounds over the sorted list go back and forth, so that sums of lengths stay even.
+DEVICE bool get_item(Item& item, const int4* tiles, int count, int n) {
+  const int rank = n * gridDim.x + (n & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  if (rank >= count * NUM_HEADS) return false;
+  const int4 tile = tiles[1 + rank / NUM_HEADS];
+  item = {tile.x, tile.y, tile.z, tile.w, rank % NUM_HEADS};
+  return true;
+}
+
+// A position in a ring of N buffers.
+template <int N> struct Ring {
+  int stage = 0;
+  u32 phase = 0;
+  METHOD void next() {
+    if (++stage == N) stage = 0, phase ^= 1;
+  }
+};
+
+DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// K-major operand of SWIZZLE-byte rows: q, k.
+DEVICE u64 row_descriptor(u32 address) {
+  constexpr u64 layout = SWIZZLE == 128 ? 1 : 2, stride = 8 * SWIZZLE >> 4;
+  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (stride << 32) | (layout << 62);
+}
+// e4m3: V^T pages of 64-byte rows (64-byte swizzle). 16 bits: rows of V, read transposed; the leading offset steps over
+// 64 dimensions, the stride over 8 tokens.
+DEVICE u64 value_descriptor(u32 address) {
+  constexpr u64 layout = FP8_CACHE ? 2 : 1, stride = FP8_CACHE ? 512 >> 4 : 1024 >> 4, leading = FP8_CACHE ? 1 : ATOM_BYTES >> 4;
+  return (u64)((address & 0x3FFFF) >> 4) | (leading << 16) | (stride << 32) | (layout << 62);
+}
+
+DEVICE void issue_qk(float (&s)[TILE_KV / 2], u64 q, u64 k) {
+#pragma unroll
+  for (int i = 0; i < ROW / 32; i++) {
+    const u64 at = i / 4 * (ATOM_BYTES >> 4) + i % 4 * 2;
+    if constexpr (FP8_CACHE) wgmma_ss_e4m3(s, q + at, k + at, i != 0);
+    else if constexpr (DTYPE == 0) wgmma_ss_bf16(s, q + at, k + at, i != 0);
+    else wgmma_ss_f16(s, q + at, k + at, i != 0);
+  }
+}
+
+DEVICE void issue_pv(float (&o)[HEAD_DIM / 2], const u32 (&p)[PV_STEPS][4], u64 v) {
+#pragma unroll
+  for (int i = 0; i < PV_STEPS; i++) {
+    const u64 at = FP8_CACHE ? i / 2 * (HEAD_DIM * 64 >> 4) + i % 2 * 2 : i * (16 * 128 >> 4);
+    const int accumulate = PROMOTE ? i != 0 : 1;
+    if constexpr (FP8_CACHE) wgmma_rs_e4m3(o, p[i], v + at, accumulate);
+    else if constexpr (DTYPE == 0) wgmma_rs_bf16<1>(o, p[i], v + at, accumulate);
+    else wgmma_rs_f16<1>(o, p[i], v + at, accumulate);
+  }
+}
+
+// Hides the columns after each row's own position; `visible` is the last visible column of the tile for a thread's two
+// rows, less its own column offset.
+DEVICE void mask(float (&s)[TILE_KV / 2], const int (&visible)[2]) {
+#pragma unroll
+  for (int i = 0; i < TILE_KV / 2; i++)
+    if (i / 4 * 8 + i % 2 > visible[i / 2 % 2]) s[i] = -__uint_as_float(0x7F800000);
+}
+
+struct Softmax {
+  float maximum[2], sum[2];  // of a thread's two rows: log2 of the scale of P, and the thread's part of the row sum
+};
+
+// s becomes P * 2^P_LOG2_SCALE; `rescale` is what earlier sums must be multiplied with (a power of two).
+DEVICE void softmax(float (&s)[TILE_KV / 2], Softmax& state, float scale, float (&rescale)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float m0 = s[2 * r], m1 = s[2 * r + 1], m2 = s[4 + 2 * r], m3 = s[5 + 2 * r];
+#pragma unroll
+    for (int i = 8; i < TILE_KV / 2; i += 8) {
+      m0 = fmaxf(m0, s[i + 2 * r]), m1 = fmaxf(m1, s[i + 2 * r + 1]);
+      m2 = fmaxf(m2, s[i + 4 + 2 * r]), m3 = fmaxf(m3, s[i + 5 + 2 * r]);
+    }
+    m0 = fmaxf(fmaxf(m0, m1), fmaxf(m2, m3));
+    m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1));
+    m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
+    const float maximum = fmaxf(state.maximum[r], ceilf(m0 * scale));
+    rescale[r] = exp2_approx(state.maximum[r] - maximum);
+    state.maximum[r] = maximum;
+    const float bias = P_LOG2_SCALE - maximum;
+    float l0 = 0, l1 = 0;
+#pragma unroll
+    for (int i = 0; i < TILE_KV / 2; i += 4) {
+      s[i + 2 * r] = exp2_approx(fmaf(s[i + 2 * r], scale, bias));
+      s[i + 2 * r + 1] = exp2_approx(fmaf(s[i + 2 * r + 1], scale, bias));
+      l0 += s[i + 2 * r], l1 += s[i + 2 * r + 1];
+    }
+    state.sum[r] = state.sum[r] * rescale[r] + (l0 + l1);
+  }
+}
+
+DEVICE void pack(const float (&s)[TILE_KV / 2], u32 (&p)[PV_STEPS][4]) {
+#pragma unroll
+  for (int i = 0; i < PV_STEPS; i++) {
+    if constexpr (FP8_CACHE) {
+      const float* x = &s[16 * i];
+      p[i][0] = e4m3x4(x[0], x[1], x[4], x[5]), p[i][1] = e4m3x4(x[2], x[3], x[6], x[7]);
+      p[i][2] = e4m3x4(x[8], x[9], x[12], x[13]), p[i][3] = e4m3x4(x[10], x[11], x[14], x[15]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; k++) p[i][k] = from_float2<DTYPE>(s[8 * i + 2 * k], s[8 * i + 2 * k + 1]);
+    }
+  }
+}
+
+DEVICE void scale_rows(float (&o)[HEAD_DIM / 2], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 2; i++) o[i] *= factor[i / 2 % 2];
+}
+
+// 4 x 4 transpose over the threads of a quad: word i of thread c becomes word c of thread i.
+DEVICE void transpose_quad(u32 (&w)[4], int c) {
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i & d) continue;
+      const u32 got = __shfl_xor_sync(~0u, c & d ? w[i] : w[i + d], d);
+      if (c & d) w[i] = got;
+      else w[i + d] = got;
+    }
+  }
+}
+
+// Writes a row of O, `row` 0 or 1 of the thread's two, in 16-byte pieces.
+DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, float out_scale, bool valid) {
+  constexpr int BLOCKS = QUANT_OUT ? 8 : 4;  // of 8 columns per 4 x 4 words
+#pragma unroll
+  for (int base = 0; base < HEAD_DIM / 8; base += BLOCKS) {
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float* x = &o[(base + i * (BLOCKS / 4)) * 4 + 2 * row];
+      if constexpr (QUANT_OUT)
+        w[i] = e4m3x4(__fdiv_rn(x[0], out_scale), __fdiv_rn(x[1], out_scale), __fdiv_rn(x[4], out_scale), __fdiv_rn(x[5], out_scale));
+      else w[i] = from_float2<DTYPE>(x[0], x[1]);
+    }
+    transpose_quad(w, c);
+    uint4 piece = make_uint4(w[0], w[1], w[2], w[3]);
+    if constexpr (QUANT_OUT)  // low halves are the first block of 8 columns, high halves the second
+      piece = make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[0], w[1], 0x7632),
+                         __byte_perm(w[2], w[3], 0x7632));
+    if (valid) *(uint4*)(to + base * 8 * OUT_BYTES + c * 16) = piece;
+  }
+}
+
+DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, const int4* tiles, const int* block_tables,
+                    int max_blocks, Barriers& b, u32 q_smem, u32 k_smem, u32 v_smem) {
+  const int lane = threadIdx.x % 32;
+  const int count = tiles[0].x;
+  Ring<Q_STAGES> q;
+  Ring<STAGES> ring;
+  Item item;
+#pragma unroll 1
+  for (int n = 0; get_item(item, tiles, count, n); n++) {
+    if (lane == 0) {
+      mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
+      const u32 bar = shared_address(&b.q_full[q.stage]);
+      mbarrier_arrive_expect_tx(bar, TILE_BYTES);
+#pragma unroll
+      for (int a = 0; a < ATOMS; a++)
+        tma_load_3d(q_smem + q.stage * TILE_BYTES + a * ATOM_BYTES, q_map, bar, a * ATOM_ELEMENTS, item.head, item.row);
+    }
+    q.next();
+    const int kv_head = item.head / (NUM_HEADS / NUM_KV_HEADS);
+    const int tile_count = item.tiles(), pages = (item.position + item.rows + PAGE - 1) / PAGE;
+    const int* table = block_tables + (u64)item.sequence * max_blocks;
+    int page_ids = 0;
+#pragma unroll 1
+    for (int j = 0; j < tile_count; j++) {
+      if (j % 16 == 0) page_ids = j * 2 + lane < pages ? table[j * 2 + lane] : -1;  // 32 pages at a time
+      const int page0 = __shfl_sync(~0u, page_ids, j % 16 * 2), page1 = __shfl_sync(~0u, page_ids, j % 16 * 2 + 1);
+      if (lane == 0) {
+        // A page of -1 lies outside of the map: TMA fills zeros.
+        mbarrier_wait(shared_address(&b.k_empty[ring.stage]), ring.phase ^ 1);
+        const u32 k_bar = shared_address(&b.k_full[ring.stage]), k_to = k_smem + ring.stage * TILE_BYTES;
+        mbarrier_arrive_expect_tx(k_bar, TILE_BYTES);
+#pragma unroll
+        for (int a = 0; a < ATOMS; a++) {
+          tma_load_2d(k_to + a * ATOM_BYTES, k_map, k_bar, a * ATOM_ELEMENTS, (page0 * NUM_KV_HEADS + kv_head) * PAGE);
+          tma_load_2d(k_to + a * ATOM_BYTES + PAGE * SWIZZLE, k_map, k_bar, a * ATOM_ELEMENTS, (page1 * NUM_KV_HEADS + kv_head) * PAGE);
+        }
+        mbarrier_wait(shared_address(&b.v_empty[ring.stage]), ring.phase ^ 1);
+        const u32 v_bar = shared_address(&b.v_full[ring.stage]), v_to = v_smem + ring.stage * TILE_BYTES;
+        mbarrier_arrive_expect_tx(v_bar, TILE_BYTES);
+        if constexpr (FP8_CACHE) {
+          tma_load_2d(v_to, v_map, v_bar, 0, (page0 * NUM_KV_HEADS + kv_head) * HEAD_DIM);
+          tma_load_2d(v_to + HEAD_DIM * PAGE, v_map, v_bar, 0, (page1 * NUM_KV_HEADS + kv_head) * HEAD_DIM);
+        } else {
+#pragma unroll
+          for (int a = 0; a < ATOMS; a++) {
+            tma_load_2d(v_to + a * ATOM_BYTES, v_map, v_bar, a * ATOM_ELEMENTS, (page0 * NUM_KV_HEADS + kv_head) * PAGE);
+            tma_load_2d(v_to + a * ATOM_BYTES + PAGE * SWIZZLE, v_map, v_bar, a * ATOM_ELEMENTS, (page1 * NUM_KV_HEADS + kv_head) * PAGE);
+          }
+        }
+      }
+      ring.next();
+    }
+  }
+}
+
+struct Consumer {
+  Barriers& b;
+  u32 k_smem, v_smem;
+  Ring<STAGES> k, v;
+  float scale;
+  int lane;
+
+  METHOD void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
+  METHOD void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
+  METHOD void release_k() {
+    if (lane == 0) mbarrier_arrive(shared_address(&b.k_empty[k.stage]));
+    k.next();
+  }
+  METHOD void release_v() {
+    if (lane == 0) mbarrier_arrive(shared_address(&b.v_empty[v.stage]));
+    v.next();
+  }
+
+  // One step of the main loop: S of this tile and O of the tile before.
+  template <bool MASKED>
+  METHOD void step(float (&s)[TILE_KV / 2], float (&o)[HEAD_DIM / 2], float (&total)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state,
+                   u64 q, const int (&visible)[2]) {
+    float rescale[2];
+    wait_k();
+    wgmma_fence();
+    issue_qk(s, q, row_descriptor(k_smem + k.stage * TILE_BYTES));
+    wgmma_commit_group();
+    wait_v();
+    issue_pv(o, p, value_descriptor(v_smem + v.stage * TILE_BYTES));
+    wgmma_commit_group();
+    wgmma_wait_group<1>();
+    release_k();
+    if constexpr (MASKED) mask(s, visible);
+    softmax(s, state, scale, rescale);
+    // Already complete; its loop ends the basic block, without which ptxas moves the wait below up, over the exponentials.
+    wait_v();
+    wgmma_wait_group<0>();
+    release_v();
+    if constexpr (PROMOTE) {
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; i++) total[i] = (total[i] + o[i]) * rescale[i / 2 % 2];
+    } else {
+      scale_rows(o, rescale);
+    }
+    pack(s, p);
+  }
+};
+
+DEVICE void consume(const int4* tiles, u8* y, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
+                    Barriers& b, u32 q_smem, u32 k_smem, u32 v_smem, int group) {
+  const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const int count = tiles[0].x;
+  const float v_factor = FP8_CACHE ? *v_scale : 1.f, out_factor = QUANT_OUT ? *out_scale : 1.f;
+  Consumer my{b, k_smem, v_smem, {}, {}, FP8_CACHE ? (float)SCALE_LOG2 * *q_scale * *k_scale : (float)SCALE_LOG2, lane};
+  Ring<Q_STAGES> q_ring;
+  Item item;
+#pragma unroll 1
+  for (int n = 0; get_item(item, tiles, count, n); n++) {
+    float s[TILE_KV / 2], o[HEAD_DIM / 2], total[HEAD_DIM / 2];
+    u32 p[PV_STEPS][4];
+    Softmax state{{-1e30f, -1e30f}, {0.f, 0.f}};
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = total[i] = 0.f;
+    const int all = item.tiles(), my_rows = min(item.rows, group * 64 + 64);
+    const int mine = item.rows > group * 64 ? max(item.position + my_rows + TILE_KV - 1, 0) / TILE_KV : 0;
+    const int whole = (item.position + group * 64 + 1) / TILE_KV;  // tiles that every row sees wholly
+    const int last = item.position + row_of_tile - 2 * c;
+    mbarrier_wait(shared_address(&b.q_full[q_ring.stage]), q_ring.phase);
+    const u64 q = row_descriptor(q_smem + q_ring.stage * TILE_BYTES + group * 64 * SWIZZLE);
+    if (mine > 0) {
+      float rescale[2];
+      my.wait_k();
+      wgmma_fence();
+      issue_qk(s, q, row_descriptor(k_smem + my.k.stage * TILE_BYTES));
+      wgmma_commit_group();
+      wgmma_wait_group<0>();
+      my.release_k();
+      if (whole < 1) {
+        const int visible[2] = {last, last + 8};
+        mask(s, visible);
+      }
+      softmax(s, state, my.scale, rescale);
+      pack(s, p);
+      int j = 1;
+#pragma unroll 1
+      for (; j < whole; j++) {
+        const int visible[2] = {0, 0};
+        my.step<false>(s, o, total, p, state, q, visible);
+      }
+#pragma unroll 1
+      for (; j < mine; j++) {
+        const int visible[2] = {last - j * TILE_KV, last + 8 - j * TILE_KV};
+        my.step<true>(s, o, total, p, state, q, visible);
+      }
+      my.wait_v();
+      wgmma_fence();
+      issue_pv(o, p, value_descriptor(v_smem + my.v.stage * TILE_BYTES));
+      wgmma_commit_group();
+      wgmma_wait_group<0>();
+      my.release_v();
+    }
+    if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
+    q_ring.next();
+    for (int j = mine; j < all; j++) {  // tiles for the other warpgroup alone
+      my.wait_k();
+      my.release_k();
+      my.wait_v();
+      my.release_v();
+    }
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float l = state.sum[r];
+      l += __shfl_xor_sync(~0u, l, 1);
+      l += __shfl_xor_sync(~0u, l, 2);
+      factor[r] = l > 0.f ? v_factor / l : 0.f;  // a sequence of length 0 has no sum
+    }
+    if constexpr (PROMOTE) {
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; i++) o[i] += total[i];
+    }
+    scale_rows(o, factor);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = row_of_tile + 8 * r;
+      u8* to = y + ((u64)(item.row + row) * NUM_HEADS + item.head) * HEAD_DIM * OUT_BYTES;
+      store_row(to, o, r, c, out_factor, row < item.rows);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+        const int4* tiles, const int* block_tables, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
+        u8* y, int max_blocks) {
+  extern __shared__ __align__(1024) u8 smem[];
+  __shared__ Barriers b;
+  const u32 q_smem = shared_address(smem), k_smem = q_smem + Q_STAGES * TILE_BYTES, v_smem = k_smem + STAGES * TILE_BYTES;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Q_STAGES; i++) mbarrier_init(shared_address(&b.q_full[i]), 1), mbarrier_init(shared_address(&b.q_empty[i]), 8);
+    for (int i = 0; i < STAGES; i++) {
+      mbarrier_init(shared_address(&b.k_full[i]), 1), mbarrier_init(shared_address(&b.k_empty[i]), 8);
+      mbarrier_init(shared_address(&b.v_full[i]), 1), mbarrier_init(shared_address(&b.v_empty[i]), 8);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (group == 2) {
+    setmaxnreg_dec<40>();
+    if (threadIdx.x < 288) produce(&q_map, &k_map, &v_map, tiles, block_tables, max_blocks, b, q_smem, k_smem, v_smem);
+  } else {
+    setmaxnreg_inc<232>();
+    consume(tiles, y, q_scale, k_scale, v_scale, out_scale, b, q_smem, k_smem, v_smem, group);
+  }
+}

@@ -1,0 +1,77 @@
+"""The first kernel of attention, for all rows: rotary embedding, quantization, KV-cache write, and the prefill part's
+work list. Constants and launch of rope_kv_write.cu; it has no tactic."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Kernel, Launcher, StepShape, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.attention.plugin import Attention
+    from fp8.plugins.cuda import Function
+
+E4M3 = "float8_e4m3fn"
+THREADS = 256
+HEADS = 4  # of a thread
+
+
+def vector(rotary_dim: int) -> int:
+    """Rotation pairs of a thread: as many as keep every access aligned, at most 8."""
+    return math.gcd(8, rotary_dim // 2) if rotary_dim else 8
+
+
+def kernel(plugin: Attention, inputs: Sequence[Tensor | None]) -> Kernel:
+    qkv, cos, cache = inputs[0], inputs[6], inputs[8]
+    assert qkv is not None and cache is not None
+    rotary_dim = 2 * int(cos.shape[1]) if cos is not None else 0
+    constants = (
+        ("NUM_HEADS", plugin.num_heads),
+        ("NUM_KV_HEADS", plugin.num_kv_heads),
+        ("HEAD_DIM", plugin.head_dim),
+        ("ROTARY_DIM", rotary_dim),
+        ("VEC", vector(rotary_dim)),
+        ("FP8_CACHE", int(cache.dtype == E4M3)),
+        ("QUANT_OUT", int(plugin.quant_out)),
+        ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
+    )
+    return Kernel("attention", "rope_kv_write.cu", "rope_kv_write", constants)
+
+
+def bind(
+    plugin: Attention,
+    function: Function,
+    q: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    tiles: torch.Tensor,
+) -> Launcher:
+    """q: [max_tokens, H, D] of the cache's dtype, written; tiles: the prefill part's workspace, written if it has rows.
+    tensors: the plugin's inputs, then its output."""
+    from fp8.plugins.cuda import Launch
+
+    qkv, position_ids, slot_mapping, query_start, lengths, _, cos, sin, key, value, *scales = tensors[:13]
+    assert key is not None
+    tokens, sequences, decode_sequences = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    steps = [qkv, position_ids, slot_mapping, query_start, lengths]
+    sizes = [tokens, sequences, decode_sequences]
+    args = [*steps, cos, sin, key, value, *scales, q, tensors[14], tiles, *sizes]
+    launch = Launch(function, THREADS, args)
+    fp8 = key.element_size() == 1
+    vec = vector(2 * cos.shape[1] if cos is not None else 0)
+    moved = plugin.num_heads + (1 if fp8 else 2) * plugin.num_kv_heads
+    units = -(-moved // HEADS) * (plugin.head_dim // (2 * vec))
+
+    def run(step: StepShape) -> None:
+        tokens.value, sequences.value, decode_sequences.value = step.tokens, step.sequences, step.decode_sequences
+        blocks = -(-step.tokens * units // THREADS)
+        if fp8:  # warps of 32 tokens and 8 dimensions
+            warps = (step.tokens + 31) // 32 * plugin.num_kv_heads * (plugin.head_dim // 8)
+            blocks += (warps + 7) // 8
+        launch(blocks + (step.sequences > step.decode_sequences))
+
+    return run
