@@ -1,0 +1,71 @@
+"""Facts about decode attention that need no GPU; the kernels' values are tests/test_plugins.py's on one."""
+
+import itertools
+
+import pytest
+
+from fp8.plugins import compile
+from fp8.plugins.attention import decode
+from fp8.plugins.attention.decode import Decode, Shape
+from fp8.plugins.attention.decode_cases import CASES, block_tables
+from fp8.plugins.attention.plugin import Attention
+from fp8.plugins.base import StepShape, Tensor
+
+SHAPES = [(32, 32, 128), (32, 8, 128), (64, 8, 128), (48, 3, 64), (71, 1, 64), (40, 2, 128)]
+
+
+def inputs(plugin: Attention, cache: str, dtype: str = "bfloat16") -> list[Tensor | None]:
+    pool = Tensor(cache, ("blocks", 64, plugin.num_kv_heads, plugin.head_dim))
+    width = (plugin.num_heads + 2 * plugin.num_kv_heads) * plugin.head_dim
+    return [Tensor(dtype, ("T", width)), *[None] * 7, pool, pool, *[None] * 4]
+
+
+def attention(heads: int, kv_heads: int, head_dim: int) -> Attention:
+    return Attention(heads, kv_heads, head_dim, head_dim**-0.5)
+
+
+@pytest.mark.parametrize("cache", ["float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_has_tactics_that_fit_the_multiprocessor(shape: tuple[int, int, int], cache: str) -> None:
+    plugin = attention(*shape)
+    found = decode.candidates(plugin, inputs(plugin, cache))
+    of = decode.shape(plugin, inputs(plugin, cache))
+    assert len(found) >= 2 and len(set(found)) == len(found)
+    for tactic in found:
+        assert tactic.decode_slots >= 2
+        assert tactic.decode_blocks * (of.shared_bytes(tactic, 256) + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("cache", ["float8_e4m3fn", "bfloat16"])
+def test_kernels_of_all_group_sizes_compile(cache: str) -> None:
+    plugins = [attention(*shape) for shape in SHAPES]
+    every = [(p, t) for p in plugins for t in decode.candidates(p, inputs(p, cache))[:1]]
+    cubins = compile.compile_all(k for p, t in every for k in decode.kernels(p, t, inputs(p, cache))).values()
+    assert len(cubins) == len(plugins)
+    assert [c.kernel for c in cubins if c.spill_bytes or c.serialized] == []
+
+
+def test_groups_of_more_than_sixteen_heads_are_several_units() -> None:
+    assert Shape(128, 8, 16, True).units == 8
+    assert Shape(128, 8, 17, True).units == 16
+    assert Shape(64, 1, 71, True).units == 5
+
+
+def test_workspace_holds_counters_and_two_partial_results_a_block() -> None:
+    plugin, tactic = attention(32, 8, 128), Decode()
+    size = decode.workspace(plugin, tactic, inputs(plugin, "float8_e4m3fn"), 64, 64)
+    one = 4 * 128 * 4 + 2 * 4 * 4  # four heads' outputs, maxima and sums
+    assert size == 4 * 64 * 8 + 2 * 132 * tactic.decode_blocks * one
+
+
+def test_cases_scatter_their_blocks_and_use_none_twice() -> None:
+    tables, blocks = block_tables([0, 64, 65, 300])
+    used = [b for b in itertools.chain(*tables) if b >= 0]
+    assert len(set(used)) == len(used) == 1 + 2 + 5 and max(used) < blocks
+    assert used != sorted(used)
+
+
+def test_cases_are_all_decode_rows() -> None:
+    for case in CASES:
+        step: StepShape = case.step
+        assert step.tokens == step.sequences == step.decode_sequences and step.max_query == 0
