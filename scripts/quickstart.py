@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-PROMPTS = ["class Stack:\n    ", "def main():\n    parser =", "import os\nimport ", "    def read(self", "try:\n    "]
+PROMPTS = ["def main():\n    parser =", "class Stack:\n    ", "import os\nimport ", "    def read(self", "try:\n    "]
 CONSOLE = Console(stderr=True)
 
 
@@ -78,11 +78,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calib_dataset", type=Path, default=EXAMPLES / "calibration.txt")
     parser.add_argument("--data", type=Path, default=EXAMPLES / "heldout.txt", help="text to measure perplexity on")
     parser.add_argument("--max_seq_len", type=int, default=512)
-    parser.add_argument("--max_tokens", type=int, help="of --data; default: all on a GPU, 8192 on a CPU")
+    parser.add_argument("--max_tokens", type=int, help="of --data; default: all on a GPU, 24576 on a CPU")
     parser.add_argument("--work_dir", type=Path, help="keep checkpoints, engines and results here")
     args = parser.parse_args(argv)
     args.gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    args.max_tokens = args.max_tokens or (None if args.gpu else 8192)
+    args.max_tokens = args.max_tokens or (None if args.gpu else 24576)
     return args
 
 
@@ -98,7 +98,7 @@ def measure(variant: Variant, args: argparse.Namespace, work: Path) -> Measured:
     command(
         variant, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--target",
         "sm_90a" if args.gpu else "cpu", "--max_batch_size", 8, "--max_seq_len", args.max_seq_len,
-        "--max_num_tokens", 2048,
+        "--max_num_tokens", 2048, "--log_level", "warning",
     )  # fmt: skip
     part = ["--max_tokens", args.max_tokens] if args.max_tokens else []
     command(
