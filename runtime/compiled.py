@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
@@ -187,32 +187,33 @@ def cache_shapes(plan: Plan, plugins: list[Plugin], num_blocks: int) -> dict[str
 class Graphs:
     """CUDA graphs of decode steps: one per padded number of rows and bound on the context.
 
-    `enqueue(shape)` must launch everything of a step on the current stream, reading only fixed buffers.
+    `enqueue(shape)` must launch everything of a step on the current stream (not the default one), reading and writing
+    only fixed buffers, and return one of them.
     """
 
-    def __init__(self, enqueue: Callable[[StepShape], None]) -> None:
+    def __init__(self, enqueue: Callable[[StepShape], torch.Tensor]) -> None:
         self._enqueue = enqueue
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def run(self, shape: StepShape) -> None:
-        """Replays the graph of `shape`; the first run is eager (it loads the kernels) and captures it after."""
+    def run(self, shape: StepShape) -> torch.Tensor:
+        """Replays the graph of `shape`; the first time runs eagerly, which loads the kernels, then captures it."""
         key = (shape.tokens, shape.max_context)
-        graph = self._graphs.get(key)
-        if graph is not None:
+        if key in self._graphs:
+            graph, out = self._graphs[key]
             graph.replay()
-            return
-        self._enqueue(shape)
+            return out
+        out = self._enqueue(shape)
         self._graphs[key] = self._capture(shape)
+        return out
 
-    def _capture(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+    def _capture(self, shape: StepShape) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._enqueue(shape)
-        self._pool = self._pool or graph.pool()
-        return graph
+        graph.capture_begin()
+        out = self._enqueue(shape)
+        graph.capture_end()
+        return graph, out
 
 
 def row_bucket(rows: int, max_batch_size: int) -> int:
@@ -222,5 +223,6 @@ def row_bucket(rows: int, max_batch_size: int) -> int:
 
 
 def context_bucket(context: int, max_seq_len: int) -> int:
-    """Powers of two from 512 on: the decode attention's split over the context is fixed in a graph."""
-    return min(max(512, 1 << (context - 1).bit_length()), max_seq_len)
+    """512 and its multiples by powers of four: a graph fixes how many blocks the decode attention has at hand."""
+    bits = (context - 1).bit_length()
+    return min(max(512, 1 << (bits + 1 - bits % 2)), max_seq_len)

@@ -125,15 +125,13 @@ class Session:
             shape = self._packer.pack(rows, host)
             count = shape.logits_rows
             if self._graphs is not None and shape.decode_sequences == shape.sequences == count:
-                self._replay(shape, stage)
+                tokens = self._replay(shape, stage)
             else:
                 self._inputs.upload(stage)
-                self._launch(shape)
+                tokens = self._launch(shape)
+            self._tokens[stage][:count].copy_(tokens[:count], non_blocking=True)
             if self._graphs is not None:
-                self._tokens[stage][:count].copy_(self._sampled[:count], non_blocking=True)
                 self._events[stage].record()
-            else:
-                self._tokens[stage][:count] = self._sampled
         return Ticket(rows, stage, count)
 
     def read(self, ticket: Ticket) -> list[int]:
@@ -176,7 +174,8 @@ class Session:
     def max_kv_tokens(self) -> int:
         return self.num_blocks * self.limits.block_size
 
-    def _replay(self, shape: StepShape, stage: int) -> None:
+    def _replay(self, shape: StepShape, stage: int) -> torch.Tensor:
+        """`_launch` as a graph, padded to a size that there is a graph of."""
         from fp8.runtime.compiled import context_bucket, row_bucket
 
         assert self._graphs is not None
@@ -184,17 +183,17 @@ class Session:
         context = context_bucket(shape.max_context, self.limits.max_seq_len)
         padded = self._packer.pad(shape, rows, context, self._inputs.host[stage])
         self._inputs.upload(stage)
-        self._graphs.run(padded)
+        return self._graphs.run(padded)
 
-    def _launch(self, shape: StepShape) -> None:
-        """A whole step on the current stream, from `sources` to the table of sampled tokens."""
+    def _launch(self, shape: StepShape) -> torch.Tensor:
+        """A whole step on the current stream, from `sources` to the table of sampled tokens; returns these [L]."""
         self._inputs.gather_input_ids(shape.tokens)
         logits = self.executor.run(shape)
-        if shape.logits_rows:
-            self._sampled = self._sample(shape, logits)
-            self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], self._sampled)
-        else:
-            self._sampled = self._inputs.sampled[:0]
+        if not shape.logits_rows:
+            return self._inputs.sampled[:0]
+        tokens = self._sample(shape, logits)
+        self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], tokens)
+        return tokens
 
 
 def _blocks_in_host_memory(plan: Plan) -> int:
