@@ -239,7 +239,7 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
     return h.hexdigest()
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes]) -> str:
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """Writes to a temporary name beside `path`, then renames; returns the sha256 of what was written."""
     h = hashlib.sha256()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

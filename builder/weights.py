@@ -65,7 +65,7 @@ def write(path: Path, constants: Iterable[gs.Constant], progress: Callable[[int]
     order = sorted(constants, key=lambda c: (-BYTES[dtype_name(c.dtype)], c.name))  # wide types first: all stay aligned
     entries = [(c.name, SAFETENSORS[dtype_name(c.dtype)], tuple(c.shape), size(c)) for c in order]
 
-    def chunks() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes | memoryview]:
         yield safetensors_header(entries, {"format": "pt"})
         for constant in order:
             data = to_torch(constant).contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -153,7 +153,7 @@ def _fp8_attention(
     q = b.transpose(q, [1, 2, 0, 3], f"{a}/q_by_head")
     keys = b.unsqueeze(b.transpose(keys, [1, 2, 0], f"{a}/k_by_head"), 1, f"{a}/k_group")
     values = b.unsqueeze(b.transpose(values, [1, 0, 2], f"{a}/v_by_head"), 1, f"{a}/v_group")
-    scores = [s.num_kv_heads, s.group, "T", "S"]
+    scores: list[int | str] = [s.num_kv_heads, s.group, "T", "S"]
     product = b.op("MatMul", f"{a}/product", [q, keys], F32, scores)
     logits = b.same("Mul", f"{a}/logits", product, b.scalar(float(np.float32(s.scale * math.log2(math.e)))))
     masked = b.op("Where", f"{a}/masked", [step.visible, logits, b.scalar(-math.inf)], F32, scores)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -160,7 +161,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def pack(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """All texts as one row of ids, each text after an END_OF_TEXT: int64 [tokens]."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = tokenizer.encode(END_OF_TEXT).ids[0]
     ids: list[int] = []
     for encoding in tokenizer.encode_batch(texts):
         ids.append(end)
@@ -250,7 +251,7 @@ def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
 def optimizer_of(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.95))
 
 
