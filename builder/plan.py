@@ -116,8 +116,8 @@ class Tactics:
     def __init__(self, found: list[Node], limits: Limits) -> None:
         self.nodes = found
         self.limits = limits
-        self.sites = {n.name: [tune.Site(n.plugin, n.types, rows) for rows in self._buckets(n)] for n in found}
-        self.sampler = tune.Site(load("sampling")(), self._sampler_types(), memory.logits_rows(limits))
+        self.sites = {n.name: [tune.Site(n.plugin, n.types, rows, n.name) for rows in self._buckets(n)] for n in found}
+        self.sampler = tune.Site(load("sampling")(), self._sampler_types(), memory.logits_rows(limits), "sampler")
         self.choices: dict[tune.Site, tune.Choice] = {}
         self._regions: dict[Any, int] = {}
         self.workspace_bytes = 0

@@ -28,6 +28,7 @@ class Site:
     plugin: Plugin
     types: Types
     max_tokens: int
+    module: str = dataclasses.field(default="", compare=False)  # the first of those that share it, for messages
 
     @property
     def label(self) -> str:
@@ -72,12 +73,15 @@ def choose(
     while waiting:
         for site, candidates in waiting.items():
             if not candidates:
-                raise base.PluginError(f"{site.label}: no tactic compiles; see the warnings above")
+                raise base.PluginError(
+                    f"{site.plugin.name}: {site.module}: no tactic compiles for up to {site.max_tokens} rows; "
+                    "the warnings above tell why"
+                )
         compiler.compile([k for site, candidates in waiting.items() for k in site.kernels(candidates[0])])
         for site, candidates in list(waiting.items()):
             cubins = [compiler.done.get(k) for k in site.kernels(candidates[0])]
             if None in cubins:
-                warn(f"{site.plugin.name}: dropped tactic {candidates[0]}")
+                warn(f"{site.plugin.name}: {site.module}: dropped {candidates[0]}")
                 candidates.pop(0)
             else:
                 chosen[site] = Choice(candidates[0], tuple(c for c in cubins if c))

@@ -41,6 +41,13 @@ def prepared(name: str, parts: Sequence[gs.Constant], function: Function) -> gs.
     return gs.Constant(name, Prepared(parts, function))
 
 
+def concatenate(*parts: torch.Tensor) -> torch.Tensor:
+    """Along the first dimension. (torch.cat on meta tensors would import torch's compiler: a second of every build.)"""
+    if parts[0].is_meta:
+        return parts[0].new_empty(sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+    return torch.cat(parts)
+
+
 def torch_dtype(tensor: gs.Tensor) -> torch.dtype:
     return getattr(torch, dtype_name(tensor.dtype))
 

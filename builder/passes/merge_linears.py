@@ -20,7 +20,7 @@ from fp8.builder.graph import Graph
 from fp8.builder.pattern import Match
 from fp8.builder.rewrite import sort, substitute, together
 from fp8.builder.target import Target
-from fp8.builder.weights import prepared
+from fp8.builder.weights import concatenate, prepared
 
 F32 = np.dtype(np.float32)
 
@@ -109,7 +109,7 @@ def _moved(graph: gs.Graph, output: gs.Tensor, match: Match) -> gs.Tensor:
 
 
 def _joined(name: str, parts: list[gs.Constant]) -> gs.Constant:
-    return prepared(name, parts, lambda *tensors: torch.cat(tensors))
+    return prepared(name, parts, concatenate)
 
 
 def _scales(name: str, run: list[Match]) -> gs.Constant:
@@ -119,7 +119,7 @@ def _scales(name: str, run: list[Match]) -> gs.Constant:
 
 
 def _expand(rows: list[int], *scales: torch.Tensor) -> torch.Tensor:
-    return torch.cat([s.reshape(-1).expand(n) for s, n in zip(scales, rows, strict=True)])
+    return concatenate(*(s.reshape(-1).expand(n) for s, n in zip(scales, rows, strict=True)))
 
 
 def _node(graph: gs.Graph, op: str, name: str, inputs: list, dtype: np.dtype, shape: list, **attrs) -> gs.Variable:

@@ -25,7 +25,7 @@ def interleaved(weight: torch.Tensor, rows: int) -> torch.Tensor:
     """[gate; up] -> groups of 8 gate rows and 8 up rows: a thread of a wgmma accumulator then holds both of a pair."""
     if rows % (2 * GROUP):
         raise PluginError(f"F={rows // 2} is not a multiple of {GROUP} (rows are interleaved in groups); use act_quant")
-    return interleave(*weight.chunk(2))
+    return weight if weight.is_meta else interleave(*weight.chunk(2))  # same shape
 
 
 PREPARE = {
