@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from fp8.builder import engine
 from fp8.builder.engine import Engine, EngineError, Plan, Step
 
 SECTIONS = ("layers", "tactics", "fusion")
+SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int32": "i32"}
+WIDTH = 180  # where the output is no terminal
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,24 +63,57 @@ def overview(loaded: Engine, console: Console) -> None:
 
 
 def layers(plan: Plan, console: Console) -> None:
-    table = Table("step", "plugin", "inputs", "outputs", title="layers")
-    for step in plan.steps:
-        table.add_row(step.name, step.plugin, _types(plan, step.inputs), _types(plan, step.outputs))
+    table = _table("layers", "step", "plugin", "reads", "weight", "writes", "attributes")
+    for names, step in _alike(plan):
+        activations = [n for n in step.inputs if n and plan.buffer(n).kind in ("activation", "input")]
+        weights = [n for n in step.inputs if n and plan.buffer(n).kind == "weight" and len(plan.buffer(n).shape) == 2]
+        attributes = " ".join(f"{k}={v}" for k, v in step.attributes.items() if v not in (0, False, ""))
+        sides = [_types(plan, names) for names in (activations[:1], weights[:1], step.outputs)]
+        table.add_row(_joined(names), step.plugin, *sides, attributes)
     console.print(table)
+
+
+def _alike(plan: Plan) -> list[tuple[list[str], Step]]:
+    """Steps that differ by their layer only, together."""
+    groups: dict[str, tuple[list[str], Step]] = {}
+    for step in plan.steps:
+        types = [_types(plan, names) for names in (step.inputs, step.outputs)]
+        key = json.dumps([_shape(step.name)[0], step.plugin, step.attributes, types, _tactics(step)])
+        groups.setdefault(key, ([], step))[0].append(step.name)
+    return list(groups.values())
+
+
+def _shape(name: str) -> tuple[str, int]:
+    """`model.layers.3.mlp` -> (`model.layers.*.mlp`, 3)."""
+    found = re.search(r"\.(\d+)(\.|$)", name)
+    return (name[: found.start(1)] + "*" + name[found.end(1) :], int(found[1])) if found else (name, -1)
+
+
+def _joined(names: list[str]) -> str:
+    """`model.layers.0-31.mlp` for the names of 32 layers."""
+    shape, first = _shape(names[0])
+    indices = [_shape(n)[1] for n in names]
+    if len(names) == 1:
+        return names[0]
+    whole = indices == list(range(first, first + len(names)))
+    return shape.replace("*", f"{first}-{indices[-1]}" if whole else ",".join(map(str, indices)), 1)
 
 
 def _types(plan: Plan, names: Sequence[str]) -> str:
     found = (plan.buffer(n) for n in names if n)
-    return "\n".join(f"{b.name} {b.dtype}\\[{','.join(map(str, b.shape))}]" for b in found)
+    return "\n".join(f"{SHORT.get(b.dtype, b.dtype)}\\[{','.join(map(str, b.shape))}]" for b in found)
 
 
 def tactics(plan: Plan, console: Console) -> None:
-    table = Table("step", "rows", "tactic", "kernels", "workspace", title="tactics")
-    for step in plan.steps:
-        for row in _tactics(plan, step):
-            table.add_row(*row)
+    if not plan.kernels:
+        console.print("no tactics: built for target cpu")
+        return
+    table = _table("tactics", "step", "rows", "tactic", "kernels", "workspace")
+    for names, step in _alike(plan):
+        for i, row in enumerate(_tactics(step)):
+            table.add_row(_joined(names) if i == 0 else "", *row)
     console.print(table)
-    table = Table("kernel", "plugin", "source", "registers", "spilled bytes", "constants", title="kernels")
+    table = _table("kernels", "kernel", "plugin", "source", "registers", "spilled bytes", "constants")
     for key, kernel in sorted(plan.kernels.items(), key=lambda item: (item[1]["plugin"], item[0])):
         constants = " ".join(f"{k}={v}" for k, v in kernel["constants"].items())
         numbers = str(kernel["registers"]), str(kernel["spill_bytes"])
@@ -85,22 +121,32 @@ def tactics(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _tactics(plan: Plan, step: Step) -> list[tuple[str, ...]]:
+def _tactics(step: Step) -> list[tuple[str, ...]]:
     return [
         (
-            step.name if i == 0 else "", f"<= {t.max_tokens}", " ".join(f"{k}={v}" for k, v in t.tactic.items()),
-            " ".join(k[:8] for k in t.kernels), f"{t.workspace / 1024:.0f} KiB" if t.workspace else "",
+            f"<= {t.max_tokens}", " ".join(f"{k}={v}" for k, v in t.tactic.items()), " ".join(k[:8] for k in t.kernels),
+            f"{t.workspace / 1024:.0f} KiB" if t.workspace else "",
         )
-        for i, t in enumerate(step.tactics)
+        for t in step.tactics
     ]  # fmt: skip
 
 
 def fusion(plan: Plan, console: Console) -> None:
-    table = Table("tensor", "quantized by", "dequantized by", "", title="quantize/dequantize pairs")
+    if not plan.fusion_report:
+        console.print("no quantize/dequantize pairs")
+        return
+    table = _table("quantize/dequantize pairs", "tensor", "quantized by", "dequantized by", "")
     for pair in plan.fusion_report:
-        quantized = pair["quantize_in"] or ("(stored)" if not pair["quantize"] else f"{pair['quantize']} itself")
-        table.add_row(pair["tensor"], quantized, pair["dequantize_in"], pair.get("reason", "folded"))
+        quantized = pair["quantize_in"] or ("(stored)" if not pair["quantize"] else "nobody")
+        table.add_row(pair["tensor"], quantized, pair["dequantize_in"] or "nobody", pair.get("reason", "folded"))
     console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(facts(loaded), indent=2))
         return 0
     chosen = [s for s in SECTIONS if getattr(options, s)] or list(SECTIONS)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     overview(loaded, console)
     for name in chosen:
         {"layers": layers, "tactics": tactics, "fusion": fusion}[name](loaded.plan, console)
