@@ -6,6 +6,21 @@
 // of w is issued before griddepcontrol.wait, so it streams while the kernels before are still at work.
 // FOLD > 1: a CTA of 64 / FOLD rows stacks FOLD columns of K into one wgmma (A: FOLD atoms above one another, B: their
 // tokens side by side), of which the diagonal blocks are wanted; they are added at the end.
+//
+// Tries, on an H200: a CUDA graph of launches chained by programmatic dependent launch over 420 MB of weights, us a launch
+// at one token unless said otherwise; cuBLASLt (torch._scaled_mm) in the same run.
+//   N x K           12288x4096  4096x4096  22016x4096  4096x11008
+//   cuBLASLt           16.0        7.5        27.1        16.8
+//   64 rows, SPLIT 2   13.4        5.5        26.4        12.4     a cluster costs more than it balances, but at 64 tokens
+//   ROWS fits N        12.8        6.0        23.2        12.9     one wave of full rings, no cluster, 1 to 3 CTAs per SM
+//   + FOLD (32 rows)   13.1        5.3         -          11.7     wgmma takes 2 KB of A in ~50 clocks whatever its N
+//   + evict_first      12.6        5.3        22.9        11.6     at 64 tokens 14.7 -> 13.7, 6.9 -> 6.6, 26.8 -> 25.9, 14.2 -> 13.6
+// With these, 6144x4096: 7.4 (9.5), 28672x4096: 29.6 (30.4), 4096x14336: 14.9 (20.1), in parentheses cuBLASLt in another run.
+// Without gain: two or four independent accumulators in turn (+-0.5%); x of the first fill by ordinary loads instead of TMA
+// (+1 to 5% at one token, +30% at eight) and, on top of that, releasing a stage at once while the ring is empty (+0 to 5%),
+// L2 prefetch past the ring, before the wait or after it (+10 to 50%); launch_dependents after the first fill (+-0.5%).
+// Not measured: warpgroups that take stages in turn, and A from registers (the wgmma rate bounds 32 rows without FOLD). Mind
+// that a stage must then always be the same warpgroup's: a wait by parity passes early when one runs a phase ahead.
 #include "fp8/convert.cuh"
 #include "fp8/exchange.cuh"
 #include "fp8/mbarrier.cuh"
@@ -15,15 +30,6 @@
 
 // Constants: GEMM_N, GEMM_K; WEIGHT (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32, 3 e4m3); SWIGLU and its 16-bit
 // type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token), W_SCALE, BIAS; and the tactic.
-#ifndef CHAINS
-#define CHAINS 1
-#endif
-#ifndef EVICT
-#define EVICT 0
-#endif
-#ifndef TRIGGER
-#define TRIGGER 0
-#endif
 constexpr int ATOM = 128;  // bytes of K in one swizzle atom: 4 wgmma
 constexpr int ATOM_K = WEIGHT == 0 ? 128 : 64;
 constexpr int K_BLOCKS = (GEMM_K + ATOM_K * ATOMS - 1) / (ATOM_K * ATOMS);
@@ -38,8 +44,8 @@ constexpr int UNIT_BYTES = 64 * 8 * 4;
 constexpr int OVERRUN = TILES * 64 * ATOM - W_ATOM * FOLD - ATOMS * X_ATOM;
 constexpr int RING = STAGES * STAGE + (OVERRUN > 0 ? OVERRUN : 0);
 static_assert(ROWS % 16 == 0 && ROWS <= 256 && TOKENS % 8 == 0 && TOKENS <= 64);
-static_assert(TILES % WARPGROUPS == 0 && K_BLOCKS >= SPLIT && ATOMS % FOLD == 0);
-static_assert(FOLD == 1 || ROWS * FOLD == 64);
+static_assert(TILES % WARPGROUPS == 0 && K_BLOCKS >= SPLIT && STAGES >= 2 && ATOMS % FOLD == 0);
+static_assert(FOLD == 1 || (ROWS * FOLD == 64 && WARPGROUPS == 1));
 
 struct Stage {
   u32 w, x;
@@ -48,10 +54,7 @@ DEVICE Stage stage_at(u32 ring, int i) { return {ring + i * STAGE, ring + i * ST
 
 DEVICE void load_w(const Stage& s, const TensorMap* map, u32 bar, int block, int row) {
 #pragma unroll
-  for (int a = 0; a < ATOMS; a++) {
-    if constexpr (EVICT) tma_load_2d_evict_first(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
-    else tma_load_2d(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
-  }
+  for (int a = 0; a < ATOMS; a++) tma_load_2d_evict_first(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
 }
 DEVICE void load_x(const Stage& s, const TensorMap* map, u32 bar, int block) {
 #pragma unroll
@@ -64,35 +67,38 @@ DEVICE void mma(float (&d)[TOKENS * FOLD / 2], u64 a, u64 b, int accumulate) {
   else wgmma_ss_f16(d, a, b, accumulate);
 }
 
-// One stage of the ring: this warpgroup's tiles of 64 rows. Consecutive wgmma take the CHAINS accumulators in turn.
-DEVICE void multiply(float (&d)[TILES_EACH][CHAINS][TOKENS * FOLD / 2], const Stage& s, int first_tile, int more) {
+// One stage of the ring: this warpgroup's tiles of 64 rows.
+DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], const Stage& s, int first_tile, int more) {
 #pragma unroll
-  for (int i = 0; i < ATOMS / FOLD * 4; i++) {
-    int a = i / 4 * FOLD, j = i % 4;
-    u64 x = wgmma_descriptor(s.x + a * X_ATOM) + 2 * j;
+  for (int a = 0; a < ATOMS; a += FOLD)
 #pragma unroll
-    for (int t = 0; t < TILES_EACH; t++)
-      mma(d[t][i % CHAINS], wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM) + 2 * j, x, more | (i >= CHAINS));
-  }
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int t = 0; t < TILES_EACH; t++)
+        mma(d[t], wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM) + 2 * j, wgmma_descriptor(s.x + a * X_ATOM) + 2 * j, more | a | j);
 }
 
-// Adds the diagonal blocks of a folded accumulator; afterwards the warps of the first ROWS rows hold the sums.
-DEVICE void unfold(float (&sum)[TOKENS / 2], const float (&d)[TOKENS * FOLD / 2], float* scratch) {
-  constexpr int WARPS_EACH = ROWS / 16;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fold = warp / WARPS_EACH;
+// Adds the diagonal blocks of a folded accumulator; the warps of the first ROWS rows then hold the sums.
+DEVICE void unfold(float (&sum)[TILES_EACH][TOKENS / 2], const float (&d)[TILES_EACH][TOKENS * FOLD / 2], float* scratch) {
+  constexpr int VALUES = TILES_EACH * TOKENS / 2, APART = 4 * WARPGROUPS / FOLD;  // warps between two blocks of the same rows
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fold = warp / APART;
 #pragma unroll
-  for (int i = 0; i < TOKENS / 2; i++) {
-    sum[i] = d[i];
+  for (int t = 0; t < TILES_EACH; t++)
 #pragma unroll
-    for (int f = 1; f < FOLD; f++) sum[i] = fold == f ? d[f * TOKENS / 2 + i] : sum[i];
-    if (fold) scratch[(warp * TOKENS / 2 + i) * 32 + lane] = sum[i];
-  }
-  named_barrier_sync<1, 128>();
+    for (int i = 0; i < TOKENS / 2; i++) {
+      sum[t][i] = d[t][i];
+#pragma unroll
+      for (int f = 1; f < FOLD; f++) sum[t][i] = fold == f ? d[t][f * TOKENS / 2 + i] : sum[t][i];
+      if (FOLD > 1 && fold) scratch[(warp * VALUES + t * TOKENS / 2 + i) * 32 + lane] = sum[t][i];
+    }
+  if (FOLD > 1 || X_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written, too
+  if (FOLD == 1 || fold) return;
 #pragma unroll
   for (int f = 1; f < FOLD; f++)
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++)
-      if (!fold) sum[i] += scratch[((warp + f * WARPS_EACH) * TOKENS / 2 + i) * 32 + lane];
+    for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2; i++) sum[t][i] += scratch[((warp + f * APART) * VALUES + t * TOKENS / 2 + i) * 32 + lane];
 }
 
 // Sends each unit of partial sums to the rank that owns it, and adds what the peers sent of this rank's own.
@@ -174,7 +180,7 @@ DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
            const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens) {
-  if (!TRIGGER) griddepcontrol_launch_dependents();
+  griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u64 full[STAGES], empty[STAGES];
   __shared__ float token_scale[TOKENS];
@@ -198,11 +204,10 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
     }
   }
   __syncthreads();
-  if (TRIGGER) griddepcontrol_launch_dependents();
   if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
 
   int first_tile = warp / 4 * TILES_EACH;
-  float d[TILES_EACH][CHAINS][TOKENS * FOLD / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
+  float d[TILES_EACH][TOKENS * FOLD / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
   if (producer) {
     griddepcontrol_wait();
     if (lane == 0) {
@@ -250,20 +255,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   float sum[TILES_EACH][TOKENS / 2];
   if (SPLIT > 1) cluster_wait();
   if (!producer) {
-#pragma unroll
-    for (int t = 0; t < TILES_EACH; t++)
-#pragma unroll
-      for (int c = 1; c < CHAINS; c++)
-#pragma unroll
-        for (int i = 0; i < TOKENS * FOLD / 2; i++) d[t][0][i] += d[t][c][i];
-    if constexpr (FOLD > 1) unfold(sum[0], d[0][0], (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES));
-    else {
-#pragma unroll
-      for (int t = 0; t < TILES_EACH; t++)
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = d[t][0][i];
-      if (X_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written
-    }
+    unfold(sum, d, (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES));
     if (SPLIT > 1) reduce(sum, shared_address(partials), first_tile, rank);
   }
   if (SPLIT > 1) cluster_arrive(), cluster_wait();
