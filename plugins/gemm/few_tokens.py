@@ -199,8 +199,8 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
     """Microseconds that the model expects of one kernel in a chain of its like (programmatic dependent launch).
 
     Form and coefficients are fitted to about 750 timings of eight layers (N 4096..28672, K 1024..14336, e4m3) at 1, 16
-    and 64 tokens on an H200. Its first choice was within 1.3% of the fastest but for four cases of 35 (up to 6%); its first
-    three held one within 0.3%, but once (4%).
+    and 64 tokens on an H200. Its first choice was within 1.3% of the fastest but for four cases of 35 (up to 6%); its
+    first three held one within 0.3%, but once (4%).
     """
     weights = n * k_bytes
     ctas = -(-n // t.ROWS) * t.SPLIT
