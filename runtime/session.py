@@ -48,6 +48,8 @@ def choose_device(name: str, target: str) -> torch.device:
         raise EngineError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(f"device {name!r} was asked for, and torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -1,0 +1,171 @@
+"""The GPU executor's bookkeeping, without a GPU: references stand in for the kernels, run on the bound buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import tiny_checkpoint
+import torch
+
+from fp8.builder import engine as engine_format
+from fp8.builder.engine import EngineError, Plan, TacticChoice
+from fp8.plugins import base
+from fp8.plugins.attention import plugin as attention
+from fp8.plugins.base import StepShape
+from fp8.runtime import compiled, reference, session, weights
+from fp8.runtime.llm import LLM
+from fp8.runtime.request import SamplingParams
+from fp8.runtime.sampler import reference_sampler
+from fp8.runtime.session import Session
+from fp8.runtime.step_inputs import StepInputs
+from fp8.scripts import build
+
+PROMPTS = [[1, 2, 3], [7] * 70, list(range(40)), [9, 8], [4] * 11]
+PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=["auto", "fp8"])
+def engine_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("engine")
+    checkpoint = tiny_checkpoint.write(work / "checkpoint", tiny_checkpoint.qformat("bf16", request.param))
+    limits = ["--max_batch_size", "6", "--max_seq_len", "128", "--max_num_tokens", "48", "--log_level", "error"]
+    out = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(work / "engine"), "--target", "cpu"]
+    assert build.main([*out, *limits]) == 0
+    return work / "engine"
+
+
+class Stub:
+    """A plugin whose launches run its reference over the step's rows, writing into the bound buffers."""
+
+    step_buffers: ClassVar[set[int]] = set()  # addresses of what holds a step's rows, cut to size for the reference
+
+    def __init__(self, plugin: Any, rows: str, outputs: int) -> None:
+        self.plugin, self.rows, self.outputs = plugin, rows, outputs
+
+    def cache_shape(self, blocks: int, heads: int, width: int, dtype: str) -> tuple[tuple[int, ...], ...]:
+        return ((blocks, 64, heads, width),) * 2  # the references' layout
+
+    def tactic(self, fields: dict) -> dict:
+        return fields
+
+    def bind(self, tactic: dict, functions: list, tensors: list, workspace: None) -> base.Launcher:
+        def run(step: StepShape) -> None:
+            rows = step.logits_rows if self.rows == "L" else step.tokens
+            assert tactic["least"] <= rows <= tactic["most"], "the tactic is the one for that many rows"
+            inputs = [None if t is None else self._live(t, step) for t in tensors[: -self.outputs]]
+            for buffer, value in zip(tensors[-self.outputs :], self.plugin.reference(*inputs, step=step), strict=True):
+                buffer[: len(value)] = value
+
+        return run
+
+    def _live(self, tensor: torch.Tensor, step: StepShape) -> torch.Tensor:
+        """Cuts a buffer of maximal size down to the step's rows."""
+        largest = {48: step.tokens, 256: step.logits_rows, 6: step.sequences, 7: step.sequences + 1}
+        bound = tensor.data_ptr() in self.step_buffers
+        return tensor[: largest[len(tensor)]] if bound else tensor
+
+
+@pytest.fixture
+def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Makes `Session(dir, "cpu")` go through CompiledExecutor."""
+
+    def with_tactics(plan: Plan) -> Plan:
+        steps = []
+        for step in plan.steps:
+            top = 256 if plan.buffer(step.outputs[0]).shape[0] == "L" else 48
+            choices = [TacticChoice(4, {"least": 0, "most": 4}, ()), TacticChoice(top, {"least": 5, "most": top}, ())]
+            steps.append(dataclasses.replace(step, tactics=tuple(choices)))
+        return dataclasses.replace(plan, steps=tuple(steps))
+
+    def stubs(plan: Plan) -> list[Stub]:
+        pairs = zip(plan.steps, reference.load_plugins(plan), strict=True)
+        return [Stub(plugin, str(plan.buffer(s.outputs[0]).shape[0]), len(s.outputs)) for s, plugin in pairs]
+
+    def open_on_cpu(self: Session, engine: engine_format.Engine, max_kv_blocks: int | None) -> None:
+        self.num_blocks = max_kv_blocks or 12
+        self.plan = with_tactics(self.plan)
+        engine = dataclasses.replace(engine, plan=self.plan)
+        self._inputs = StepInputs(self.limits, self.device, session.STAGES)
+        self.executor = compiled.CompiledExecutor(engine, reference.map_weights(engine), self._inputs, self.num_blocks)
+        step_kinds = {b.name for b in self.plan.buffers if b.kind in ("input", "activation", "output")}
+        Stub.step_buffers = {t.data_ptr() for n, t in self.executor._tensors.items() if n in step_kinds}
+        self._sample = reference_sampler(self._inputs)
+        self._scope = torch.inference_mode
+        self._graphs = Eager(self._launch)
+        self._events = [Event()] * session.STAGES
+
+    monkeypatch.setattr(compiled, "load_plugins", stubs)
+    monkeypatch.setattr(Session, "_open_on_cpu", open_on_cpu)
+    yield engine_dir
+
+
+class Event:
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Eager(compiled.Graphs):
+    """A "graph" that runs its step anew; remembers the sizes asked for."""
+
+    def run(self, shape: StepShape) -> torch.Tensor:
+        self._graphs[shape.tokens, shape.max_context] = None  # type: ignore[assignment]
+        return self._enqueue(shape)
+
+
+def test_buffers_tactics_and_padding_give_the_reference_s_tokens(
+    on_stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(on_stubs, "cpu", lag=1)
+    compiled_tokens = [c.token_ids for c in llm.generate(PROMPTS, PARAMS)]
+    assert {rows for rows, _ in llm.session._graphs._graphs} <= {1, 2, 4, 6}, "decode steps are padded"
+    monkeypatch.undo()
+    plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
+    assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, PARAMS)]
+
+
+def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
+    plan = engine_format.load(engine_dir).plan
+    block, need = reference.kv_block_bytes(plan), compiled.fixed_bytes(plan) + compiled.RESERVE
+    assert compiled.pool_blocks(plan, need + 2 * block * 12, 0.5) == 12
+    assert compiled.pool_blocks(plan, need + 10**9, 0.9) == 12, "never more than all sequences need"
+    with pytest.raises(EngineError, match="for weights and activations, and"):
+        compiled.pool_blocks(plan, need - 1, 0.9)
+    with pytest.raises(EngineError, match="would have 1 blocks, and one sequence of max_seq_len 128 needs 2"):
+        compiled.pool_blocks(plan, need + block + 1, 1.0)
+
+
+class FakeCuda:
+    """torch.cuda as far as the weight loader uses it."""
+
+    Event = Event
+
+    @staticmethod
+    def current_stream() -> Event:
+        return Event()
+
+
+@pytest.mark.parametrize("size", [1000, 4096, 64 << 20])
+def test_weights_stream_in_chunks_to_their_places(engine_dir: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    engine, empty = engine_format.load(engine_dir), torch.empty
+    monkeypatch.setattr(torch, "cuda", FakeCuda)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **kind: empty(*shape, **kind))
+    monkeypatch.setattr(weights, "CHUNK", size)
+    loaded = weights.load_to_gpu(engine, torch.device("cpu"))
+    expected = reference.map_weights(engine)
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name].view(torch.uint8), tensor.reshape(loaded[name].shape).view(torch.uint8)), name
+        assert loaded[name].data_ptr() % 16 == 0
+    damaged = dataclasses.replace(engine, plan=dataclasses.replace(engine.plan, weights_sha256="0" * 64))
+    with pytest.raises(EngineError, match="damaged or exchanged"):
+        weights.load_to_gpu(damaged, torch.device("cpu"))
+
+
+def test_the_attention_plugin_says_how_its_cache_lies() -> None:
+    key, value = attention.Attention.cache_shape(5, 2, 64, "float8_e4m3fn")
+    assert key == (5, 2, 64, 64) and len(value) == 4
