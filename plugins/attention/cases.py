@@ -14,8 +14,8 @@ E4M3 = torch.float8_e4m3fn
 SCALE = 0.01  # of q, k and v: 448 * 0.01 is near the largest of a thousand normal values, so some saturate
 OUT_SCALE = 0.004
 FP8 = (
-    "the tensor cores add e4m3 products with about 14 bits of fraction, so P differs by 1e-4 to 5e-4 before it becomes a "
-    "code, and 1 code in 200 falls to the neighbour, 2^-4 to 2^-3 away: rms sqrt(5e-4 * 0.09) = 7e-3 of the output at most"
+    "the tensor cores add e4m3 products with about 14 bits of fraction, so P differs by 1e-4 to 5e-4 before it becomes "
+    "a code, and 1 code in 200 falls to the neighbour, 2^-4 to 2^-3 away: rms sqrt(5e-4 * 0.09) = 7e-3 of the output"
 )
 FP8_OUT = FP8 + "; some codes of the e4m3 output fall to the neighbour likewise: another 1e-2"
 DT = "P is rounded to the 16-bit type for the tensor cores and the output once more (bfloat16 unit roundoff 2^-9)"

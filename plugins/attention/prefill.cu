@@ -6,13 +6,14 @@
 // whatever order tiles come. e4m3: P * 256 becomes e4m3 in registers; the cache's token permutation (layout.py) makes an
 // accumulator fragment an operand fragment. 16 bits: P is rounded to the model's type, V is read transposed by wgmma.
 //
-// Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), STAGES,
-// PROMOTE (1: every tile's P V is added in float32, as e4m3 wgmma sums in about 22 bits).
+// Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), STAGES.
+// e4m3 products are summed by wgmma with about 14 bits of fraction, so every tile's P V is added up in float32.
 #include "fp8/convert.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
 #include "fp8/wgmma.cuh"
+#include "divide.cuh"
 #include "tiles.cuh"
 
 #define METHOD __device__ __forceinline__
@@ -30,13 +31,14 @@ constexpr float P_LOG2_SCALE = FP8_CACHE ? 8.f : 0.f;    // P * 256 uses e4m3's 
 constexpr int OUT_BYTES = QUANT_OUT ? 1 : 2;
 static_assert(SWIZZLE == 64 || SWIZZLE == 128);
 
-struct Barriers {
-  u64 q_full[Q_STAGES], q_empty[Q_STAGES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+struct Item {
+  int row, rows, position, sequence, head;  // rows < 0: there are no more
+  METHOD int tiles() const { return max(position + rows + TILE_KV - 1, 0) / TILE_KV; }
 };
 
-struct Item {
-  int row, rows, position, sequence, head;
-  METHOD int tiles() const { return max(position + rows + TILE_KV - 1, 0) / TILE_KV; }
+struct Shared {
+  u64 q_full[Q_STAGES], q_empty[Q_STAGES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  Item items[Q_STAGES];  // beside each Q tile
 };
 
 // The n-th item of this block: rounds over the sorted list go back and forth, so that sums of lengths stay even.
@@ -89,7 +91,7 @@ DEVICE void issue_pv(float (&o)[HEAD_DIM / 2], const u32 (&p)[PV_STEPS][4], u64 
 #pragma unroll
   for (int i = 0; i < PV_STEPS; i++) {
     const u64 at = FP8_CACHE ? i / 2 * (HEAD_DIM * 64 >> 4) + i % 2 * 2 : i * (16 * 128 >> 4);
-    const int accumulate = PROMOTE ? i != 0 : 1;
+    const int accumulate = FP8_CACHE ? i != 0 : 1;
     if constexpr (FP8_CACHE) wgmma_rs_e4m3(o, p[i], v + at, accumulate);
     else if constexpr (DTYPE == 0) wgmma_rs_bf16<1>(o, p[i], v + at, accumulate);
     else wgmma_rs_f16<1>(o, p[i], v + at, accumulate);
@@ -170,7 +172,7 @@ DEVICE void transpose_quad(u32 (&w)[4], int c) {
 }
 
 // Writes a row of O, `row` 0 or 1 of the thread's two, in 16-byte pieces.
-DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, float out_scale, bool valid) {
+DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, Divisor out_scale, bool valid) {
   constexpr int BLOCKS = QUANT_OUT ? 8 : 4;  // of 8 columns per 4 x 4 words
 #pragma unroll
   for (int base = 0; base < HEAD_DIM / 8; base += BLOCKS) {
@@ -179,7 +181,7 @@ DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, fl
     for (int i = 0; i < 4; i++) {
       const float* x = &o[(base + i * (BLOCKS / 4)) * 4 + 2 * row];
       if constexpr (QUANT_OUT)
-        w[i] = e4m3x4(__fdiv_rn(x[0], out_scale), __fdiv_rn(x[1], out_scale), __fdiv_rn(x[4], out_scale), __fdiv_rn(x[5], out_scale));
+        w[i] = e4m3x4(divide(x[0], out_scale), divide(x[1], out_scale), divide(x[4], out_scale), divide(x[5], out_scale));
       else w[i] = from_float2<DTYPE>(x[0], x[1]);
     }
     transpose_quad(w, c);
@@ -192,7 +194,7 @@ DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, fl
 }
 
 DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, const int4* tiles, const int* block_tables,
-                    int max_blocks, Barriers& b, u32 q_smem, u32 k_smem, u32 v_smem) {
+                    int max_blocks, Shared& b, u32 q_smem, u32 k_smem, u32 v_smem) {
   const int lane = threadIdx.x % 32;
   const int count = tiles[0].x;
   Ring<Q_STAGES> q;
@@ -203,6 +205,7 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
     if (lane == 0) {
       mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
       const u32 bar = shared_address(&b.q_full[q.stage]);
+      b.items[q.stage] = item;
       mbarrier_arrive_expect_tx(bar, TILE_BYTES);
 #pragma unroll
       for (int a = 0; a < ATOMS; a++)
@@ -244,15 +247,19 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
       ring.next();
     }
   }
+  if (lane == 0) {
+    mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
+    b.items[q.stage].rows = -1;
+    mbarrier_arrive(shared_address(&b.q_full[q.stage]));
+  }
 }
 
 struct Consumer {
-  Barriers& b;
+  Shared& b;
   u32 k_smem, v_smem;
   Ring<STAGES> k, v;
   float scale;
   int lane;
-
   METHOD void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
   METHOD void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
   METHOD void release_k() {
@@ -280,30 +287,34 @@ struct Consumer {
     release_k();
     if constexpr (MASKED) mask(s, visible);
     softmax(s, state, scale, rescale);
+    // Seldom true after the first tiles. The sums are never negative: that the vote needs them keeps ptxas from sinking
+    // the exponentials below the wait for P V, under which they are to run.
+    const bool changed = __any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f || state.sum[0] + state.sum[1] < 0.f);
     // Already complete; its loop ends the basic block, without which ptxas moves the wait below up, over the exponentials.
     wait_v();
     wgmma_wait_group<0>();
     release_v();
-    if constexpr (PROMOTE) {
+    if constexpr (FP8_CACHE) {
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 2; i++) total[i] = (total[i] + o[i]) * rescale[i / 2 % 2];
-    } else {
-      scale_rows(o, rescale);
+      for (int i = 0; i < HEAD_DIM / 2; i++) total[i] += o[i];
     }
+    if (changed) scale_rows(FP8_CACHE ? total : o, rescale);
     pack(s, p);
   }
 };
 
-DEVICE void consume(const int4* tiles, u8* y, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
-                    Barriers& b, u32 q_smem, u32 k_smem, u32 v_smem, int group) {
+DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
+                    Shared& b, u32 q_smem, u32 k_smem, u32 v_smem, int group) {
   const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  const int count = tiles[0].x;
-  const float v_factor = FP8_CACHE ? *v_scale : 1.f, out_factor = QUANT_OUT ? *out_scale : 1.f;
+  const float v_factor = FP8_CACHE ? *v_scale : 1.f;
+  const Divisor out_factor = divisor(QUANT_OUT ? *out_scale : 1.f);
   Consumer my{b, k_smem, v_smem, {}, {}, FP8_CACHE ? (float)SCALE_LOG2 * *q_scale * *k_scale : (float)SCALE_LOG2, lane};
   Ring<Q_STAGES> q_ring;
-  Item item;
 #pragma unroll 1
-  for (int n = 0; get_item(item, tiles, count, n); n++) {
+  while (true) {
+    mbarrier_wait(shared_address(&b.q_full[q_ring.stage]), q_ring.phase);
+    const Item item = b.items[q_ring.stage];
+    if (item.rows < 0) break;
     float s[TILE_KV / 2], o[HEAD_DIM / 2], total[HEAD_DIM / 2];
     u32 p[PV_STEPS][4];
     Softmax state{{-1e30f, -1e30f}, {0.f, 0.f}};
@@ -313,7 +324,6 @@ DEVICE void consume(const int4* tiles, u8* y, const float* q_scale, const float*
     const int mine = item.rows > group * 64 ? max(item.position + my_rows + TILE_KV - 1, 0) / TILE_KV : 0;
     const int whole = (item.position + group * 64 + 1) / TILE_KV;  // tiles that every row sees wholly
     const int last = item.position + row_of_tile - 2 * c;
-    mbarrier_wait(shared_address(&b.q_full[q_ring.stage]), q_ring.phase);
     const u64 q = row_descriptor(q_smem + q_ring.stage * TILE_BYTES + group * 64 * SWIZZLE);
     if (mine > 0) {
       float rescale[2];
@@ -363,7 +373,7 @@ DEVICE void consume(const int4* tiles, u8* y, const float* q_scale, const float*
       l += __shfl_xor_sync(~0u, l, 2);
       factor[r] = l > 0.f ? v_factor / l : 0.f;  // a sequence of length 0 has no sum
     }
-    if constexpr (PROMOTE) {
+    if constexpr (FP8_CACHE) {
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; i++) o[i] += total[i];
     }
@@ -382,7 +392,7 @@ prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorM
         const int4* tiles, const int* block_tables, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
         u8* y, int max_blocks) {
   extern __shared__ __align__(1024) u8 smem[];
-  __shared__ Barriers b;
+  __shared__ Shared b;
   const u32 q_smem = shared_address(smem), k_smem = q_smem + Q_STAGES * TILE_BYTES, v_smem = k_smem + STAGES * TILE_BYTES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Q_STAGES; i++) mbarrier_init(shared_address(&b.q_full[i]), 1), mbarrier_init(shared_address(&b.q_empty[i]), 8);
@@ -401,6 +411,6 @@ prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorM
     if (threadIdx.x < 288) produce(&q_map, &k_map, &v_map, tiles, block_tables, max_blocks, b, q_smem, k_smem, v_smem);
   } else {
     setmaxnreg_inc<232>();
-    consume(tiles, y, q_scale, k_scale, v_scale, out_scale, b, q_smem, k_smem, v_smem, group);
+    consume(y, q_scale, k_scale, v_scale, out_scale, b, q_smem, k_smem, v_smem, group);
   }
 }

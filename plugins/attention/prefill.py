@@ -67,7 +67,7 @@ def shared_bytes(row: int, stages: int) -> int:
 
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Prefill]:
     row = row_bytes(plugin, inputs)
-    return [Prefill(stages) for stages in (4, 3, 2) if shared_bytes(row, stages) <= SHARED_LIMIT]
+    return [Prefill(stages) for stages in (4, 3, 2) if shared_bytes(row, stages) <= SHARED_LIMIT][:2]
 
 
 def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
@@ -83,7 +83,6 @@ def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None])
         ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
         ("SCALE_LOG2", plugin.softmax_scale * math.log2(math.e)),
         ("STAGES", tactic.prefill_stages),
-        ("PROMOTE", fp8),
     )
     return (Kernel("attention", "prefill.cu", "prefill", constants),)
 

@@ -1,16 +1,21 @@
 // Rotary embedding of q and k in float32, quantization of q, k and v (or rounding to the cache's 16-bit type), and the
 // write of k and v into the paged cache by slot. One thread takes VEC rotation pairs of HEADS heads of one token; e4m3
-// values go through threads that take 8 dimensions of one token, so that a warp of consecutive tokens writes the
-// transposed, permuted page rows in whole 32-byte sectors. The last block writes the work list of the prefill kernel.
+// values go through threads that take VALUE_DIMS dimensions of one token, so that a warp of consecutive tokens writes
+// the transposed, permuted page rows in whole 32-byte sectors. All loads of a thread are in flight at once. The last
+// block writes the work list of the prefill kernel.
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM (0 = none), VEC (divides ROTARY_DIM / 2), FP8_CACHE,
 // QUANT_OUT, DTYPE.
 #include "fp8/convert.cuh"
 #include "fp8/sync.cuh"
+#include "divide.cuh"
 #include "tiles.cuh"
+
+#define METHOD __device__ __forceinline__
 
 constexpr int HEADS = 4;  // per thread: independent loads in flight
 constexpr int PIECES = HEAD_DIM / (2 * VEC);
+constexpr int VALUE_DIMS = 32;
 constexpr int ROW = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;
 constexpr int ROTATED = NUM_HEADS + NUM_KV_HEADS;
 constexpr int MOVED = ROTATED + (FP8_CACHE ? 0 : NUM_KV_HEADS);  // heads of the elementwise part
@@ -26,12 +31,17 @@ template <> struct Word<4> { typedef u32 type; };
 template <> struct Word<2> { typedef u16 type; };
 template <> struct Word<1> { typedef u8 type; };
 
-template <int N> DEVICE void load16(float (&x)[N], const u16* from) {
-  union { typename Word<2 * N>::type word; u16 item[N]; } raw;
-  raw.word = *(const typename Word<2 * N>::type*)from;
+// N values of the model's type, not yet converted: half the registers while they are on their way.
+template <int N> struct Raw {
+  typename Word<2 * N>::type word;
+  METHOD void load(const u16* from) { word = *(const typename Word<2 * N>::type*)from; }
+  METHOD void convert(float (&x)[N]) const {
+    union { typename Word<2 * N>::type word; u16 item[N]; } raw;
+    raw.word = word;
 #pragma unroll
-  for (int i = 0; i < N; i++) x[i] = to_float<DTYPE>(raw.item[i]);
-}
+    for (int i = 0; i < N; i++) x[i] = to_float<DTYPE>(raw.item[i]);
+  }
+};
 
 template <int N> DEVICE void load32(float (&x)[N], const float* from) {
 #pragma unroll
@@ -43,32 +53,37 @@ template <int N> DEVICE void load32(float (&x)[N], const float* from) {
   }
 }
 
-// To the cache's type; a true division, so that the codes are QuantizeLinear's.
-template <int N> DEVICE void store(u8* to, const float (&x)[N], float scale) {
+// To the cache's type.
+template <int N> DEVICE void store(u8* to, const float (&x)[N], Divisor by) {
   union { typename Word<CACHE_BYTES * N>::type word; u8 code[CACHE_BYTES * N]; u16 item[(CACHE_BYTES * N + 1) / 2]; } raw;
+  if constexpr (!FP8_CACHE) {
 #pragma unroll
-  for (int i = 0; i < N; i++) {
-    if (FP8_CACHE) raw.code[i] = (u8)e4m3x2(__fdiv_rn(x[i], scale), 0.f);
-    else raw.item[i] = from_float<DTYPE>(x[i]);
+    for (int i = 0; i < N; i++) raw.item[i] = from_float<DTYPE>(x[i]);
+  } else if constexpr (N == 1) {
+    raw.code[0] = (u8)e4m3x2(divide(x[0], by), 0.f);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) raw.item[i / 2] = e4m3x2(divide(x[i], by), divide(x[i + 1], by));
   }
   *(decltype(raw.word)*)to = raw.word;
 }
 
 // Rotates and writes pairs (first + i, second + i) of heads [head, head + HEADS) of one token.
 DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_mapping, const float* cos, const float* sin,
-                       u8* key_cache, u8* value_cache, u8* q, u8* y, float q_scale, float k_scale, int rows, int token, int group, int piece) {
+                       u8* key_cache, u8* value_cache, u8* q, u8* y, Divisor q_scale, Divisor k_scale, int rows, int token, int group, int piece) {
   const int at = piece * VEC;
   const bool rotates = at < ROTARY_DIM / 2;
   const int first = rotates ? at : ROTARY_DIM + at - ROTARY_DIM / 2;
   const int second = first + (rotates ? ROTARY_DIM / 2 : (HEAD_DIM - ROTARY_DIM) / 2);
-  float a[HEADS][VEC], b[HEADS][VEC], c[VEC], s[VEC];
+  Raw<VEC> left[HEADS], right[HEADS];
+  float c[VEC], s[VEC];
 #pragma unroll
   for (int i = 0; i < HEADS; i++) {
     const int head = group * HEADS + i;
     if (head >= MOVED) break;
     const u16* from = qkv + (u64)token * ROW + head * HEAD_DIM;
-    load16(a[i], from + first);
-    load16(b[i], from + second);
+    left[i].load(from + first);
+    right[i].load(from + second);
   }
   const int slot = slot_mapping[token];
   if (rotates) {
@@ -80,12 +95,15 @@ DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_
   for (int i = 0; i < HEADS; i++) {
     const int head = group * HEADS + i;
     if (head >= MOVED) break;
+    float a[VEC], b[VEC];
+    left[i].convert(a);
+    right[i].convert(b);
     if (rotates && head < ROTATED) {
 #pragma unroll
-      for (int k = 0; k < VEC; k++) {  // two roundings per product and sum, as in the graph: no contraction to FMA
-        const float x = a[i][k], z = b[i][k];
-        a[i][k] = __fsub_rn(__fmul_rn(c[k], x), __fmul_rn(s[k], z));
-        b[i][k] = __fadd_rn(__fmul_rn(s[k], x), __fmul_rn(c[k], z));
+      for (int k = 0; k < VEC; k++) {  // each product and sum rounded, as in the graph: no contraction to FMA
+        const float x = a[k], z = b[k];
+        a[k] = __fsub_rn(__fmul_rn(c[k], x), __fmul_rn(s[k], z));
+        b[k] = __fadd_rn(__fmul_rn(s[k], x), __fmul_rn(c[k], z));
       }
     }
     u8* to;
@@ -101,45 +119,55 @@ DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_
       const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
       to = cache + (((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * 64 + slot % 64) * HEAD_DIM * CACHE_BYTES;
     }
-    const float scale = head < NUM_HEADS ? q_scale : k_scale;
-    store(to + first * CACHE_BYTES, a[i], scale);
-    store(to + second * CACHE_BYTES, b[i], scale);
+    const Divisor by = head < NUM_HEADS ? q_scale : k_scale;
+    store(to + first * CACHE_BYTES, a, by);
+    store(to + second * CACHE_BYTES, b, by);
   }
 }
 
-// Eight dimensions of one token's value head, to e4m3, transposed. Lanes are consecutive tokens.
-DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_cache, float v_scale, int token, int kv_head, int dim) {
+// VALUE_DIMS dimensions of one token's value head, to e4m3, transposed. Lanes are consecutive tokens.
+DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_cache, Divisor v_scale, int token, int kv_head, int dim) {
   const int slot = slot_mapping[token];
   if (slot < 0) return;
-  float x[8];
-  load16(x, qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim);
+  const u16* from = qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim;
+  Raw<8> raw[VALUE_DIMS / 8];
+#pragma unroll
+  for (int i = 0; i < VALUE_DIMS / 8; i++) raw[i].load(from + 8 * i);
   const int offset = slot % 64;
   const int place = (offset & 48) | (offset & 6) << 1 | (offset & 8) >> 2 | (offset & 1);  // layout.py: PERMUTATION
   u8* to = value_cache + (((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim) * 64 + place;
 #pragma unroll
-  for (int i = 0; i < 8; i++) to[i * 64] = (u8)e4m3x2(__fdiv_rn(x[i], v_scale), 0.f);
+  for (int i = 0; i < VALUE_DIMS / 8; i++) {
+    float x[8];
+    raw[i].convert(x);
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) {
+      const u16 codes = e4m3x2(divide(x[k], v_scale), divide(x[k + 1], v_scale));
+      to[(8 * i + k) * 64] = (u8)codes, to[(8 * i + k + 1) * 64] = codes >> 8;
+    }
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 3)
 rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, const int* query_start, const int* sequence_lengths,
               const float* cos, const float* sin, u8* key_cache, u8* value_cache, const float* q_scale, const float* k_scale,
               const float* v_scale, u8* q, u8* y, int4* tiles, int tokens, int sequences, int decode_sequences) {
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int pair_blocks = ((u64)tokens * GROUPS * PIECES + 255) / 256;
-  const int value_blocks = FP8_CACHE ? ((tokens + 31) / 32 * NUM_KV_HEADS * (HEAD_DIM / 8) + 7) / 8 : 0;
+  const int value_blocks = FP8_CACHE ? ((tokens + 31) / 32 * NUM_KV_HEADS * (HEAD_DIM / VALUE_DIMS) + 7) / 8 : 0;
   const int block = blockIdx.x;
   if (block < pair_blocks) {
     const u32 unit = block * 256 + threadIdx.x;
     const u32 token = unit / (GROUPS * PIECES);
     if (token >= tokens) return;
-    move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, FP8_CACHE ? *q_scale : 1.f,
-               FP8_CACHE ? *k_scale : 1.f, query_start[sequences], token, unit / PIECES % GROUPS, unit % PIECES);
+    move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, divisor(FP8_CACHE ? *q_scale : 1.f),
+               divisor(FP8_CACHE ? *k_scale : 1.f), query_start[sequences], token, unit / PIECES % GROUPS, unit % PIECES);
   } else if (block < pair_blocks + value_blocks) {
     const u32 warp = (block - pair_blocks) * 8 + threadIdx.x / 32;
-    const u32 dim = warp % (HEAD_DIM / 8) * 8, rest = warp / (HEAD_DIM / 8);
+    const u32 dim = warp % (HEAD_DIM / VALUE_DIMS) * VALUE_DIMS, rest = warp / (HEAD_DIM / VALUE_DIMS);
     const u32 token = rest / NUM_KV_HEADS * 32 + threadIdx.x % 32;
-    if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, *v_scale, token, rest % NUM_KV_HEADS, dim);
+    if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, divisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
   } else {
     write_tiles(tiles, query_start, sequence_lengths, decode_sequences, sequences);
   }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 E4M3 = "float8_e4m3fn"
 THREADS = 256
 HEADS = 4  # of a thread
+VALUE_DIMS = 32  # of a thread that transposes values
 
 
 def vector(rotary_dim: int) -> int:
@@ -69,8 +70,8 @@ def bind(
     def run(step: StepShape) -> None:
         tokens.value, sequences.value, decode_sequences.value = step.tokens, step.sequences, step.decode_sequences
         blocks = -(-step.tokens * units // THREADS)
-        if fp8:  # warps of 32 tokens and 8 dimensions
-            warps = (step.tokens + 31) // 32 * plugin.num_kv_heads * (plugin.head_dim // 8)
+        if fp8:  # warps of 32 tokens
+            warps = (step.tokens + 31) // 32 * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS)
             blocks += (warps + 7) // 8
         launch(blocks + (step.sequences > step.decode_sequences))
 
