@@ -23,6 +23,7 @@ from fp8.builder.checkpoint import Checkpoint, read_json
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
+from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
 from fp8.builder.rewrite import apart
 from fp8.builder.target import TARGETS, Journal, Target
@@ -175,8 +176,13 @@ def explain(source: Source, request: Request) -> list[str]:
     _, journal, _ = fuse(source, request, Reporter())
     assert request.explain is not None
     lines = [f"{pattern}: {sentence}" for pattern, (_, sentence) in sorted(journal.attempts.items())]
+    starts: dict[str, set[str]] = {}
+    for variant in load_all():
+        starts.setdefault(variant.pattern, set()).add(variant.root)
+    for name in sorted(set(starts) - set(journal.attempts)):
+        lines.append(f"{name}: begins with {' or '.join(sorted(starts[name]))}, and no such node leads here")
     homes = {p for p, originals in journal.replaced.items() if any(_named(o, request.explain) for o in originals)}
-    return [*lines, f"taken by: {', '.join(sorted(homes)) or 'no plugin'}"]
+    return [*lines, f"taken by: {', '.join(sorted(homes)) or 'no plugin'} (of those that match, the largest)"]
 
 
 def _named(node: str, wanted: str) -> bool:

@@ -200,7 +200,7 @@ class Variant:
         return len(set(_calls(self.outputs)))
 
     def __str__(self) -> str:
-        return f"{self.pattern}({', '.join(f'{k}={v}' for k, v in self.choices.items())})"
+        return f"({', '.join(f'{k}={v}' for k, v in self.choices.items())})"
 
     def match(self, root: gs.Node, graph_outputs: frozenset[str] = frozenset()) -> Match | Mismatch:
         """Matches backwards from the node that yields the first output."""
@@ -209,7 +209,7 @@ class Variant:
             return found
         for output in self.outputs:
             if id(output.call) not in found.results:
-                raise ValueError(f"pattern {self}: an output is not reached from the first one")
+                raise ValueError(f"pattern {self.pattern} {self}: an output is not reached from the first one")
         return _closed(found, graph_outputs)
 
 

@@ -22,7 +22,8 @@ class Journal:
         """Keeps the attempt that got farthest, of each pattern."""
         matched, sentence = (outcome.matched, outcome.sentence) if isinstance(outcome, Mismatch) else (10**6, outcome)
         if matched > self.attempts.get(variant.pattern, (-1, ""))[0]:
-            self.attempts[variant.pattern] = (matched, f"{variant} at {root}: {sentence}")
+            where = "" if sentence.startswith(f"{root}:") else f" at {root}"
+            self.attempts[variant.pattern] = (matched, f"{variant}{where}: {sentence}")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from fp8.builder.build import Source
+from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.formats.base import Format, load
 from fp8.builder.quantization_config import write_engine_section, write_quantization
+from fp8.models import config as models
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320, "hidden_size": 192,
@@ -77,3 +80,9 @@ def write(directory: Path, format: Format, seed: int = 0, **changes: Any) -> Pat
     save_file(tensors(config, format, seed), directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def source(directory: Path, format: Format, **changes: Any) -> Source:
+    """A written checkpoint, opened as fp8-build opens it."""
+    checkpoint = Checkpoint(write(directory, format, **changes))
+    return Source(models.load(checkpoint.config), checkpoint)

@@ -22,10 +22,13 @@ def fuse(graph: gs.Graph, target: Target) -> int:
     """Returns how many plugin nodes it made."""
     constants: dict[str, gs.Constant] = {}
     outputs = frozenset(t.name for t in graph.outputs)
+    variants = pattern.load_all()
+    if target.journal.explain:
+        explain(graph, variants, outputs, target)
     count = 0
-    for variant in pattern.load_all():
+    for variant in variants:
         for node in [n for n in graph.nodes if n.op == variant.root and not n.domain]:
-            match = node.outputs and attempt(variant, node, outputs, target)  # without outputs: replaced since
+            match = node.outputs and attempt(variant, node, outputs)  # without outputs: replaced since
             if match:
                 replace(graph, match, constants, target)
                 count += 1
@@ -33,14 +36,21 @@ def fuse(graph: gs.Graph, target: Target) -> int:
     return count
 
 
+def explain(graph: gs.Graph, variants: list[Variant], outputs: frozenset[str], target: Target) -> None:
+    """Tries every pattern everywhere and records the outcomes at the explained node, before anything is replaced."""
+    for variant in variants:
+        for node in graph.nodes:
+            if node.op == variant.root:
+                record(variant, node, attempt(variant, node, outputs), target)
+
+
 def attempt(
     variant: Variant,
     node: gs.Node,
     graph_outputs: frozenset[str],
-    target: Target,
     adapt: Callable[[Match], None] = lambda match: None,
-) -> Match | None:
-    """A match, after `adapt`, whose types the plugin takes and yields; outcomes at an explained node are recorded."""
+) -> Match | Mismatch:
+    """A match, after `adapt`, whose types the plugin takes and yields."""
     found = variant.match(node, graph_outputs)
     if found:
         adapt(found)
@@ -48,11 +58,11 @@ def attempt(
             _check_types(found, operator(found))
         except base.PluginError as error:
             found = Mismatch(f"{node.name}: {error}", found.nodes, len(found.nodes))
-    _record(variant, node, found, target)
-    return found or None
+    return found
 
 
-def _record(variant: Variant, root: gs.Node, found: Match | Mismatch, target: Target) -> None:
+def record(variant: Variant, root: gs.Node, found: Match | Mismatch, target: Target) -> None:
+    """Notes the outcome if it concerns the node to explain."""
     wanted = target.journal.explain
     if wanted is None:
         return

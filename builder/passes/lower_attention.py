@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from fp8.builder import pattern
-from fp8.builder.passes.fuse import attempt, replace
+from fp8.builder.passes.fuse import attempt, record, replace
 from fp8.builder.pattern import Match
 from fp8.builder.rewrite import remove_dead, sort, variable
 from fp8.builder.target import Target
@@ -20,7 +20,9 @@ def lower_attention(graph: gs.Graph, target: Target) -> int:
     for variant in pattern.load("attention"):
         for node in [n for n in graph.nodes if n.op == variant.root]:
             outputs = frozenset(t.name for t in graph.outputs)
-            match = node.outputs and attempt(variant, node, outputs, target, lambda m: _page(m, paged))
+            match = attempt(variant, node, outputs, lambda m: _page(m, paged)) if node.outputs else None
+            if match is not None:
+                record(variant, node, match, target)
             if match:
                 _forget_slots(graph, match)
                 replace(graph, match, constants, target)
