@@ -80,8 +80,8 @@ def quantize_checkpoint(
 
     Raises CheckpointError, FormatError, CalibrationError, OutputError, and what the model's `read_config` raises.
     """
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already; remove it, or pass --overwrite")
+    output = output.absolute()
+    _check_replaceable(checkpoint, output, overwrite)
     if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
         raise FormatError(
@@ -106,6 +106,15 @@ def quantize_checkpoint(
         groups = [*_weights(checkpoint, whole, set(linears), format, dtype, device), *_scales(amax)]
         write_shards(partial, groups, lambda done, total: report.progress("writing", done, total))
         _write_config(checkpoint, format, dtype, linears, facts, partial)
+
+
+def _check_replaceable(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists already; remove it, or pass --overwrite")
+    if output.resolve() == checkpoint.directory.resolve():
+        raise OutputError(f"{output} is the model to be quantized; give another output directory")
+    if output.exists() and not (output / "config.json").is_file():
+        raise OutputError(f"{output} is not a checkpoint, --overwrite does not replace it; remove it yourself")
 
 
 def _check_all_read(checkpoint: Checkpoint, graph: Graph) -> None:

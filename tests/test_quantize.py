@@ -257,10 +257,16 @@ def test_existing_output_is_kept_unless_told_otherwise(
     output.mkdir()
     (output / "precious").write_text("x")
     assert "exists already" in refused(source, output, capsys)
-    assert (output / "precious").exists()
+    assert "is not a checkpoint" in refused(source, output, capsys, "--overwrite")
+    (output / "config.json").write_text("{}")
     assert run(source, output, "--overwrite") == 0
     assert not (output / "precious").exists() and (output / "model.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_the_model_itself_is_never_overwritten(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is the model to be quantized" in refused(source, source / "model", capsys, "--overwrite")
+    assert (source / "model/model.safetensors").exists()
 
 
 def fail_in_write(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
