@@ -12,6 +12,7 @@
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of the output, and of q and the cache if not FP8), QUANT_OUT,
 // SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
+#include "fp8/cp_async.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/mma.cuh"
 #include "fp8/rows.cuh"
@@ -23,8 +24,8 @@ constexpr int PAGE = 64;                       // tokens
 constexpr int TILE = FP8_CACHE ? 64 : 32;      // tokens: 8 KB of keys or values for a head of 128
 constexpr int BYTES = FP8_CACHE ? 1 : 2;       // of a cached value
 constexpr int SLOT_BYTES = TILE * HEAD_DIM * BYTES;
-constexpr int ROWS = GROUP < 16 ? GROUP : 16;  // heads in a unit, at most
 constexpr int PARTS = (GROUP + 15) / 16;       // units for one KV head
+constexpr int ROWS = (GROUP + PARTS - 1) / PARTS;  // heads in a unit, at most
 constexpr int UNITS = KV_HEADS * PARTS;        // of a sequence
 constexpr int HEADS = KV_HEADS * GROUP;
 constexpr int K_STEPS = HEAD_DIM * BYTES / 32; // products over the head dimension: 32 bytes each
@@ -43,7 +44,8 @@ struct Partial {
 struct Problem {
   const u8* q;
   const int *block_tables, *starts;
-  int sequences, max_blocks, begin, end;  // this block's run of tiles
+  int sequences, max_blocks;
+  int end;  // of this block's run of tiles
 };
 
 // A place in the line of tiles.
@@ -82,19 +84,21 @@ struct Cursor {
 // Fills a warp's slots, in order: keys and values of its first tile, of its second, ... Run by one lane.
 struct Producer {
   Cursor at;
-  int page;
+  int page;  // arrives by cp.async, so that nobody waits for it before it is needed
   int values;  // 0: keys are next
 
-  __device__ __forceinline__ void start(const Problem& p, int warp) {
-    at.seek(p, p.begin + warp);
+  __device__ __forceinline__ void start(const Problem& p, int first) {
+    at.seek(p, first);
     values = 0;
     look_up(p);
   }
   __device__ __forceinline__ void look_up(const Problem& p) {
-    if (at.index < p.end) page = p.block_tables[at.sequence * p.max_blocks + at.tile * TILE / PAGE];
+    if (at.index >= p.end) return;
+    cp_async_4(shared_address(&page), p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
   }
   __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot, u32 full) {
     if (at.index >= p.end) return;
+    if (!values) cp_async_wait_all();
     const int head = page * KV_HEADS + at.unit / PARTS;
     const int row = head * PAGE + at.tile * TILE % PAGE;
     mbarrier_arrive_expect_tx(full, SLOT_BYTES);
@@ -115,12 +119,12 @@ struct Producer {
 };
 
 struct Shared {
-  alignas(1024) u8 ring[WARPS][SLOTS][SLOT_BYTES];
+  alignas(1024) u8 ring[WARPS * SLOTS][SLOT_BYTES];
   alignas(16) float o[WARPS][ROWS][PITCH];
   float m[WARPS][ROWS], l[WARPS][ROWS];
-  alignas(8) u64 full[WARPS][SLOTS];
+  alignas(8) u64 full[WARPS * SLOTS];
   Producer producers[WARPS];  // here, not in registers: only one lane of a warp needs them
-  int last;
+  int last, run;
   int starts[1];  // [sequences + 1]: tiles of one unit in the sequences before
 };
 
@@ -134,6 +138,7 @@ DEVICE void multiply_keys(float (&s)[S_TILES][4], const u32 (&q)[K_STEPS][4], u3
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < S_TILES; j++) {
+    if (j % 4 == 0) __syncwarp();  // keeps the compiler from loading all fragments at once, and from spilling
     s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
 #pragma unroll
     for (int k = 0; k < K_STEPS; k += 2) {
@@ -166,7 +171,7 @@ DEVICE void multiply_values(float (&o)[O_TILES][4], const float (&p)[S_TILES][4]
       }
 #pragma unroll
     for (int j = 0; j < O_TILES; j++) {
-      if (j % 4 == 0) __syncwarp();  // keeps the compiler from loading all fragments at once, and from spilling
+      if (j % 4 == 0) __syncwarp();  // as above
       u32 b[4];
       ldmatrix_x4(values + swizzled<64>(lane % 8, lane / 8) + j * 8 * 64, b);
       mma_m16n8k32_e4m3(o[j], a[0], b[0], b[1]);
@@ -243,16 +248,19 @@ struct State {
   }
 };
 
-DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Problem& p, const Cursor& at, int rows) {
+// Heads of a unit: of all the heads of a KV head, units take ROWS each, and the last one the rest.
+DEVICE int rows_of(int unit) { return GROUP % ROWS == 0 ? ROWS : min(ROWS, GROUP - unit % PARTS * ROWS); }
+DEVICE int first_head(int unit) { return unit / PARTS * GROUP + unit % PARTS * ROWS; }
+
+DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Problem& p, const Cursor& at) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;  // bytes
-  const int head = at.unit / PARTS * GROUP + at.unit % PARTS * 16;
-  const u8* first = p.q + (u64)(at.sequence * HEADS + head) * HEAD_DIM * BYTES + column;
+  const u8* first = p.q + (u64)(at.sequence * HEADS + first_head(at.unit)) * HEAD_DIM * BYTES + column;
 #pragma unroll
   for (int k = 0; k < K_STEPS; k++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int r = row + i % 2 * 8;
-      const bool there = (ROWS > 8 || i % 2 == 0) && r < rows;
+      const bool there = (ROWS > 8 || i % 2 == 0) && r < rows_of(at.unit);
       q[k][i] = there ? *(const u32*)(first + r * HEAD_DIM * BYTES + 32 * k + i / 2 * 16) : 0u;
     }
 }
@@ -330,18 +338,37 @@ DEVICE void merge(Shared& shared, const State& state, int rows, bool whole, cons
 
 // Joins the partial results of a unit, `count` of them: the first block's, then those of the blocks after it.
 DEVICE void combine(const Partial* partials, int block, int count, int rows, const Output& y, u64 first) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < rows * (HEAD_DIM / 4); i += THREADS) {
     const int r = i / (HEAD_DIM / 4), c = i % (HEAD_DIM / 4) * 4;
-    auto at = [&](int split) { return partials + 2 * (block + split) + (split == 0); };
-    float m = __int_as_float(0xFF800000), l = 0.0f;
-#pragma unroll 8
-    for (int split = 0; split < count; split++) m = fmaxf(m, __ldcg(&at(split)->m[r]));
+    constexpr int BATCH = 12;  // loads in flight: their latency is what this costs
+    const float NONE = __int_as_float(0xFF800000);
+    float top = NONE, l = 0.0f;
     float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 8
-    for (int split = 0; split < count; split++) {
-      const float factor = exp2f(__ldcg(&at(split)->m[r]) - m);
-      l += __ldcg(&at(split)->l[r]) * factor;
-      add(o, __ldcg((const float4*)&at(split)->o[r][c]), factor);
+#pragma unroll 1
+    for (int start = 0; start < count; start += BATCH) {
+      float m[BATCH], sums[BATCH], now = top;
+      float4 outputs[BATCH];
+#pragma unroll
+      for (int j = 0; j < BATCH; j++) {
+        m[j] = NONE, sums[j] = 0.0f, outputs[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (start + j >= count) continue;
+        const Partial& partial = partials[2 * (block + start + j) + (start + j == 0)];
+        m[j] = __ldcg(&partial.m[r]);
+        sums[j] = __ldcg(&partial.l[r]);
+        outputs[j] = __ldcg((const float4*)&partial.o[r][c]);
+      }
+#pragma unroll
+      for (int j = 0; j < BATCH; j++) now = fmaxf(now, m[j]);
+      const float factor = exp2f(top - now);
+      top = now;
+      l *= factor;
+      o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+#pragma unroll
+      for (int j = 0; j < BATCH; j++) {
+        l += sums[j] * exp2f(m[j] - top);
+        add(o, outputs[j], exp2f(m[j] - top));
+      }
     }
     y.store(first + r * HEAD_DIM + c, o, l);
   }
@@ -399,7 +426,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   if (threadIdx.x == 0) {
     prefetch_tensormap(&k_map);
     prefetch_tensormap(&v_map);
-    for (int i = 0; i < WARPS * SLOTS; i++) mbarrier_init(shared_address(&shared.full[0][i]), 1);
+    for (int i = 0; i < WARPS * SLOTS; i++) mbarrier_init(shared_address(&shared.full[i]), 1);
     fence_mbarrier_init();
   }
   const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (FP8_CACHE ? *q_scale * *k_scale : 1.0f);
@@ -411,41 +438,41 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   const int total = shared.starts[sequences] * UNITS;
   const int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
   const int begin = min(total, (int)blockIdx.x * run);
-  const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, begin, min(total, begin + run)};
+  const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, min(total, begin + run)};
+  if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit
 
-  const u32 ring = shared_address(&shared.ring[warp][0]), full = shared_address(&shared.full[warp][0]);
   Producer& producer = shared.producers[warp];
+  u32 slot = warp * SLOTS, parity = 0;  // the slot to read next, of all the block's
+  auto ring = [&](u32 i) { return shared_address(shared.ring) + i * SLOT_BYTES; };
+  auto full = [&](u32 i) { return shared_address(shared.full) + i * 8; };
   if (lane == 0) {
-    producer.start(p, warp);
-    for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring + i * SLOT_BYTES, full + 8 * i);
+    producer.start(p, begin + (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
+    for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring(slot + i), full(slot + i));
   }
   __syncwarp();
 
-  u32 slot = 0, parity = 0;
   auto wait = [&] {
-    mbarrier_wait(full + 8 * slot, parity);
-    return ring + slot * SLOT_BYTES;
+    mbarrier_wait(full(slot), parity);
+    return ring(slot);
   };
   auto release = [&] {  // all lanes have read the slot: fill it again
     __syncwarp();
-    if (lane == 0) producer.fill(p, &k_map, &v_map, ring + slot * SLOT_BYTES, full + 8 * slot);
+    if (lane == 0) producer.fill(p, &k_map, &v_map, ring(slot), full(slot));
     __syncwarp();
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
+    if (++slot % SLOTS == 0) slot -= SLOTS, parity ^= 1;
   };
 
   const Output output = {y, v_scale, out_scale};
   State state;
   u32 queries[K_STEPS][4];
   Cursor at;
-  at.seek(p, p.begin);
+  at.seek(p, begin);
   while (at.index < p.end) {
-    const int tiles = at.tiles(p), stop = min(tiles, at.tile + p.end - at.index);
-    const int part = PARTS == 1 ? 0 : at.unit % PARTS, rows = PARTS == 1 ? ROWS : min(16, GROUP - 16 * part);
+    const int stop = min(at.tiles(p), at.tile + p.end - at.index);
     const int length = sequence_lengths[at.sequence];
-    load_queries(queries, p, at, rows);
+    load_queries(queries, p, at);
     state.clear();
-    const int turn = (at.index - p.begin) % WARPS;
-    for (int tile = at.tile + (warp - turn + WARPS) % WARPS; tile < stop; tile += WARPS) {
+    for (int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS; tile < stop; tile += WARPS) {
       float s[S_TILES][4];
       multiply_keys(s, queries, wait());
       release();
@@ -453,9 +480,10 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
       multiply_values(state.o, s, wait());
       release();
     }
-    const u64 first = (u64)(at.sequence * HEADS + at.unit / PARTS * GROUP + 16 * part) * HEAD_DIM;
+    const u64 first = (u64)(at.sequence * HEADS + first_head(at.unit)) * HEAD_DIM;
+    const int rows = rows_of(at.unit);
     const int origin = at.index - at.tile;  // of the unit, in the line of tiles
-    const int block = origin / run, count = (origin + tiles - 1) / run - block + 1;
+    const int block = origin / shared.run, count = (origin + at.tiles(p) - 1) / shared.run - block + 1;
     Partial* partial = partials + 2 * blockIdx.x + (block == (int)blockIdx.x);
     merge(shared, state, rows, count == 1, output, first, partial);
     if (count > 1 && last_to_arrive(shared, counters + at.sequence * UNITS + at.unit, count))

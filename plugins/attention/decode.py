@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 E4M3 = "float8_e4m3fn"
 MULTIPROCESSORS = 132
 SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and keeps 1 KB of each block's
-TILE_ROWS = 16  # heads in a unit
+TILE_ROWS = 16  # of a product
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,19 @@ class Shape:
         return self.tile * self.head_dim * (1 if self.fp8 else 2)
 
     @property
+    def parts(self) -> int:
+        """Units that share a KV head."""
+        return -(-self.group // TILE_ROWS)
+
+    @property
     def rows(self) -> int:
-        return min(self.group, TILE_ROWS)
+        """Heads in a unit, at most."""
+        return -(-self.group // self.parts)
 
     @property
     def units(self) -> int:
         """Of one sequence."""
-        return self.kv_heads * -(-self.group // TILE_ROWS)
+        return self.kv_heads * self.parts
 
     @property
     def partial_bytes(self) -> int:
