@@ -6,7 +6,6 @@
 // A cluster either shares what all its CTAs load (CLUSTER_M row blocks share w, or CLUSTER_N column blocks share x; each
 // CTA loads one part and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
-// RESIDENT = 2: two CTAs share an SM, of this kernel or of this and the next, whose first weights then load early.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
 // (TMA knows the buffer's rows only); nothing reads them.
@@ -22,7 +21,6 @@
 constexpr int WARPGROUPS = BLOCK_M == 64 && !PINGPONG ? 1 : 2;
 constexpr int TILE_ROWS = PINGPONG ? BLOCK_M : BLOCK_M / WARPGROUPS;  // of one warpgroup
 constexpr int MMAS = TILE_ROWS / 64;
-constexpr bool MOVE_REGISTERS = WARPGROUPS == 2 && RESIDENT == 1;  // 128 x 40 + 256 x 232 of the 64 K
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N * SPLIT;
 constexpr int ROW = 128;  // bytes of K in a stage: one swizzle atom, four wgmma
 constexpr int ROW_K = OPERAND == 0 ? 128 : 64;
@@ -239,7 +237,7 @@ DEVICE void write(const float (&d)[BLOCK_N / 2], const Arguments& args, const Te
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), RESIDENT)
+extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
      const float* x_scale, const float* w_scale, const float* bias, const float* out_scale, void* y, int rows) {
   griddepcontrol_launch_dependents();
@@ -270,7 +268,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   int stage = 0, parity = 0;
 
   if (warpgroup == WARPGROUPS) {
-    if constexpr (MOVE_REGISTERS) setmaxnreg_dec<40>();
+    if constexpr (WARPGROUPS == 2) setmaxnreg_dec<40>();
     if (leader) {
       auto load_x = [&](int stage, int k, Tile t) {
         load<BLOCK_M, (CLUSTER_N > 1)>(stages + stage * STAGE_BYTES, &x_map, full_bar + stage * 8, k * ROW_K, t.m, rank);
@@ -306,7 +304,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     __syncwarp();
     if (SPLIT > 1) cluster_arrive(), cluster_wait();
   } else {
-    if constexpr (MOVE_REGISTERS) setmaxnreg_inc<232>();
+    if constexpr (WARPGROUPS == 2) setmaxnreg_inc<232>();  // 128 x 40 + 256 x 232 of the 64 K
     griddepcontrol_wait();
     const Arguments args{x_scale, w_scale, bias, out_scale, y, rows};
     buffers += warpgroup * BUFFERS * 64 * CHUNK;
