@@ -84,12 +84,14 @@ reachable() {
   .venv/bin/python -c "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)" "$1" 2>/dev/null
 }
 
-# `import fp8...` from the checkout without installing it: a namespace folder whose entries point at the sources.
+# `import fp8...` from the checkout without installing it: a namespace folder whose entries point at the sources, and the
+# record by which a package knows its own version.
 link_sources() {
-  "$PYTHON" -c 'import fp8.builder, sys; sys.exit(not fp8.builder.__path__[0] == sys.argv[1])' "$PWD/builder" 2>/dev/null &&
-    return
-  mkdir -p build/namespace/fp8
-  local folder
-  for folder in builder plugins runtime models scripts; do ln -sfn "$PWD/$folder" "build/namespace/fp8/$folder"; done
-  export PYTHONPATH="$PWD/build/namespace${PYTHONPATH:+:$PYTHONPATH}"
+  local here=build/namespace folder version
+  version=$("$PYTHON" -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')
+  rm -rf "$here"/*.dist-info
+  mkdir -p "$here/fp8" "$here/fp8_engine-$version.dist-info"
+  for folder in builder plugins runtime models scripts; do ln -sfn "$PWD/$folder" "$here/fp8/$folder"; done
+  printf 'Metadata-Version: 2.1\nName: fp8-engine\nVersion: %s\n' "$version" >"$here/fp8_engine-$version.dist-info/METADATA"
+  export PYTHONPATH="$PWD/$here${PYTHONPATH:+:$PYTHONPATH}"
 }

@@ -84,14 +84,8 @@ def test_every_source_folder_is_a_package_that_the_wheel_holds() -> None:
     assert found <= listed, f"not in pyproject.toml: {sorted(found - listed)}"
 
 
-def test_a_plugin_folder_is_complete() -> None:
-    """Each plugin has its types, its reference and its cases under the same names."""
+def test_a_plugin_has_cases() -> None:
+    """What is not in a list of cases is neither checked nor timed on a GPU."""
     folders = [p.parent for p in (ROOT / "plugins").glob("*/plugin.py")]
     assert folders
-    lacking = [
-        f"plugins/{folder.name}/{name}"
-        for folder in folders
-        for name in ("__init__.py", "reference.py", "cases.py")
-        if not (folder / name).is_file()
-    ]
-    assert not lacking
+    assert not [folder.name for folder in folders if not (folder / "cases.py").is_file()]
