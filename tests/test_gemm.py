@@ -133,6 +133,12 @@ def test_float32_is_for_the_reference_only() -> None:
         plugin.check(operands(dtype="float32"))
 
 
+def test_rows_must_be_counted_as_x_has_them() -> None:
+    with pytest.raises(PluginError, match="x has L rows, but the launch would count T; set rows to 'L'"):
+        Gemm().check(operands(rows="L"))
+    Gemm(rows="L").check(operands(rows="L"))
+
+
 def test_swiglu_refuses_what_it_cannot_pair() -> None:
     scale = Tensor("float32", (1,))
     for plugin, inputs, message in [

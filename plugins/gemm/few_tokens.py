@@ -159,7 +159,7 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> 
         return []
     n, k, size = _sizes(inputs)
     found = enumerate_tactics(n, k * size, tokens)
-    return sorted(found, key=lambda t: cost(t, n, k * size, tokens))
+    return sorted(found, key=lambda t: (cost(t, n, k * size, tokens), repr(t)))
 
 
 def enumerate_tactics(n: int, k_bytes: int, tokens: int) -> list[FewTokens]:

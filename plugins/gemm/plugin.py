@@ -42,5 +42,9 @@ class Gemm(Linear):
         return (gemm(*inputs, out_dtype=getattr(torch, self.out_dtype)),)
 
     def check(self, inputs: Sequence[Tensor | None]) -> None:
-        self.infer(inputs)
+        (y,) = self.infer(inputs)
+        if isinstance(y.shape[0], str) and y.shape[0] != self.rows:
+            raise PluginError(
+                f"x has {y.shape[0]} rows, but the launch would count {self.rows}; set rows to {y.shape[0]!r}"
+            )
         check_tensor_cores(inputs)
