@@ -9,10 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hf_llama
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 
+from fp8.runtime.llm import LLM
+from fp8.runtime.request import Request, SamplingParams
+from fp8.runtime.scheduler import Row
+from fp8.runtime.session import Session
 from fp8.scripts import quickstart, train_example
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -90,6 +96,50 @@ def test_the_example_writes_python(table: tuple[Path, str]) -> None:
     _, printed = table
     assert printed.count("parser = argparse.ArgumentParser()") == len(quickstart.VARIANTS)
     assert all(variant.name in printed for variant in quickstart.VARIANTS)
+
+
+# --- against Hugging Face transformers in float32 ---
+
+MARGIN = 0.05  # between the reference's two likeliest tokens: below it, bf16 may prefer the other one
+
+
+@pytest.fixture(scope="module")
+def reference() -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def reference_logits(model: transformers.LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
+    return model(torch.tensor([tokens])).logits[0]
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(read("heldout.txt")).ids
+
+
+def test_logits_of_the_bf16_engine_are_those_of_transformers(
+    table: tuple[Path, str], reference: transformers.LlamaForCausalLM, tokens: list[int]
+) -> None:
+    session = Session(table[0] / "BF16" / "engine", "cpu")
+    request = Request(0, tokens[:256], SamplingParams(), 1, blocks=[2, 0, 3, 1], slot=0)
+    found = session.token_logits([Row(request, 0, 256, True, 0)])
+    assert hf_llama.sqnr(reference_logits(reference, tokens[:256]), found) >= 40
+
+
+def test_greedy_texts_of_the_bf16_engine_are_those_of_transformers(
+    table: tuple[Path, str], reference: transformers.LlamaForCausalLM, tokens: list[int]
+) -> None:
+    prompts = [tokens[i : i + 24] for i in range(0, 48_000, 6_000)]
+    assert len(prompts) == 8
+    llm = LLM(table[0] / "BF16" / "engine", "cpu")
+    for completion in llm.generate(prompts, SamplingParams(max_tokens=64, ignore_eos=True)):
+        whole = [*completion.prompt_token_ids, *completion.token_ids]
+        assert len(completion.token_ids) == 64
+        logits = reference_logits(reference, whole)[len(completion.prompt_token_ids) - 1 : -1]
+        best, second = logits.topk(2).values.T
+        for i, token in enumerate(completion.token_ids):  # each after what the engine itself wrote before it
+            assert token == logits[i].argmax() or best[i] - second[i] < MARGIN, i
 
 
 def test_a_failing_step_ends_the_quickstart_with_its_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
