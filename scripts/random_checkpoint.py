@@ -129,11 +129,7 @@ def _write_config(output: Path, config: dict[str, Any], format: Format, dtype: s
     config = {**config, "dtype": dtype, "torch_dtype": dtype}
     if quantization := write_quantization(format, linears):
         config["quantization_config"] = quantization
-    try:
-        version = importlib.metadata.version("fp8-engine")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        version = "0"
-    config["fp8_engine"] = write_engine_section(format, version, None)
+    config["fp8_engine"] = write_engine_section(format, importlib.metadata.version("fp8-engine"), None)
     (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

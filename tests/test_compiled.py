@@ -139,6 +139,17 @@ def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
         compiled.pool_blocks(plan, need + block + 1, 1.0)
 
 
+def test_another_gpu_is_refused_by_name(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, device = engine_format.load(engine_dir).plan, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(EngineError, match="built for target cpu and holds no kernels"):
+        compiled.check_device(plan, device)
+    for_hopper = dataclasses.replace(plan, compatibility=dataclasses.replace(plan.compatibility, target="sm_90a"))
+    with pytest.raises(EngineError, match="built for sm_90a, and A100 is sm_80"):
+        compiled.check_device(for_hopper, device)
+
+
 class FakeCuda:
     """torch.cuda as far as the weight loader uses it."""
 
