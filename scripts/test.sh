@@ -30,5 +30,9 @@ fi
 say "pytest"
 # One process per core, each with one thread: small tensors gain nothing from more.
 export OMP_NUM_THREADS=1
-workers=$("$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
-exec "$PYTHON" -m pytest -q -n "$workers" --dist loadfile "$@"
+parallel=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+  cores=$("$PYTHON" -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')
+  parallel=(-n "$cores" --dist loadfile)
+fi
+exec "$PYTHON" -m pytest -q "${parallel[@]}" "$@"
