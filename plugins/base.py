@@ -86,7 +86,7 @@ class Plugin:
         """Raises PluginError if no CUDA tactic can execute the op on these (possibly symbolic) types."""
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Any]:
-        """Legal tactics (frozen dataclasses of ints and strings) for up to `tokens` rows, the model's favourite first."""
+        """Legal tactics (frozen dataclasses of ints and strings) for up to `tokens` rows, the favourite first."""
         raise NotImplementedError
 
     def buckets(self, max_tokens: int) -> list[int]:

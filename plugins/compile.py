@@ -7,8 +7,8 @@ import hashlib
 import os
 import re
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def cache_dir() -> Path:
 
 
 def source(kernel: Kernel) -> str:
-    """The translation unit: defines, then the .cu file with our own includes pasted in (so that the text is the key)."""
+    """The translation unit: defines, then the .cu file with our own includes pasted in: the text is the key."""
     defines = "".join(f"#define {k} {v}\n" for k, v in kernel.constants)
     return defines + _expand(HERE / kernel.plugin / kernel.source, set())
 

@@ -1,4 +1,4 @@
-"""The driver layer: modules, functions, tensor maps and launches through cuda-bindings; memory and streams are torch's."""
+"""The driver layer: modules, functions, tensor maps, launches through cuda-bindings; memory and streams are torch's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _MAP_TYPES = {
     "float16": _TYPES.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
     "float32": _TYPES.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
 }
-_SWIZZLES = {n: getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{'NONE' if n == 0 else f'{n}B'}") for n in (0, 32, 64, 128)}
+_SWIZZLES = {
+    n: getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{'NONE' if n == 0 else f'{n}B'}")
+    for n in (0, 32, 64, 128)
+}
 
 
 class CudaError(RuntimeError):
@@ -95,7 +98,9 @@ def matrix_map(t: torch.Tensor, box_inner: int, box_outer: int, swizzle: int = 1
     """The map of a row-major matrix."""
     outer, inner = t.shape
     name = str(t.dtype).removeprefix("torch.")
-    return tensor_map(t.data_ptr(), name, [inner, outer], [t.stride(0) * t.element_size()], [box_inner, box_outer], swizzle)
+    return tensor_map(
+        t.data_ptr(), name, [inner, outer], [t.stride(0) * t.element_size()], [box_inner, box_outer], swizzle
+    )
 
 
 class Launch:

@@ -10,7 +10,7 @@ HEADER = """#pragma once
 // TRANSPOSE_B = 1 (16-bit types only): B is stored with N contiguous.
 #include "fp8/types.cuh"
 
-"""
+"""  # noqa: E501 (the header is C++)
 
 
 def wrapper(kind: str, n: int, registers: bool) -> str:
