@@ -108,6 +108,8 @@ class LLM:
     def tokenize(self, prompt: Prompt, index: int = 0) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
+        if not prompt:  # a BOS alone is no prompt
+            return []
         if self.tokenizer is None:
             raise RequestError(f"prompt {index} is text, and the engine directory holds no tokenizer; give token ids")
         return self.tokenizer.encode(prompt)

@@ -84,6 +84,7 @@ def test_the_output_ends_at_max_seq_len(engine_dir: Path) -> None:
     ("prompt", "message"),
     [
         ([], "prompt 1 is empty"),
+        ("", "prompt 1 is empty"),
         ([1] * 256, "prompt 1 has 256 tokens, and the engine's max_seq_len is 256.*shorten it to 255"),
         ([1, 2, 97], r"prompt 1: token 97 at position 2 is outside the vocabulary \(0 to 96\)"),
         ([-1], "prompt 1: token -1 at position 0"),
