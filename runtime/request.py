@@ -51,10 +51,17 @@ class Request:
     max_new_tokens: int  # params.max_tokens, or less where max_seq_len ends the sequence first
     seed: int = 0
     stop_tokens: frozenset[int] = frozenset()
+    priority: int = 0  # the higher, the earlier
+    user: str = ""  # whom the fair policy counts it for
+    reuse_prefix: bool = True  # False: every token's logits are wanted
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
+    published: int = 0  # blocks from the first that others may share
+    reused: int = 0  # tokens whose K and V it found in the pool
+    order: int = 0  # of arrival
     slot: int = -1  # its place in the table of sampled tokens while it runs
     finish_reason: str | None = None  # "stop", "length" or "abort"
     preemptions: int = 0

@@ -1,18 +1,19 @@
 """Which tokens run in the next step: in-flight batching over the block pool. Pure Python.
 
 A step is a list of rows, one per sequence: rows of one token first (decode), then chunks of prompts, `max_num_tokens`
-tokens at most. First come, first served; when the pool runs out, the youngest sequence gives up its blocks and is
-computed again later. The scheduler runs one step ahead of the sampled values: it needs to know that a token comes, not
-which one, so a step can be enqueued before the previous one's tokens are read.
+tokens at most. The policy says who starts next and how prompts share a step; when the pool runs out, the worst ranked
+sequence gives up its blocks and is computed again later, as far as they are gone by then. The scheduler runs one step
+ahead of the sampled values: it needs to know that a token comes, not which one, so a step can be enqueued before the
+previous one's tokens are read.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fp8.runtime.kv_cache import BlockPool, blocks_for
+from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
+from fp8.runtime.policy import Policy, Throughput, rank
 from fp8.runtime.request import Request, RequestError
 
 
@@ -30,19 +31,31 @@ class Row:
 class Scheduler:
     """Owns every request from `add` until its finish, and the blocks in between."""
 
-    def __init__(self, pool: BlockPool, max_batch_size: int, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_batch_size: int,
+        max_num_tokens: int,
+        policy: Policy | None = None,
+        reuse_prefixes: bool = True,
+    ) -> None:
         self.pool = pool
         self.max_num_tokens = max_num_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self.policy = policy or Throughput()
+        self.reuse_prefixes = reuse_prefixes
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []  # the best ranked first
+        self.preemptions = 0
+        self.reused_tokens = 0
+        self._arrivals = 0
         self._slots = list(range(max_batch_size - 1, -1, -1))
 
     @property
     def unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request) -> None:
-        """Queues a request. Raises RequestError if the whole pool could not hold it."""
+    def check(self, request: Request) -> None:
+        """Raises RequestError if the whole pool could not hold a request."""
         size = self.pool.block_size
         need = blocks_for(len(request.prompt) + request.max_new_tokens, size)
         if need > self.pool.num_blocks:
@@ -51,25 +64,32 @@ class Scheduler:
                 f"{need} KV blocks, and the pool has {self.pool.num_blocks} ({self.pool.num_blocks * size} tokens); "
                 f"ask for fewer tokens, or give the pool more memory"
             )
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises RequestError if the whole pool could not hold it."""
+        self.check(request)
+        request.order = self._arrivals
+        self._arrivals += 1
+        self.policy.joins(request, [*self.running, *self.waiting])
         self.waiting.append(request)
 
     def schedule(self) -> list[Row]:
         """The rows of the next step, single tokens first; empty if nothing can run before a token is read."""
         self._retire_exhausted()
-        budget = self.max_num_tokens
-        rows: list[Row] = []
-        for request in [r for r in self.running if r.pending == 1]:
-            if budget and request.slot >= 0 and self._make_room(request):  # a slot < 0: preempted just now
-                rows.append(self._take(request, 1))
-                budget -= 1
-        for request in [r for r in self.running if r.pending > 1]:
-            if budget:
-                rows.append(self._take(request, min(request.pending, budget)))
-                budget -= rows[-1].count
-        while budget and self._can_admit():
-            request = self._admit()
-            rows.append(self._take(request, min(request.pending, budget)))
-            budget -= rows[-1].count
+        for request in self.running:
+            self._publish(request)
+        self._make_way()
+        rows = self._decode_rows()
+        budget = self.max_num_tokens - len(rows)
+        prompts = [r for r in self.running if r.pending > 1]
+        while budget and self.waiting:
+            candidate = self.policy.next(self.waiting)
+            shares = self.policy.shares([r.pending for r in [*prompts, candidate]], budget)
+            if not shares[-1] or not self._fits(candidate):
+                break
+            prompts.append(self._admit(candidate))
+        shares = self.policy.shares([r.pending for r in prompts], budget)
+        rows += [self._take(r, count) for r, count in zip(prompts, shares, strict=True) if count]
         return sorted(rows, key=lambda row: row.count > 1)  # stable
 
     def update(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[Request]:
@@ -92,10 +112,19 @@ class Scheduler:
             request.finish_reason = "abort"
             self._forget(request)
 
+    def _decode_rows(self) -> list[Row]:
+        rows: list[Row] = []
+        for request in [r for r in self.running if r.pending == 1]:
+            preempted = request.slot < 0
+            if len(rows) < self.max_num_tokens and not preempted and self._make_room(request):
+                rows.append(self._take(request, 1))
+        return rows
+
     def _take(self, request: Request, count: int) -> Row:
         row = Row(request, request.computed, count, count == request.pending, request.length - len(request.prompt))
         request.computed += count
         request.in_flight += row.samples
+        self.policy.served(request, count)
         return row
 
     def _make_room(self, request: Request) -> bool:
@@ -110,42 +139,85 @@ class Scheduler:
                 return False
         return True
 
-    def _can_admit(self) -> bool:
-        """A waiting request may start if its tokens fit and every running one can still get its next block."""
-        if not (self.waiting and self._slots) or self.waiting[0].in_flight:
-            return False
-        need = blocks_for(self.waiting[0].length + 1, self.pool.block_size)
-        return need + len(self.running) <= self.pool.free_blocks or (not self.running and self.pool.free_blocks >= need)
+    def _make_way(self) -> None:
+        """Preempts sequences of lower priority than who is next, if that lets it start."""
+        if not self.waiting:
+            return
+        candidate = self.policy.next(self.waiting)
+        lower = [r for r in self.running if r.priority < candidate.priority]
+        if not lower or candidate.in_flight or self._fits(candidate):
+            return
+        # A block that several hold counts several times here: then way is made, and the candidate may still have to wait.
+        free = self.pool.free_blocks + sum(len(r.blocks) for r in lower)
+        kept = len(self.running) - len(lower)
+        if blocks_for(candidate.length + 1, self.pool.block_size) + kept > free:
+            return
+        while lower and not self._fits(candidate):
+            self._preempt(lower.pop())
 
-    def _admit(self) -> Request:
-        request = self.waiting.popleft()
-        request.blocks = self.pool.allocate(blocks_for(request.length, self.pool.block_size))
+    def _fits(self, request: Request) -> bool:
+        """A waiting request may start if its tokens fit and every running one can still get its next block."""
+        if not self._slots or request.in_flight:
+            return False
+        found = self._cached(request)
+        need = blocks_for(request.length + 1, self.pool.block_size) - len(found)
+        free = self.pool.free_blocks - self.pool.idle(found)
+        return need + len(self.running) <= free or (not self.running and need <= free)
+
+    def _cached(self, request: Request) -> list[int]:
+        """Blocks in the pool that hold its first tokens. Its last token is always computed: that gives the logits."""
+        if not (self.reuse_prefixes and request.reuse_prefix):
+            return []
+        full = (request.length - 1) // self.pool.block_size
+        extend_keys(request.keys, request.tokens, self.pool.block_size, full)
+        return self.pool.find(request.keys[:full])
+
+    def _admit(self, request: Request) -> Request:
+        self.waiting.remove(request)
+        found = self._cached(request)
+        self.pool.share(found)
+        request.blocks = found + self.pool.allocate(blocks_for(request.length, self.pool.block_size) - len(found))
+        request.published = len(found)
+        request.computed = len(found) * self.pool.block_size
+        request.reused = max(request.reused, request.computed)
+        self.reused_tokens += request.computed
         request.slot = self._slots.pop()
         self.running.append(request)
+        self.running.sort(key=rank)
         return request
+
+    def _publish(self, request: Request) -> None:
+        """Lets others share the blocks that are full of tokens known and computed by the steps scheduled so far."""
+        full = min(request.computed, len(request.tokens)) // self.pool.block_size
+        if full <= request.published or not self.reuse_prefixes:
+            return
+        extend_keys(request.keys, request.tokens, self.pool.block_size, full)
+        for i in range(request.published, full):
+            self.pool.publish(request.blocks[i], request.keys[i])
+        request.published = full
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
-        self.running.remove(request)
-        request.computed = 0
         request.preemptions += 1
-        self.waiting.appendleft(request)
+        self.preemptions += 1
+        self.waiting.append(request)
 
     def _retire_exhausted(self) -> None:
         """A sequence whose last token is in flight needs its blocks no more: later steps run after that one."""
         for request in [r for r in self.running if r.exhausted]:
             self._release(request)
-            self.running.remove(request)
 
     def _forget(self, request: Request) -> None:
         if request.slot >= 0:
             self._release(request)
-            self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:
+        self._publish(request)
         self.pool.release(request.blocks)
         request.blocks = []
+        request.computed = 0
         self._slots.append(request.slot)
         request.slot = -1
+        self.running.remove(request)

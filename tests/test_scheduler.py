@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8.runtime.kv_cache import BlockPool, blocks_for
+from fp8.runtime.policy import POLICIES, Fair
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scheduler import Row, Scheduler
 
@@ -16,66 +19,126 @@ BLOCK = 4
 STOP = 999
 
 
-def make(number: int, prompt: int, new: int) -> Request:
-    return Request(number, [number] * prompt, SamplingParams(max_tokens=new), new, stop_tokens=frozenset({STOP}))
+def make(number: int, prompt: int, new: int, priority: int = 0, user: str = "", text: int | None = None) -> Request:
+    tokens, params = [number if text is None else text] * prompt, SamplingParams(max_tokens=new)
+    return Request(number, tokens, params, new, stop_tokens=frozenset({STOP}), priority=priority, user=user)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request of a trace. Requests of one `text` begin alike, and the model continues them alike."""
+
+    text: int
+    prompt: int
+    new: int
+    stop: int  # the output token that is a stop token
+    priority: int
+    user: str
+    arrives: int  # steps after the request before
+    cancelled: int | None  # steps after its arrival
+
+
+wanted = st.builds(
+    Wanted, st.integers(0, 2), st.integers(1, 30), st.integers(1, 20), st.integers(0, 25), st.integers(0, 2),
+    st.sampled_from("abc"), st.integers(0, 5), st.none() | st.integers(0, 20),
+)  # fmt: skip
 
 
 class Machine:
-    """Stands in for the session: checks each step, and remembers how far each sequence has been computed."""
+    """Stands in for worker and session: runs the steps on a memory that holds, for each place of the KV pool, the
+    tokens up to the one computed there; checks what each row reads."""
 
-    def __init__(self, scheduler: Scheduler, max_batch: int) -> None:
-        self.scheduler, self.max_batch = scheduler, max_batch
-        self.computed: dict[Request, int] = {}
+    def __init__(self, scheduler: Scheduler, max_batch: int, lag: int) -> None:
+        self.scheduler, self.max_batch, self.lag = scheduler, max_batch, lag
+        self.memory: dict[tuple[int, int], list[int]] = {}
+        self.truth: dict[Request, list[int]] = {}
+        self.open: deque[list[Row]] = deque()
+
+    def add(self, request: Request, stop: int) -> None:
+        output = [STOP if i == stop else i for i in range(request.max_new_tokens)]
+        self.truth[request] = [*request.prompt, *output]
+        self.scheduler.add(request)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.unfinished or self.open)
+
+    def step(self) -> list[Request]:
+        rows = self.scheduler.schedule()
+        self.check(rows)
+        if rows:
+            self.open.append(rows)
+        if self.open and (len(self.open) > self.lag or not rows):
+            done = self.open.popleft()
+            tokens = [self.truth[r.request][len(r.request.prompt) + r.index] for r in done if r.samples]
+            return self.scheduler.update(done, tokens)
+        return []
 
     def check(self, rows: list[Row]) -> None:
         requests = [row.request for row in rows]
         assert len(set(requests)) == len(requests) <= self.max_batch
         assert sum(row.count for row in rows) <= self.scheduler.max_num_tokens
+        assert all(row.count > 0 for row in rows)
         counts = [row.count > 1 for row in rows]
         assert counts == sorted(counts), "single tokens come first"
         slots = [row.request.slot for row in rows]
         assert len(set(slots)) == len(slots) and all(0 <= s < self.max_batch for s in slots)
         for row in rows:
-            if row.start == 0:
-                self.computed[row.request] = 0
-            assert self.computed[row.request] == row.start, "K and V are computed without a gap"
-            self.computed[row.request] = row.start + row.count
-            assert len(row.request.blocks) * BLOCK >= row.start + row.count
-        owned = [b for r in self.scheduler.running for b in r.blocks]
-        assert len(set(owned)) == len(owned)
-        assert len(owned) + self.scheduler.pool.free_blocks == self.scheduler.pool.num_blocks
+            self.check_contents(row.request, row.start)
+        for row in rows:
+            for i in range(row.start, row.start + row.count):
+                self.memory[row.request.blocks[i // BLOCK], i % BLOCK] = self.truth[row.request][: i + 1]
+        for row in rows:
+            self.check_contents(row.request, row.start + row.count)
+        self.check_ownership()
+
+    def check_contents(self, request: Request, tokens: int) -> None:
+        for i in range(tokens):
+            found = self.memory[request.blocks[i // BLOCK], i % BLOCK]
+            assert found == self.truth[request][: i + 1], f"request {request.id} reads another's K and V at {i}"
+
+    def check_ownership(self) -> None:
+        running = self.scheduler.running
+        assert all(len(set(r.blocks)) == len(r.blocks) for r in running)
+        assert all(not r.blocks for r in self.scheduler.waiting)
+        held = {b for r in running for b in r.blocks}
+        assert len(held) + self.scheduler.pool.free_blocks == self.scheduler.pool.num_blocks
 
 
-requests = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 25)), min_size=1, max_size=12)
-
-
-@settings(max_examples=400, deadline=None)
-@given(requests, st.integers(1, 6), st.integers(1, 40), st.integers(0, 10), st.integers(0, 2))
-def test_every_request_is_served_whatever_the_limits(
-    wanted: list[tuple[int, int, int]], max_batch: int, max_tokens: int, spare: int, lag: int
+@settings(max_examples=2000, deadline=None)
+@given(
+    st.lists(wanted, min_size=1, max_size=10), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10),
+    st.integers(0, 2), st.sampled_from(sorted(POLICIES)), st.booleans(),
+)  # fmt: skip
+def test_every_request_is_served_whatever_the_traffic(
+    trace: list[Wanted], max_batch: int, max_tokens: int, spare: int, lag: int, policy: str, reuse: bool
 ) -> None:
-    largest = max(blocks_for(p + n, BLOCK) for p, n, _ in wanted)
-    scheduler = Scheduler(BlockPool(largest + spare, BLOCK), max_batch, max_tokens)
-    all_requests = [make(i, p, n) for i, (p, n, _) in enumerate(wanted)]
-    stop_at = {r: s for r, (_, _, s) in zip(all_requests, wanted, strict=True)}
-    for request in all_requests:
-        scheduler.add(request)
-    machine, pending, steps = Machine(scheduler, max_batch), deque(), 0
-    while scheduler.unfinished or pending:
-        rows = scheduler.schedule()
-        machine.check(rows)
-        if rows:
-            pending.append(rows)
-        if pending and (len(pending) > lag or not rows):
-            done = pending.popleft()
-            scheduler.update(done, [STOP if r.index == stop_at[r.request] else r.index for r in done if r.samples])
-        steps += 1
-        assert steps < 20000, "no progress"
-    for request in all_requests:
-        expected = min(request.max_new_tokens, stop_at[request])
-        assert request.output == list(range(expected)), "each token once, in order"
-        assert request.finish_reason == ("stop" if stop_at[request] < request.max_new_tokens else "length")
-    assert scheduler.pool.free_blocks == scheduler.pool.num_blocks
+    pool = BlockPool(max(blocks_for(w.prompt + w.new, BLOCK) for w in trace) + spare, BLOCK)
+    scheduler = Scheduler(pool, max_batch, max_tokens, POLICIES[policy](), reuse)
+    machine, step, requests = Machine(scheduler, max_batch, lag), 0, []
+    arrivals = deque(zip(accumulate(w.arrives for w in trace), trace, strict=True))
+    cancels: list[tuple[int, Request]] = []
+    while arrivals or machine.busy:
+        while arrivals and arrivals[0][0] <= step:
+            _, w = arrivals.popleft()
+            requests.append(make(len(requests), w.prompt, w.new, w.priority, w.user, w.text))
+            machine.add(requests[-1], w.stop)
+            if w.cancelled is not None:
+                cancels.append((step + w.cancelled, requests[-1]))
+        for _, request in [c for c in cancels if c[0] == step]:
+            scheduler.abort(request)
+        machine.step()
+        step += 1
+        assert step < 20000, "no progress"
+    for w, request in zip(trace, requests, strict=True):
+        expected = list(range(min(w.new, w.stop)))
+        if request.finish_reason == "abort":
+            assert request.output == expected[: len(request.output)] and w.cancelled is not None
+        else:
+            assert request.output == expected, "each token once, in order"
+            assert request.finish_reason == ("stop" if w.stop < w.new else "length")
+    assert pool.free_blocks == pool.num_blocks
+    assert sorted(scheduler._slots) == list(range(max_batch))
 
 
 def run_to_the_end(scheduler: Scheduler) -> list[Request]:
@@ -152,3 +215,102 @@ def test_abort_frees_everything_at_any_moment() -> None:
 def test_invalid_sampling_values_are_refused_by_name(wrong: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**wrong)
+
+
+def test_a_prompt_that_was_seen_before_is_computed_from_its_first_new_block_on() -> None:
+    scheduler = Scheduler(BlockPool(20, BLOCK), 2, 64)
+    scheduler.add(make(7, 11, 3))
+    run_to_the_end(scheduler)
+    scheduler.add(make(1, 11, 3, text=7))
+    rows = scheduler.schedule()
+    assert [(row.start, row.count, row.samples) for row in rows] == [(8, 3, True)]
+    assert rows[0].request.reused == scheduler.reused_tokens == 8
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    scheduler = Scheduler(BlockPool(20, BLOCK), 2, 64)
+    for number in range(2):
+        scheduler.add(make(number, 12, 1, text=7))
+        (row,) = scheduler.schedule()
+        scheduler.update([row], [0])
+    assert (row.start, row.count, row.samples) == (8, 4, True)
+
+
+def test_two_that_run_together_share_blocks_and_the_last_one_frees_them() -> None:
+    scheduler = Scheduler(BlockPool(20, BLOCK), 2, 64)
+    first, second = make(0, 9, 8, text=7), make(1, 9, 8, text=7)
+    scheduler.add(first)
+    scheduler.update(scheduler.schedule(), [0])
+    scheduler.add(second)
+    scheduler.schedule()
+    assert first.blocks[:2] == second.blocks[:2] and first.blocks[2] != second.blocks[2]
+    assert scheduler.pool.free_blocks == 20 - 4
+    scheduler.abort(first)
+    assert scheduler.pool.free_blocks == 20 - 3
+    scheduler.abort(second)
+    assert scheduler.pool.free_blocks == 20
+
+
+def test_a_request_that_wants_all_logits_reuses_nothing() -> None:
+    scheduler = Scheduler(BlockPool(20, BLOCK), 2, 64)
+    for number in range(2):
+        request = make(number, 12, 1, text=7)
+        request.reuse_prefix = False
+        scheduler.add(request)
+        (row,) = scheduler.schedule()
+        scheduler.update([row], [0])
+    assert (row.start, row.count) == (0, 12)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_the_urgent_start_first_and_take_the_place_of_others(policy: str) -> None:
+    scheduler = Scheduler(BlockPool(6, BLOCK), 1, 64, POLICIES[policy]())
+    slow, normal, urgent = make(0, 8, 12), make(1, 8, 2), make(2, 8, 2, priority=1)
+    scheduler.add(slow)
+    scheduler.update(scheduler.schedule(), [0])
+    scheduler.add(normal)
+    scheduler.add(urgent)
+    assert run_to_the_end(scheduler) == [urgent, slow, normal]
+    assert slow.preemptions == 1 and slow.reused == 8
+
+
+def test_urgent_requests_that_would_not_fit_anyway_drive_nobody_out() -> None:
+    scheduler = Scheduler(BlockPool(8, BLOCK), 3, 64)
+    first, second, third = make(0, 16, 8, priority=1), make(1, 4, 8), make(2, 16, 4, priority=1)
+    for request in (first, second, third):
+        scheduler.add(request)
+        scheduler.update(rows := scheduler.schedule(), [0] * sum(r.samples for r in rows))
+    assert second.preemptions == 0 and second in scheduler.running and third in scheduler.waiting
+
+
+def test_a_user_with_many_requests_does_not_hold_up_another_under_the_fair_policy() -> None:
+    finished = {}
+    for policy in POLICIES:
+        scheduler = Scheduler(BlockPool(50, BLOCK), 1, 64, POLICIES[policy](), reuse_prefixes=False)
+        for i in range(6):
+            scheduler.add(make(i, 8, 4, user="many"))
+        scheduler.add(make(6, 8, 4, user="one"))
+        finished[policy] = [r.id for r in run_to_the_end(scheduler)]
+    assert finished == {"throughput": [0, 1, 2, 3, 4, 5, 6], "fair": [0, 6, 1, 2, 3, 4, 5]}
+
+
+def test_idleness_earns_no_credit_under_the_fair_policy() -> None:
+    policy = Fair()
+    busy, back = make(0, 1, 1, user="busy"), make(1, 1, 1, user="back")
+    policy.joins(busy, [])
+    policy.served(busy, 100)
+    policy.joins(back, [busy])
+    assert policy.service["back"] == 100
+    policy.served(back, 1)
+    policy.joins(make(2, 1, 1, user="third"), [busy])
+    assert policy.service == {"busy": 100, "back": 101, "third": 100}
+
+
+def test_a_long_prompt_leaves_room_for_a_short_one_under_the_fair_policy() -> None:
+    counts = {}
+    for policy in POLICIES:
+        scheduler = Scheduler(BlockPool(50, BLOCK), 4, 20, POLICIES[policy]())
+        scheduler.add(make(0, 100, 1))
+        scheduler.add(make(1, 6, 1))
+        counts[policy] = [(row.request.id, row.count) for row in scheduler.schedule()]
+    assert counts == {"throughput": [(0, 20)], "fair": [(0, 14), (1, 6)]}
