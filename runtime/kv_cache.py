@@ -111,7 +111,7 @@ class BlockPool:
                 self._free.append(block)
 
     def forget_contents(self) -> None:
-        """Nothing is shared from now on but what is published later: for when a step failed and wrote who knows what."""
+        """Nothing published so far is shared any more: for when a step failed and wrote who knows what."""
         self._free += reversed(self._idle)
         self._idle.clear()
         self._published.clear()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fp8.runtime.policy import POLICIES
 from fp8.runtime.request import Request, RequestError, SamplingParams
+from fp8.runtime.service import Service, ServiceError
 from fp8.runtime.session import Session
-from fp8.runtime.tokenizer import load_tokenizer
+from fp8.runtime.text_stream import TextStream
+from fp8.runtime.tokenizer import ChatTemplate, load_tokenizer
 from fp8.runtime.worker import Worker
 
 Prompt = str | Sequence[int]
@@ -40,12 +46,46 @@ class Completion:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Delta:
+    """What came of a prompt since the last one. The `text` of all of them is the completion's; the last one, and no
+    other, has a `finish_reason`."""
+
+    token_ids: list[int]
+    text: str | None  # None where the engine has no tokenizer
+    finish_reason: str | None
+
+
+class DeltaSource:
+    """Turns a request as it grows into Deltas."""
+
+    def __init__(self, llm: LLM, request: Request) -> None:
+        self.request = request
+        self._text = None if llm.tokenizer is None else TextStream(llm.tokenizer)
+        self._service = llm.service
+        self._seen = 0
+
+    def take(self, output: list[int], finish_reason: str | None) -> Delta:
+        """The part of `output` (all tokens so far) that is new. Raises ServiceError if the request was dropped."""
+        if finish_reason == "abort":
+            raise ServiceError(f"the request was dropped: {self._service.failure or 'it was cancelled'}")
+        new, self._seen = output[self._seen :], len(output)
+        if self._text is None:
+            return Delta(new, None, finish_reason)
+        text = self._text.add(new)
+        return Delta(new, text + self._text.finish() if finish_reason else text, finish_reason)
+
+
 class LLM:
     """An engine ready to generate.
 
     llm = LLM("engine")
     for completion in llm.generate(["def fibonacci(n):"], SamplingParams(max_tokens=64)):
         print(completion.text)
+    for delta in llm.stream("def fibonacci(n):", SamplingParams(max_tokens=64)):
+        print(delta.text, end="", flush=True)
+
+    `policy` is "throughput" or "fair" (fp8.runtime.policy). Any number of threads may use one LLM.
     """
 
     def __init__(
@@ -55,11 +95,17 @@ class LLM:
         max_kv_blocks: int | None = None,
         kv_cache_free_gpu_memory_fraction: float = 0.9,
         lag: int | None = None,
+        policy: str = "throughput",
+        reuse_prefixes: bool = True,
     ) -> None:
+        if policy not in POLICIES:
+            raise RequestError(f"policy {policy!r} is unknown; known: {', '.join(sorted(POLICIES))}")
+        self.engine_dir = Path(engine_dir)
         self.session = Session(engine_dir, device, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
-        self.worker = Worker(self.session, lag)
+        self.worker = Worker(self.session, lag, POLICIES[policy](), reuse_prefixes)
+        self.service = Service(self.worker)
         self.tokenizer = load_tokenizer(engine_dir)
-        self._next_id = 0
+        self._ids = itertools.count(1)
 
     def generate(
         self,
@@ -76,34 +122,73 @@ class LLM:
             raise RequestError("generate takes a list of prompts; a single one goes in a list of one")
         chosen = _one_per_prompt(prompts, params or SamplingParams())
         requests = [self.request(prompt, p, i) for i, (prompt, p) in enumerate(zip(prompts, chosen, strict=True))]
-        try:
-            for request in requests:
-                self.worker.submit(request)
-            while self.worker.busy:
-                for request in self.worker.step():
-                    if progress:
-                        progress(request)
-        except BaseException:
-            self.worker.drop_all()
-            raise
+        for request in requests:
+            self.worker.scheduler.check(request)
+        with self.service.driving() as take_turn:
+            try:
+                for request in requests:
+                    self.service.submit(request, progress or _ignore)
+                while any(request.finish_reason is None for request in requests):
+                    take_turn()
+            finally:
+                for request in requests:
+                    self.service.cancel(request)  # of effect after an interrupt only
+        if any(request.finish_reason == "abort" for request in requests):
+            raise ServiceError(f"the requests were dropped: {self.service.failure}")
         return [self.completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
-    def request(self, prompt: Prompt, params: SamplingParams, index: int = 0) -> Request:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, user: str = ""
+    ) -> Generator[Delta, None, None]:
+        """What comes of a prompt, as it comes; runs beside whatever else runs. Closing the iterator cancels it.
+
+        Raises RequestError, here and not at the first element, for a prompt that cannot be served.
+        """
+        request = self.request(prompt, params or SamplingParams(), 0, priority, user)
+        self.worker.scheduler.check(request)
+        return self._deltas(request)
+
+    def _deltas(self, request: Request) -> Generator[Delta, None, None]:
+        events: queue.SimpleQueue[tuple[list[int], str | None]] = queue.SimpleQueue()
+        source = DeltaSource(self, request)
+        self.service.start()
+        self.service.submit(request, lambda r: events.put((r.output, r.finish_reason)))
+        try:
+            finish_reason = None
+            while finish_reason is None:
+                output, finish_reason = events.get()
+                yield source.take(output, finish_reason)
+        finally:
+            self.service.cancel(request)
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams, index: int = 0, priority: int = 0, user: str = ""
+    ) -> Request:
         """A checked request. `index` is the prompt's number, for messages."""
         tokens = self.tokenize(prompt, index)
         check_prompt(tokens, index, self.session.limits.max_seq_len, self.session.model.vocab_size)
         stop = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self.session.model.eos_token_ids)
         )
-        self._next_id += 1
         return Request(
-            id=self._next_id,
+            id=next(self._ids),
             prompt=tokens,
             params=params,
             max_new_tokens=min(params.max_tokens, self.session.limits.max_seq_len - len(tokens)),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             stop_tokens=stop,
+            priority=priority,
+            user=user,
         )
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Turns messages ({"role": ..., "content": ...}) into tokens. Raises EngineError where there is none."""
+        return ChatTemplate(self.engine_dir)
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Ends the background thread; open requests have `drain_seconds` to finish. Takes no requests afterwards."""
+        self.service.close(drain_seconds)
 
     def tokenize(self, prompt: Prompt, index: int = 0) -> list[int]:
         if not isinstance(prompt, str):
@@ -121,6 +206,10 @@ class LLM:
         )
         assert request.finish_reason is not None
         return Completion(prompt, list(request.prompt), request.output, text, request.finish_reason, timing)
+
+
+def _ignore(_: Request) -> None:
+    pass
 
 
 def check_prompt(tokens: Sequence[int], index: int, max_seq_len: int, vocab_size: int) -> None:

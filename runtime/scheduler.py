@@ -147,7 +147,7 @@ class Scheduler:
         lower = [r for r in self.running if r.priority < candidate.priority]
         if not lower or candidate.in_flight or self._fits(candidate):
             return
-        # A block that several hold counts several times here: then way is made, and the candidate may still have to wait.
+        # A block that several hold counts several times here: the candidate may then have to wait all the same.
         free = self.pool.free_blocks + sum(len(r.blocks) for r in lower)
         kept = len(self.running) - len(lower)
         if blocks_for(candidate.length + 1, self.pool.block_size) + kept > free:

@@ -136,6 +136,13 @@ class Session:
                 self._events[stage].record()
         return Ticket(rows, stage, count)
 
+    def use_in_this_thread(self) -> None:
+        """Makes the device current; every thread that runs steps calls it once."""
+        if self._stream is not None:
+            import torch
+
+            torch.cuda.set_device(self.device)
+
     def read(self, ticket: Ticket) -> list[int]:
         """The tokens that the step sampled, in the order of its sampling rows; waits for them."""
         if self._graphs is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fp8.builder.engine import EngineError
+from fp8.runtime.request import RequestError
 
 
 class Tokenizer(Protocol):
@@ -15,6 +16,31 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
+
+
+class ChatTemplate:
+    """A model's way to write a conversation, from the tokenizer files beside the engine, through transformers."""
+
+    def __init__(self, directory: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{directory}: the tokenizer cannot be opened for its chat template: {error}") from error
+        if not self._tokenizer.chat_template:
+            raise EngineError(
+                f"{directory}: the tokenizer has no chat template; put the model's chat_template.jinja there, "
+                f"or give plain prompts"
+            )
+
+    def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Tokens of the conversation up to where the answer begins. Raises RequestError if the template refuses it."""
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template raises, or runs into
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:

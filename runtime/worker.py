@@ -6,21 +6,26 @@ import time
 from collections import deque
 
 from fp8.runtime.kv_cache import BlockPool
+from fp8.runtime.policy import Policy
 from fp8.runtime.request import Request
-from fp8.runtime.scheduler import Scheduler
+from fp8.runtime.scheduler import Row, Scheduler
 from fp8.runtime.session import Session, Ticket
+from fp8.runtime.statistics import Statistics, StepStatistics
 
 
 class Worker:
     """Requests of one session. With `lag` 1 a step is enqueued before the tokens of the one before are read, so the
-    device never waits for the host; with 0 each step is read at once."""
+    device never waits for the host; with 0 each step is read at once. For one thread at a time."""
 
-    def __init__(self, session: Session, lag: int | None = None) -> None:
+    def __init__(
+        self, session: Session, lag: int | None = None, policy: Policy | None = None, reuse_prefixes: bool = True
+    ) -> None:
         limits = session.limits
         self.session = session
         self.pool = BlockPool(session.num_blocks, limits.block_size)
-        self.scheduler = Scheduler(self.pool, limits.max_batch_size, limits.max_num_tokens)
+        self.scheduler = Scheduler(self.pool, limits.max_batch_size, limits.max_num_tokens, policy, reuse_prefixes)
         self.lag = (1 if session.device.type == "cuda" else 0) if lag is None else lag
+        self.statistics = Statistics()
         self._open: deque[Ticket] = deque()
 
     @property
@@ -29,38 +34,87 @@ class Worker:
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises RequestError if it can never run."""
-        request.arrived = time.perf_counter()
+        request.arrived = request.arrived or time.perf_counter()
         self.scheduler.add(request)
+        self.statistics.prompt_tokens += len(request.prompt)
 
     def step(self) -> list[Request]:
         """Starts a step if any row can run and takes in the step `lag` before; returns who got a token."""
+        before = self.scheduler.preemptions, self.scheduler.reused_tokens
+        times = [time.perf_counter()]
         rows = self.scheduler.schedule()
+        times.append(time.perf_counter())
         if rows:
             self._open.append(self.session.enqueue(rows))
-            self._stamp_start(rows)
+            self._stamp_start(rows, times[1])
+        times.append(time.perf_counter())
+        got: list[Request] = []
         if self._open and (len(self._open) > self.lag or not rows):
-            return self._take_in(self._open.popleft())
-        return []
+            got = self._take_in(self._open.popleft())
+        times.append(time.perf_counter())
+        self._record(rows, len(got), before, times)
+        return got
 
-    def drop_all(self) -> None:
-        """Ends every request, and waits for the steps under way; the pool is whole afterwards."""
-        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+    def cancel(self, request: Request) -> None:
+        """Ends a request now; its blocks are free for the next step."""
+        if request.finish_reason is None:
             self.scheduler.abort(request)
-        while self._open:
-            self._take_in(self._open.popleft())
+            self._count_finished(request, time.perf_counter())
+
+    def drop_all(self) -> list[Request]:
+        """Ends every request, returns whom it ended; the pool is whole afterwards. Waits for the steps under way.
+
+        What lies in the pool is not shared any more: a step that failed may have left anything there.
+        """
+        tickets, self._open = list(self._open), deque()
+        retired = [row.request for ticket in tickets for row in ticket.rows if row.request.finish_reason is None]
+        dropped = list(dict.fromkeys([*self.scheduler.running, *self.scheduler.waiting, *retired]))
+        for request in dropped:
+            self.cancel(request)
+        self.pool.forget_contents()
+        for ticket in tickets:
+            self.session.read(ticket)
+        return dropped
 
     def _take_in(self, ticket: Ticket) -> list[Request]:
         got = self.scheduler.update(ticket.rows, self.session.read(ticket))
         now = time.perf_counter()
         for request in got:
-            request.first_token = request.first_token or now
+            if not request.first_token:
+                request.first_token = now
+                self.statistics.first_token_seconds.add(now - request.arrived)
             if request.finish_reason:
-                request.finished = now
+                self._count_finished(request, now)
         return got
 
-    @staticmethod
-    def _stamp_start(rows: list) -> None:
-        now = time.perf_counter()
+    def _count_finished(self, request: Request, now: float) -> None:
+        request.finished = now
+        self.statistics.finished[str(request.finish_reason)] += 1
+        self.statistics.request_seconds.add(now - request.arrived)
+
+    def _stamp_start(self, rows: list[Row], now: float) -> None:
         for row in rows:
             if not row.request.started:
                 row.request.started = now
+                self.statistics.queue_seconds.add(now - row.request.arrived)
+
+    def _record(self, rows: list[Row], sampled: int, before: tuple[int, int], times: list[float]) -> None:
+        scheduler, pool = self.scheduler, self.pool
+        self.statistics.add(
+            StepStatistics(
+                rows=len(rows),
+                decode_rows=sum(row.count == 1 for row in rows),
+                tokens=sum(row.count for row in rows),
+                sampled=sampled,
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                held_blocks=pool.num_blocks - pool.free_blocks,
+                cached_blocks=pool.cached_blocks,
+                free_blocks=pool.free_blocks,
+                reused_tokens=scheduler.reused_tokens - before[1],
+                preemptions=scheduler.preemptions - before[0],
+                schedule_seconds=times[1] - times[0],
+                enqueue_seconds=times[2] - times[1],
+                read_seconds=times[3] - times[2],
+            )
+        )
