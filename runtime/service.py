@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from fp8.runtime.request import Request
 from fp8.runtime.worker import Worker
 
+LOG = logging.getLogger(__name__)
 Listener = Callable[[Request], None]  # called with a request whenever it got tokens or ended, by the thread at the turn
 
 
@@ -97,8 +99,8 @@ class Service:
             with self._turn:
                 try:
                     self._take_turn()
-                except Exception as error:  # the requests are told; whether the engine still works shows the next one
-                    self.failure = f"{type(error).__name__}: {error}"
+                except Exception:  # every request has been told; whether the engine still works shows the next one
+                    LOG.exception("a step of the engine failed")
 
     def _take_turn(self) -> None:
         """Takes in what was submitted and cancelled, then one step. Whatever it raises, every request has ended."""

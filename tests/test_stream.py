@@ -1,4 +1,4 @@
-"""Streaming by threads and asyncio: the text of generate, in pieces; cancellation, failures and shutdown lose nothing."""
+"""Streaming by threads and asyncio: the text of generate in pieces; cancellation, failures, shutdown lose nothing."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_failing_step_ends_its_requests_and_the_next_one_works(
     llm = LLM(engine_dir, "cpu")
     with monkeypatch.context() as patch:
         patch.setattr(llm.session, "enqueue", lambda rows: 1 / 0)
-        with pytest.raises(ServiceError, match="a step of the engine failed .ZeroDivisionError"):
+        with pytest.raises(ServiceError, match=r"a step of the engine failed .*ZeroDivisionError"):
             list(llm.stream([1, 2]))
     wait_for_free_blocks(llm)
     assert len(list(llm.stream([1, 2], SamplingParams(max_tokens=3)))) == 3

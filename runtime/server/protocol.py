@@ -1,0 +1,193 @@
+"""What clients send, checked: the bodies of OpenAI's completions and chat completions, and errors in its form."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fp8.runtime.request import RequestError, SamplingParams
+
+MAX_CHOICES = 128  # prompts times n
+# Values of fields that mean nothing was asked for; where SamplingParams has no such field, others are refused.
+NEUTRAL: dict[str, Any] = {
+    "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "presence_penalty": 0, "frequency_penalty": 0,
+    "repetition_penalty": 1, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "stop": [], "best_of": 1,
+    "echo": False, "suffix": "", "tools": [], "response_format": {"type": "text"},
+}  # fmt: skip
+SAMPLING = {field.name for field in fields(SamplingParams)} - {"max_tokens"}
+NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+
+
+class ClientError(Exception):
+    """A request that is answered with an error: `status`, and the body in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None,
+        code: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checked body. `prompts` are texts or token ids; a chat has `messages` instead."""
+
+    model: str
+    prompts: list[str | list[int]]
+    messages: list[dict[str, Any]] | None
+    params: SamplingParams
+    n: int
+    stream: bool
+    include_usage: bool
+    priority: int
+    user: str
+
+    @property
+    def chat(self) -> bool:
+        return self.messages is not None
+
+
+def parse_order(body: bytes, model: str, chat: bool) -> Order:
+    """Raises ClientError (4xx) for whatever is wrong, naming the field."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ClientError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ClientError(400, "the body must be a JSON object")
+    if _field(data, "model", str, model) != model:
+        raise ClientError(404, f"the model {data['model']!r} does not exist; this server has {model!r}", param="model",
+                          code="model_not_found")  # fmt: skip
+    prompts = [] if chat else _prompts(data)
+    n = _field(data, "n", int, 1)
+    if not 1 <= n * max(1, len(prompts)) <= MAX_CHOICES:
+        raise ClientError(400, f"n is {n}; prompts times n must lie between 1 and {MAX_CHOICES}", param="n")
+    options = _field(data, "stream_options", dict, {})
+    return Order(
+        model, prompts, _messages(data) if chat else None, _params(data, chat), n, _field(data, "stream", bool, False),
+        bool(options.get("include_usage")), _field(data, "priority", int, 0), _field(data, "user", str, ""),
+    )  # fmt: skip
+
+
+def _field(data: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    """A field of one type, `default` where it is absent or null; a bool is no int."""
+    value = data.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ClientError(400, f"{name} is {_short(value)}; it must be of type {kind.__name__}", param=name)
+    return value
+
+
+def _prompts(data: dict[str, Any]) -> list[str | list[int]]:
+    prompt = data.get("prompt")
+    if isinstance(prompt, str) or _token_ids(prompt):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _token_ids(p) for p in prompt):
+        return prompt
+    raise ClientError(400, "prompt must be a text, a list of texts, token ids, or a list of lists of token ids, "
+                      "none of them empty", param="prompt")  # fmt: skip
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(t) is int and abs(t) < 2**31 for t in value)
+
+
+def _messages(data: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = _field(data, "messages", list, [])
+    if not messages:
+        raise ClientError(400, "messages is missing or empty; give at least one", param="messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ClientError(400, f'{where} must be an object with "role" and "content"', param=where)
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ClientError(400, f"{where}.content must be a text", param=where)
+    return {**message, "content": content}
+
+
+def _params(data: dict[str, Any], chat: bool) -> SamplingParams:
+    for name, neutral in NEUTRAL.items():
+        value = data.get(name)
+        if name not in SAMPLING and value is not None and value != neutral:
+            raise ClientError(400, f"{name} is {_short(value)}; this server does not support it", param=name)
+    limit = _field(data, "max_completion_tokens", int, None) if chat else None
+    limit = _field(data, "max_tokens", int, 2**31 if chat else 16) if limit is None else limit
+    values: dict[str, Any] = {"temperature": 1.0}
+    for name in SAMPLING & data.keys():
+        if data[name] is not None:
+            values[name] = _sampling_value(name, data[name])
+    try:
+        return SamplingParams(max_tokens=limit, **values)
+    except RequestError as error:
+        raise ClientError(400, str(error)) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ClientError(400, f"a sampling value is of the wrong type: {error}") from error
+
+
+def _sampling_value(name: str, value: Any) -> Any:
+    if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ClientError(400, f"{name} is {_short(value)}; it must be a number", param=name)
+    if name in ("seed", "min_tokens", "top_k") and type(value) is not int:
+        raise ClientError(400, f"{name} is {_short(value)}; it must be a whole number", param=name)
+    if name == "stop_token_ids" and not (isinstance(value, list) and all(type(t) is int for t in value)):
+        raise ClientError(400, f"{name} is {_short(value)}; it must be a list of token ids", param=name)
+    if name == "ignore_eos" and not isinstance(value, bool):
+        raise ClientError(400, f"{name} is {_short(value)}; it must be true or false", param=name)
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+class Answer:
+    """Bodies of the answer to one order."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        kind = "chat.completion" if order.chat else "text_completion"
+        self._head = {
+            "id": f"{'chatcmpl' if order.chat else 'cmpl'}-{secrets.token_hex(12)}", "created": int(time.time()),
+            "model": order.model,
+        }  # fmt: skip
+        self._kind, self._chunk_kind = kind, "chat.completion.chunk" if order.chat else kind
+
+    def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: dict[str, int]) -> dict[str, Any]:
+        choices = [
+            {"index": i, "logprobs": None, "finish_reason": reason, **self._content(text, "message")}
+            for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        ]
+        return {**self._head, "object": self._kind, "choices": choices, "usage": usage}
+
+    def chunk(self, index: int, text: str, reason: str | None, first: bool) -> dict[str, Any]:
+        content = self._content(text, "delta")
+        if self._order.chat and not first:
+            del content["delta"]["role"]
+        choice = {"index": index, "logprobs": None, "finish_reason": reason, **content}
+        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+
+    def last_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage}
+
+    def _content(self, text: str, key: str) -> dict[str, Any]:
+        return {key: {"role": "assistant", "content": text}} if self._order.chat else {"text": text}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
