@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from fp8.builder.engine import EngineError
 from fp8.runtime.async_llm import AsyncLLM
@@ -54,11 +55,11 @@ class Server:
         generations = await asyncio.to_thread(self._generations, order)
         self._reserve(len(generations))
         if order.stream:
-            return StreamingResponse(self._events(order, generations), media_type="text/event-stream")
+            return EventStream(self._events(order, generations), lambda: self._release(len(generations)))
         try:
             return await self._unless_disconnected(http, self._whole(order, generations))
         finally:
-            self.reserved -= len(generations)
+            self._release(len(generations))
 
     def _authorize(self, http: Request) -> None:
         given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -106,26 +107,29 @@ class Server:
                               f"try again later", "rate_limit_error", code="queue_full")  # fmt: skip
         self.reserved += count
 
-    async def _whole(self, order: Order, generations: list[Generation]) -> Response:
-        try:
-            async with asyncio.timeout(self.limits.request_seconds), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._text(g)) for g in generations]
-        except TimeoutError as error:
-            raise ClientError(504, f"the request took longer than {self.limits.request_seconds} s", "server_error",
-                              code="timeout") from error  # fmt: skip
-        except* ServiceError as group_error:
-            raise ClientError(503, str(group_error.exceptions[0]), "server_error") from group_error
-        texts, reasons, counts = zip(*(task.result() for task in tasks), strict=True)
-        return JSONResponse(Answer(order).whole(texts, reasons, usage(_prompt_tokens(order, generations), sum(counts))))
+    def _release(self, count: int) -> None:
+        self.reserved -= count
 
-    async def _text(self, generation: Generation) -> tuple[str, str, int]:
-        text, count, reason = "", 0, ""
-        async with aclosing(self.engine.run(generation)) as deltas:
-            async for delta in deltas:
-                text += delta.text or ""
-                count += len(delta.token_ids)
-                reason = delta.finish_reason or reason
-        return text, reason, count
+    async def _whole(self, order: Order, generations: list[Generation]) -> Response:
+        texts, reasons, count = [""] * len(generations), [""] * len(generations), 0
+        try:
+            async with asyncio.timeout(self.limits.request_seconds), self._deltas(generations) as deltas:
+                async for i, delta in deltas:
+                    texts[i] += delta.text or ""
+                    count += len(delta.token_ids)
+                    reasons[i] = delta.finish_reason or ""
+        except (TimeoutError, ServiceError) as error:
+            raise self._failure(error) from error
+        return JSONResponse(Answer(order).whole(texts, reasons, usage(_prompt_tokens(order, generations), count)))
+
+    def _deltas(self, generations: list[Generation]) -> aclosing[AsyncGenerator[tuple[int, Delta], None]]:
+        return aclosing(_merge([self.engine.run(g) for g in generations]))
+
+    def _failure(self, error: Exception) -> ClientError:
+        if isinstance(error, ServiceError):
+            return ClientError(503, str(error), "server_error")
+        message = f"the request took longer than {self.limits.request_seconds} s"
+        return ClientError(504, message, "server_error", code="timeout")
 
     async def _unless_disconnected(self, http: Request, work: Any) -> Response:
         """Runs `work`; a client that leaves cancels it."""
@@ -138,33 +142,40 @@ class Server:
                 future.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
 
-    async def _events(self, order: Order, generations: list[Generation]) -> AsyncIterator[str]:
+    async def _events(self, order: Order, generations: list[Generation]) -> AsyncGenerator[str, None]:
         """Server-sent events; those of several choices come as they are made."""
         answer, begun, count = Answer(order), set(), 0
         try:
-            async with asyncio.timeout(self.limits.request_seconds):
-                async with aclosing(_merge([self.engine.run(g) for g in generations])) as merged:
-                    async for i, delta in merged:
-                        count += len(delta.token_ids)
-                        if delta.text or delta.finish_reason or i not in begun:
-                            chunk = answer.chunk(i, delta.text or "", delta.finish_reason, i not in begun)
-                            begun.add(i)
-                            yield _event(chunk)
+            async with asyncio.timeout(self.limits.request_seconds), self._deltas(generations) as deltas:
+                async for i, delta in deltas:
+                    count += len(delta.token_ids)
+                    if delta.text or delta.finish_reason or i not in begun:
+                        chunk = answer.chunk(i, delta.text or "", delta.finish_reason, i not in begun)
+                        begun.add(i)
+                        yield _event(chunk)
             if order.include_usage:
                 yield _event(answer.last_chunk(usage(_prompt_tokens(order, generations), count)))
             yield "data: [DONE]\n\n"
-        except TimeoutError:
-            message = f"the request took longer than {self.limits.request_seconds} s"
-            yield _event(ClientError(504, message, "server_error", code="timeout").body)
-        except ServiceError as error:
-            yield _event(ClientError(503, str(error), "server_error").body)
+        except (TimeoutError, ServiceError) as error:
+            yield _event(self._failure(error).body)
+
+
+class EventStream(StreamingResponse):
+    """Calls `release` at its end, however it ends: also where the client left before the first event."""
+
+    def __init__(self, events: AsyncGenerator[str, None], release: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._release = events, release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self.reserved -= len(generations)
+            self._release()
+            await self._events.aclose()
 
 
-def create_app(
-    engine: AsyncLLM, model: str, limits: ServerLimits | None = None, api_key: str | None = None
-) -> FastAPI:
+def create_app(engine: AsyncLLM, model: str, limits: ServerLimits | None = None, api_key: str | None = None) -> FastAPI:
     """The application; `app.state.server` is its Server. Its shutdown drains the engine and closes it."""
     server = Server(engine, model, limits or ServerLimits(), api_key)
 

@@ -1,0 +1,100 @@
+"""fp8-serve: an engine behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fp8.builder.engine import EngineError
+from fp8.runtime.async_llm import AsyncLLM
+from fp8.runtime.llm import LLM
+from fp8.runtime.policy import POLICIES
+from fp8.scripts.run import ERRORS, add_session_arguments, positive
+
+API_KEY_VARIABLE = "FP8_API_KEY"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("fp8-serve", description="Serves an engine: OpenAI-compatible completions and chat.")
+    p.add_argument("--engine_dir", required=True)
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    p.add_argument("--served_model_name", help="default: the name of the engine directory")
+    key = p.add_mutually_exclusive_group()
+    key.add_argument("--api_key", help=f"what clients must send; default: ${API_KEY_VARIABLE}, or nothing")
+    key.add_argument("--api_key_file", type=Path, help="a file with the key, which a list of processes does not show")
+    p.add_argument("--policy", choices=sorted(POLICIES), default="throughput", help="how requests share the engine")
+    p.add_argument("--max_requests", type=positive, default=256, help="under way at once; beyond them: 429")
+    p.add_argument("--max_body_bytes", type=positive, default=4 << 20)
+    p.add_argument("--body_seconds", type=float, default=30.0, help="a body that takes longer is refused")
+    p.add_argument("--request_seconds", type=float, default=600.0, help="an answer that takes longer is cut off")
+    p.add_argument("--drain_seconds", type=float, default=30.0, help="open requests have that long at a shutdown")
+    add_session_arguments(p)
+    return p
+
+
+def api_key(args: argparse.Namespace) -> str | None:
+    """The key of the arguments, the file or the environment. Raises EngineError for a file without one."""
+    if args.api_key_file is None:
+        return args.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    key = args.api_key_file.read_text().strip()
+    if not key:
+        raise EngineError(f"{args.api_key_file} is empty; write the API key there")
+    return str(key)
+
+
+def server(args: argparse.Namespace) -> Any:
+    """A uvicorn server, ready to run. Raises EngineError without the packages of the extra `serve`."""
+    try:
+        import uvicorn
+
+        from fp8.runtime.server.app import ServerLimits, create_app
+    except ImportError as error:
+        raise EngineError(f"fp8-serve needs {error.name}; install fp8-engine[serve]") from error
+
+    class DrainingServer(uvicorn.Server):
+        """Says so in /health from the first signal on."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.server.draining = True
+            super().handle_exit(sig, frame)
+
+    key = api_key(args)
+    llm = LLM(
+        args.engine_dir,
+        args.device,
+        args.max_kv_blocks,
+        args.kv_cache_free_gpu_memory_fraction,
+        policy=args.policy,
+    )
+    limits = ServerLimits(
+        args.max_requests, args.max_body_bytes, args.body_seconds, args.request_seconds, args.drain_seconds
+    )
+    name = args.served_model_name or Path(args.engine_dir).resolve().name
+    app = create_app(AsyncLLM(llm), name, limits, key)
+    config = uvicorn.Config(
+        app, args.host, args.port, log_level="info", access_log=False, timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(args.drain_seconds)),
+    )  # fmt: skip
+    return DrainingServer(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        server(args).run()
+    except ERRORS as error:
+        print(f"fp8-serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""fp8-serve: OpenAI's interface, its limits and errors; loopback and the ASGI transport only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_engine
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+import hf_llama
+
+from fp8.runtime.async_llm import AsyncLLM
+from fp8.runtime.llm import LLM
+from fp8.runtime.request import SamplingParams
+from fp8.runtime.server.app import ServerLimits, create_app
+from fp8.scripts import serve
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'odd' %}{{ raise_exception('no role odd') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tiny_engine.write(tmp_path_factory.mktemp("tiny"))
+    hf_llama.add_tokenizer(directory)
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE})
+    )
+    return directory
+
+
+@contextlib.asynccontextmanager
+async def client(
+    engine_dir: Path, limits: ServerLimits | None = None, api_key: str | None = None
+) -> AsyncIterator[tuple[Any, LLM]]:
+    llm = LLM(engine_dir, "cpu")
+    app = create_app(AsyncLLM(llm), "tiny", limits, api_key)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http,
+    ):
+        yield http, llm
+
+
+def post(engine_dir: Path, path: str, body: Any, **options: Any) -> Any:
+    async def main() -> Any:
+        async with client(engine_dir, **options) as (http, _):
+            return await (http.post(path, content=body) if isinstance(body, bytes) else http.post(path, json=body))
+
+    return asyncio.run(main())
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_completions_are_those_of_generate_whole_and_streamed(engine_dir: Path) -> None:
+    (expected,) = LLM(engine_dir, "cpu").generate(["AB!"], SamplingParams(max_tokens=12))
+    body = {"model": "tiny", "prompt": ["AB!", [33, 34]], "max_tokens": 12, "temperature": 0}
+
+    async def main() -> tuple[Any, Any]:
+        async with client(engine_dir) as (http, _):
+            stream = {**body, "stream": True, "stream_options": {"include_usage": True}}
+            return await asyncio.gather(
+                http.post("/v1/completions", json=body), http.post("/v1/completions", json=stream)
+            )
+
+    whole, streamed = asyncio.run(main())
+    answer = whole.json()
+    assert whole.status_code == 200 and answer["object"] == "text_completion"
+    assert [c["text"] for c in answer["choices"]][0] == expected.text
+    assert [c["finish_reason"] for c in answer["choices"]] == ["length", "length"]
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 24, "total_tokens": 29}
+    chunks = events(streamed.text)
+    assert chunks.pop()["usage"] == answer["usage"]
+    for index in (0, 1):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert "".join(c["text"] for c in mine) == answer["choices"][index]["text"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["length"]
+
+
+def test_a_chat_goes_through_the_template(engine_dir: Path) -> None:
+    (expected,) = LLM(engine_dir, "cpu").generate(["user: AB\nassistant: "], SamplingParams(max_tokens=8))
+    body = {"messages": [{"role": "user", "content": "AB"}], "max_completion_tokens": 8, "temperature": 0}
+    answer = post(engine_dir, "/v1/chat/completions", body)
+    assert answer.json()["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
+    chunks = events(post(engine_dir, "/v1/chat/completions", {**body, "stream": True}).text)
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert deltas[0]["role"] == "assistant" and "role" not in deltas[-1]
+    assert "".join(d["content"] for d in deltas) == expected.text
+    refused = post(engine_dir, "/v1/chat/completions", {"messages": [{"role": "odd", "content": "x"}]})
+    assert refused.status_code == 400 and "no role odd" in refused.json()["error"]["message"]
+
+
+def test_models_health_and_metrics(engine_dir: Path) -> None:
+    async def main() -> list[Any]:
+        async with client(engine_dir) as (http, _):
+            await http.post("/v1/completions", json={"prompt": "A", "max_tokens": 3, "temperature": 0})
+            return [await http.get(p) for p in ("/v1/models", "/v1/models/tiny", "/v1/models/x", "/health", "/metrics")]
+
+    models, one, unknown, health, metrics = asyncio.run(main())
+    assert models.json()["data"][0]["id"] == one.json()["id"] == "tiny"
+    assert unknown.status_code == 404 and health.json() == {"status": "ok"}
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
+    assert lines["fp8_generated_tokens_total"] == "3" and lines['fp8_requests_finished_total{reason="length"}'] == "1"
+    assert lines['fp8_request_seconds_bucket{le="+Inf"}'] == lines["fp8_request_seconds_count"] == "1"
+
+
+def test_bad_input_is_answered_with_4xx_in_openais_form_and_nothing_is_held(engine_dir: Path) -> None:
+    long = [1] * 256
+    cases: list[tuple[str, Any, int, str]] = [
+        ("/v1/completions", b"{", 400, "not JSON"),
+        ("/v1/completions", b"[" * 100_000, 400, "not JSON"),
+        ("/v1/completions", b"[]", 400, "JSON object"),
+        ("/v1/completions", {"prompt": "A" * 5000}, 413, "more than 4000 bytes"),
+        ("/v1/completions", {"prompt": long}, 400, "max_seq_len is 256"),
+        ("/v1/completions", {"prompt": [97]}, 400, "outside the vocabulary"),
+        ("/v1/completions", {}, 400, "prompt must be"),
+        ("/v1/completions", {"prompt": ""}, 400, "is empty"),
+        ("/v1/completions", {"prompt": "A", "temperature": -1}, 400, "temperature is -1"),
+        ("/v1/completions", {"prompt": "A", "temperature": "hot"}, 400, "must be a number"),
+        ("/v1/completions", {"prompt": "A", "max_tokens": 0}, 400, "max_tokens is 0"),
+        ("/v1/completions", {"prompt": "A", "n": 1000}, 400, "n is 1000"),
+        ("/v1/completions", {"prompt": "A", "seed": 1.5}, 400, "whole number"),
+        ("/v1/completions", {"prompt": "A", "suffix": "b"}, 400, "does not support"),
+        ("/v1/completions", {"prompt": "A", "stream": "yes"}, 400, "must be of type bool"),
+        ("/v1/completions", {"prompt": "A", "model": "gpt-9"}, 404, "'gpt-9' does not exist"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages is missing"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+        ("/v1/nothing", {}, 404, "is not served"),
+    ]
+
+    async def main() -> None:
+        async with client(engine_dir, ServerLimits(max_body_bytes=4000)) as (http, llm):
+            for path, body, status, message in cases:
+                sent = http.post(path, content=body) if isinstance(body, bytes) else http.post(path, json=body)
+                answer = await sent
+                wanted = 413 if isinstance(body, bytes) and len(body) > 4000 else status
+                assert answer.status_code == wanted, (path, body, answer.text)
+                assert wanted != status or message in answer.json()["error"]["message"]
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            good = await http.post("/v1/completions", json={"prompt": "A", "max_tokens": 2})
+            assert good.status_code == 200
+            assert llm.service.open_requests == 0
+
+    asyncio.run(main())
+
+
+def test_the_api_key_is_asked_for(engine_dir: Path) -> None:
+    async def main() -> list[int]:
+        async with client(engine_dir, api_key="k1") as (http, _):
+            keys = [{}, {"Authorization": "Bearer k2"}, {"Authorization": "Bearer k1"}]
+            return [(await http.get("/v1/models", headers=h)).status_code for h in keys]
+
+    assert asyncio.run(main()) == [401, 401, 200]
+
+
+def test_a_full_queue_is_429_with_retry_after_and_others_finish(engine_dir: Path) -> None:
+    async def main() -> list[Any]:
+        async with client(engine_dir, ServerLimits(max_requests=2)) as (http, _):
+            body = {"prompt": "A", "max_tokens": 60, "temperature": 0}
+            answers = await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(5)))
+            return [*answers, await http.post("/v1/completions", json=body)]
+
+    *answers, later = asyncio.run(main())
+    assert sorted(a.status_code for a in answers) == [200, 200, 429, 429, 429] and later.status_code == 200
+    refused = next(a for a in answers if a.status_code == 429)
+    assert refused.headers["Retry-After"] == "1" and refused.json()["error"]["code"] == "queue_full"
+
+
+def test_a_request_that_takes_too_long_is_cut_off_and_frees_its_blocks(engine_dir: Path) -> None:
+    async def main() -> tuple[Any, Any]:
+        async with client(engine_dir, ServerLimits(request_seconds=0.01)) as (http, llm):
+            body = {"prompt": "A", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+            whole = await http.post("/v1/completions", json=body)
+            stream = await http.post("/v1/completions", json={**body, "stream": True})
+            await wait_until_free(llm)
+            return whole, stream
+
+    whole, stream = asyncio.run(main())
+    assert whole.status_code == 504 and '"code": "timeout"' in stream.text and "[DONE]" not in stream.text
+
+
+async def wait_until_free(llm: LLM, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while llm.service.open_requests or llm.worker.busy:
+        assert time.monotonic() < deadline, "blocks are still held"
+        await asyncio.sleep(0.01)
+    assert llm.worker.pool.free_blocks == llm.worker.pool.num_blocks
+
+
+@contextlib.contextmanager
+def listening(engine_dir: Path, *flags: str) -> Iterator[tuple[str, Any, threading.Thread]]:
+    """A real server on a free port: its address, itself, and its thread."""
+    args = serve.parser().parse_args(["--engine_dir", str(engine_dir), "--port", "0", "--device", "cpu", *flags])
+    server = serve.server(args)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline and thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", server, thread
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def engine_of(server: Any) -> LLM:
+    return server.config.app.state.server.llm
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(engine_dir: Path, stream: bool) -> None:
+    body = {"prompt": "A", "max_tokens": 250, "temperature": 0, "ignore_eos": True, "stream": stream}
+    with listening(engine_dir) as (url, server, _):
+        if stream:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                next(answer.iter_text())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.05))
+        asyncio.run(wait_until_free(engine_of(server)))
+        assert engine_of(server).worker.statistics.finished == {"abort": 1}
+        assert server.config.app.state.server.reserved == 0
+
+
+def test_shutdown_lets_open_requests_finish(engine_dir: Path) -> None:
+    body = {"prompt": "A", "max_tokens": 100, "temperature": 0, "ignore_eos": True, "stream": True}
+    with listening(engine_dir, "--served_model_name", "tiny") as (url, server, thread):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+            parts = answer.iter_text()
+            text = next(parts)
+            server.should_exit = True
+            text += "".join(parts)
+        thread.join(20)
+        assert not thread.is_alive()
+        assert events(text)[-1]["choices"][0]["finish_reason"] == "length"
+        assert engine_of(server).service.closing
+
+
+def test_a_body_that_never_ends_is_refused(engine_dir: Path) -> None:
+    def slowly() -> Iterator[bytes]:
+        yield b"{"
+        time.sleep(0.5)
+        yield b"}"
+
+    with listening(engine_dir, "--body_seconds", "0.1") as (url, _, _):
+        assert httpx.post(f"{url}/v1/completions", content=slowly(), timeout=20).status_code == 408
+
+
+def test_the_key_may_lie_in_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    args = ["--engine_dir", "e"]
+    assert serve.api_key(serve.parser().parse_args([*args, "--api_key_file", str(tmp_path / "key")])) == "secret"
+    monkeypatch.setenv("FP8_API_KEY", "other")
+    assert serve.api_key(serve.parser().parse_args(args)) == "other"
+    assert serve.parser().parse_args(args).host == "127.0.0.1"
