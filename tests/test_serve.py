@@ -11,14 +11,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hf_llama
+import httpx
 import pytest
 import tiny_engine
-
-pytest.importorskip("fastapi")
-httpx = pytest.importorskip("httpx")
-uvicorn = pytest.importorskip("uvicorn")
-
-import hf_llama
 
 from fp8.runtime.async_llm import AsyncLLM
 from fp8.runtime.llm import LLM
@@ -28,7 +24,7 @@ from fp8.scripts import serve
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'odd' %}{{ raise_exception('no role odd') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
@@ -83,7 +79,7 @@ def test_completions_are_those_of_generate_whole_and_streamed(engine_dir: Path) 
     whole, streamed = asyncio.run(main())
     answer = whole.json()
     assert whole.status_code == 200 and answer["object"] == "text_completion"
-    assert [c["text"] for c in answer["choices"]][0] == expected.text
+    assert answer["choices"][0]["text"] == expected.text
     assert [c["finish_reason"] for c in answer["choices"]] == ["length", "length"]
     assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 24, "total_tokens": 29}
     chunks = events(streamed.text)
@@ -95,7 +91,7 @@ def test_completions_are_those_of_generate_whole_and_streamed(engine_dir: Path) 
 
 
 def test_a_chat_goes_through_the_template(engine_dir: Path) -> None:
-    (expected,) = LLM(engine_dir, "cpu").generate(["user: AB\nassistant: "], SamplingParams(max_tokens=8))
+    (expected,) = LLM(engine_dir, "cpu").generate(["user:AB;assistant:"], SamplingParams(max_tokens=8))
     body = {"messages": [{"role": "user", "content": "AB"}], "max_completion_tokens": 8, "temperature": 0}
     answer = post(engine_dir, "/v1/chat/completions", body)
     assert answer.json()["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
