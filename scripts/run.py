@@ -7,15 +7,19 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError
 from fp8.plugins.base import PluginError
 from fp8.runtime.kv_cache import KVCacheError
-from fp8.runtime.llm import LLM, Completion
+from fp8.runtime.llm import LLM, Completion, Prompt
 from fp8.runtime.request import RequestError, SamplingParams
+from fp8.runtime.service import ServiceError
+from fp8.scripts.prompts import read_prompts
 
-ERRORS = (EngineError, RequestError, KVCacheError, PluginError, OSError)
+ERRORS = (EngineError, RequestError, KVCacheError, PluginError, ServiceError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--input_text", nargs="+", help="one or several prompts")
     what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
+    what.add_argument(
+        "--input_file", type=Path, help="prompts in .txt, .jsonl or .csv"
+    )
+    p.add_argument("--chat", action="store_true", help="prompts are what a user says: apply the chat template")
+    p.add_argument("--streaming", action="store_true", help="print texts as they come, one prompt after the other")
     p.add_argument("--max_output_len", type=int, default=64)
     p.add_argument("--min_output_len", type=int, default=0, help="a stop token before that many does not end the text")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -33,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--ignore_eos", action="store_true")
     add_session_arguments(p)
-    p.add_argument("--output", choices=("text", "json"), default="text")
+    p.add_argument("--output", choices=("text", "json", "jsonl"), default="text")
     return p
 
 
@@ -71,10 +80,24 @@ def open_llm(args: argparse.Namespace) -> LLM:
     return LLM(args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction)
 
 
-def generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the prompts; returns what `--output json` prints."""
-    prompts = args.input_text or [token_ids(t) for t in args.input_tokens]
-    params = SamplingParams(
+def read_input(args: argparse.Namespace) -> list[Any]:
+    """The prompts that the arguments name: texts, token ids, or messages of a chat."""
+    if args.input_tokens:
+        return [token_ids(t) for t in args.input_tokens]
+    return args.input_text or read_prompts(args.input_file)
+
+
+def as_prompt(llm: LLM, given: Any, chat: bool) -> Prompt:
+    """What the engine takes in: `given`, or a chat through the tokenizer's template."""
+    if isinstance(given, str) and chat:
+        given = [{"role": "user", "content": given}]
+    if isinstance(given, list) and given and isinstance(given[0], dict):
+        return llm.chat_template.encode(given)
+    return given
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
         args.max_output_len,
         args.temperature,
         args.seed,
@@ -82,9 +105,16 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         args.ignore_eos,
         args.min_output_len,
     )
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the prompts; returns what `--output json` prints."""
+    given, params = read_input(args), sampling_params(args)
     llm = open_llm(args)
+    prompts = [as_prompt(llm, g, args.chat) for g in given]
     begin = time.perf_counter()
-    completions = llm.generate(prompts, params)
+    found = llm.generate(prompts, params)
+    completions = [replace(c, prompt=g) for c, g in zip(found, given, strict=True)]
     seconds = time.perf_counter() - begin
     count = sum(len(c.token_ids) for c in completions)
     return {
@@ -93,11 +123,39 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stream(args: argparse.Namespace) -> None:
+    """Prints texts piece by piece; with `--output jsonl` an object per piece, `index` telling the prompt."""
+    given, params = read_input(args), sampling_params(args)
+    llm = open_llm(args)
+    for index, item in enumerate(given):
+        deltas = llm.stream(as_prompt(llm, item, args.chat), params)
+        if args.output == "text":
+            print(prompt_text(item), end="" if llm.tokenizer else " -> ", flush=True)
+        for delta in deltas:
+            if args.output == "text":
+                print(
+                    "".join(f"{t}," for t in delta.token_ids) if delta.text is None else delta.text, end="", flush=True
+                )
+            else:
+                print(json.dumps({"index": index, **asdict(delta)}), flush=True)
+        if args.output == "text":
+            print(f"\n[{delta.finish_reason}]\n")
+    llm.close()
+
+
+def prompt_text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if prompt and isinstance(prompt[0], dict):
+        return "".join(f"{m.get('role')}: {m.get('content')}\n" for m in prompt)
+    return ",".join(map(str, prompt))
+
+
 def as_text(result: dict[str, Any]) -> str:
     completions: list[Completion] = result["completions"]
     parts = []
     for c in completions:
-        prompt = c.prompt if isinstance(c.prompt, str) else ",".join(map(str, c.prompt))
+        prompt = prompt_text(c.prompt)
         out = f" -> {','.join(map(str, c.token_ids))}" if c.text is None else c.text
         parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens]")
     rate = f"{result['output_tokens']} tokens in {result['seconds']:.2f} s, {result['tokens_per_second']:.1f} tokens/s"
@@ -106,7 +164,13 @@ def as_text(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.streaming and args.output == "json":
+        print("fp8-run: --streaming prints as it goes; use --output text or jsonl", file=sys.stderr)
+        return 1
     try:
+        if args.streaming:
+            stream(args)
+            return 0
         result = generate(args)
     except ERRORS as error:
         print(f"fp8-run: {error}", file=sys.stderr)
@@ -116,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if args.output == "json":
         print(json.dumps({**result, "completions": [c.as_dict() for c in result["completions"]]}, indent=2))
+    elif args.output == "jsonl":
+        print("".join(json.dumps(c.as_dict()) + "\n" for c in result["completions"]), end="")
     else:
         print(as_text(result))
     return 0

@@ -77,3 +77,64 @@ def test_bad_input_is_one_sentence_and_a_failure(
 def test_a_directory_without_an_engine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--engine_dir", str(tmp_path), "--input_tokens", "1"]) == 1
     assert "is not an engine directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "AB\n\n!!\n"),
+        ("a.jsonl", '{"text": "AB"}\n\n{"prompt": "!!"}\n'),
+        ("a.csv", 'id,text\n1,AB\n2,"!!"\n'),
+    ],
+)
+def test_prompts_come_from_a_file_and_texts_go_out_as_jsonl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)
+    (tmp_path / name).write_text(content)
+    args = ["--engine_dir", str(directory), "--input_file", str(tmp_path / name), "--max_output_len", "9"]
+    assert run.main([*args, "--output", "jsonl"]) == 0
+    whole = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [c["prompt"] for c in whole] == ["AB", "!!"]
+    assert run.main([*args, "--output", "jsonl", "--streaming"]) == 0
+    pieces = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for i in (0, 1):
+        assert "".join(p["text"] for p in pieces if p["index"] == i) == whole[i]["text"]
+        assert [t for p in pieces if p["index"] == i for t in p["token_ids"]] == whole[i]["token_ids"]
+    assert run.main([*args, "--streaming"]) == 0
+    assert capsys.readouterr().out.startswith(f"AB{whole[0]['text']}\n[length]\n")
+
+
+def test_a_chat_goes_through_the_template_of_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)
+    args = ["--engine_dir", str(directory), "--input_text", "AB", "--max_output_len", "5", "--output", "json", "--chat"]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert run.main(args) == 1 and "has no chat template" in capsys.readouterr().err
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run.main(args) == 0
+    (completion,) = json.loads(capsys.readouterr().out)["completions"]
+    assert (completion["prompt"], len(completion["prompt_token_ids"])) == ("AB", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n", "holds no prompt"),
+        ("a.doc", "AB", "ends in .doc; known are .txt, .jsonl, .csv"),
+        ("a.jsonl", '{"text": "AB"}\n{', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"question": "AB"}', "a.jsonl:1 has none of the keys text, prompt, messages"),
+        ("a.jsonl", '{"messages": ["x"]}', "messages must be a list of objects"),
+        ("a.csv", "id,question\n1,AB\n", "has the columns id, question; one must be text or prompt"),
+        ("a.csv", "id,text\n1\n", "a.csv:2 has no column text"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert run.main(["--engine_dir", str(tmp_path), "--input_file", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
