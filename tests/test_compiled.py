@@ -95,7 +95,7 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         Stub.step_buffers = {t.data_ptr() for n, t in self.executor._tensors.items() if n in step_kinds}
         self._sample = reference_sampler(self._inputs)
         self._scope = torch.inference_mode
-        self._graphs = Eager(self._launch)
+        self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._forward)
         self._events = [Event()] * session.STAGES
 
     monkeypatch.setattr(compiled, "load_plugins", stubs)
