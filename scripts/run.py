@@ -13,7 +13,9 @@ from fp8.builder.engine import EngineError
 from fp8.plugins.base import PluginError
 from fp8.runtime.kv_cache import KVCacheError
 from fp8.runtime.llm import LLM, Completion
-from fp8.runtime.request import RequestError, SamplingParams
+from fp8.runtime.logprobs import TokenLogprobs
+from fp8.runtime.sampling_params import RequestError
+from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
 
 ERRORS = (EngineError, RequestError, KVCacheError, PluginError, OSError)
 
@@ -24,14 +26,7 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--input_text", nargs="+", help="one or several prompts")
     what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
-    p.add_argument("--max_output_len", type=int, default=64)
-    p.add_argument("--min_output_len", type=int, default=0, help="a stop token before that many does not end the text")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    p.add_argument("--seed", type=int, help="fixes the text at a temperature above 0")
-    p.add_argument(
-        "--stop_token_ids", type=int, nargs="*", default=[], help="beside the model's end-of-sequence tokens"
-    )
-    p.add_argument("--ignore_eos", action="store_true")
+    add_sampling_arguments(p)
     add_session_arguments(p)
     p.add_argument("--output", choices=("text", "json"), default="text")
     return p
@@ -74,14 +69,7 @@ def open_llm(args: argparse.Namespace) -> LLM:
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the prompts; returns what `--output json` prints."""
     prompts = args.input_text or [token_ids(t) for t in args.input_tokens]
-    params = SamplingParams(
-        args.max_output_len,
-        args.temperature,
-        args.seed,
-        tuple(args.stop_token_ids),
-        args.ignore_eos,
-        args.min_output_len,
-    )
+    params = sampling_params(args)
     llm = open_llm(args)
     begin = time.perf_counter()
     completions = llm.generate(prompts, params)
@@ -95,13 +83,23 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
 def as_text(result: dict[str, Any]) -> str:
     completions: list[Completion] = result["completions"]
-    parts = []
+    samples, parts = 1 + max(c.index for c in completions), []
     for c in completions:
         prompt = c.prompt if isinstance(c.prompt, str) else ",".join(map(str, c.prompt))
         out = f" -> {','.join(map(str, c.token_ids))}" if c.text is None else c.text
-        parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens]")
+        sample = f", sample {c.index}" if samples > 1 else ""
+        parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens{sample}]")
+        for title, entries in (("prompt", c.prompt_logprobs), ("output", c.logprobs)):
+            parts += [f"{title} token, ln p, likeliest:\n" + "\n".join(map(_logprob, entries))] if entries else []
     rate = f"{result['output_tokens']} tokens in {result['seconds']:.2f} s, {result['tokens_per_second']:.1f} tokens/s"
     return "\n\n".join([*parts, f"{rate} on {result['device']}"])
+
+
+def _logprob(entry: TokenLogprobs | None) -> str:
+    if entry is None:
+        return "  (the first token has none)"
+    top = " ".join(f"{token}:{value:.4f}" for token, value in entry.top)
+    return f"  {entry.token:>7} {entry.logprob:9.4f}  {top}".rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
