@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 
@@ -18,7 +19,7 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
         "Applied in this order: bias, penalties, temperature, then what is unlikely is left out (top_k, top_p, min_p, "
         "typical_p). A usual choice for prose: --temperature 0.7 --top_p 0.9. At temperature 0 nothing is left out.",
     )
-    number = {"type": float, "metavar": "X"}
+    number: dict[str, Any] = {"type": float, "metavar": "X"}
     choice.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy; above 1 is wilder")
     choice.add_argument(
         "--seed", type=int, help="fixes the text at a temperature above 0, whatever else is in the batch"

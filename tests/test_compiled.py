@@ -128,6 +128,17 @@ def test_buffers_tactics_and_padding_give_the_reference_s_tokens(
     assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, PARAMS)]
 
 
+def test_sampling_options_end_the_graph_at_the_logits(on_stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"top_p": 0.9, "repetition_penalty": 1.2, "logprobs": 2, "prompt_logprobs": 0}
+    params = [SamplingParams(20, 0.8, i, ignore_eos=True, **(options if i % 2 else {})) for i in range(len(PROMPTS))]
+    llm = LLM(on_stubs, "cpu", lag=1)
+    compiled_tokens = [c.token_ids for c in llm.generate(PROMPTS, params)]
+    assert {rows for rows, _ in llm.session._logits_graphs._graphs} <= {1, 2, 4, 6}, "these steps are padded too"
+    monkeypatch.undo()
+    plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
+    assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, params)]
+
+
 def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
     plan = engine_format.load(engine_dir).plan
     block, need = reference.kv_block_bytes(plan), compiled.fixed_bytes(plan) + compiled.RESERVE
