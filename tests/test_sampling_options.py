@@ -22,6 +22,7 @@ from fp8.runtime.request import Request
 from fp8.runtime.sampling_options import OptionSampler, options_of
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
+from fp8.scripts import build
 
 V, ROWS = 211, 8
 LIMITS = Limits(max_batch_size=40, max_seq_len=256, max_num_tokens=96)
@@ -208,6 +209,26 @@ def test_logprobs_are_the_model_s_own(engine_dir: Path) -> None:
         assert entry is not None and len(entry.top) == (2 if at < len(prompt) - 1 else 5)
         assert entry.logprob == pytest.approx(float(expected[at, entry.token]), abs=1e-3)
         assert [v for _, v in entry.top] == pytest.approx(expected[at].topk(len(entry.top)).values.tolist(), abs=1e-3)
+
+
+def test_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
+    model = hf_llama.make(tmp_path / "model", torch.bfloat16)
+    limits = ["--max_batch_size", "2", "--max_seq_len", "96", "--max_num_tokens", "40", "--log_level", "error"]
+    where = ["--checkpoint_dir", str(tmp_path / "model"), "--output_dir", str(tmp_path / "engine"), "--target", "cpu"]
+    assert build.main([*where, *limits]) == 0
+    prompt = [(11 * i) % 300 for i in range(60)]
+    params = SamplingParams(
+        max_tokens=12, ignore_eos=True, top_k=3, temperature=0.8, seed=1, logprobs=0, prompt_logprobs=0
+    )
+    (completion,) = LLM(tmp_path / "engine", "cpu").generate([prompt], params)
+    tokens = [*prompt, *completion.token_ids]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].float().log_softmax(1)
+    entries = [*(completion.prompt_logprobs or [])[1:], *(completion.logprobs or [])]
+    assert len(entries) == len(tokens) - 1
+    found = torch.tensor([entry.logprob for entry in entries if entry])
+    error = found - expected[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    assert error.abs().max() < 0.2 and error.square().mean().sqrt() < 0.05, "as far as activations in bf16 go"
 
 
 def test_n_samples_differ_and_the_first_is_that_of_one(engine_dir: Path) -> None:
