@@ -46,6 +46,7 @@ VARIANTS = [
 class Measured:
     variant: Variant
     perplexity: float
+    tokens: int  # that the perplexity is over
     checkpoint_bytes: int
     engine_bytes: int
     tokens_per_second: float
@@ -109,9 +110,11 @@ def measure(variant: Variant, args: argparse.Namespace, work: Path) -> Measured:
         "--output", "json", "--input_text", *PROMPTS,
     )  # fmt: skip
     run = json.loads(printed)
+    found = json.loads(result.read_text())
     return Measured(
         variant,
-        json.loads(result.read_text())["perplexity"],
+        found["perplexity"],
+        found["tokens"],
         size(checkpoint),
         size(engine),
         run["tokens_per_second"],
@@ -135,8 +138,8 @@ def size(directory: Path) -> int:
 
 def report(rows: list[Measured], args: argparse.Namespace, seconds: float) -> None:
     where = torch.cuda.get_device_name() if args.gpu else "CPU, by reference execution: right, not fast"
-    tokens = f"first {args.max_tokens} tokens" if args.max_tokens else "all"
-    table = Table(title=f"{args.model_dir.name} on {where}", caption=f"perplexity on {args.data.name} ({tokens})")
+    caption = f"perplexity of {rows[0].tokens} tokens of {args.data.name}"
+    table = Table(title=f"{args.model_dir.name} on {where}", caption=caption)
     for column in ("format", "perplexity", "vs BF16", "checkpoint", "engine", "tokens/s"):
         table.add_column(column, justify="left" if column == "format" else "right")
     for row in rows:
