@@ -26,7 +26,7 @@ from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import load_tokenizer
-from fp8.scripts.gpu_round import facts
+from fp8.scripts.provenance import add_argument, provenance
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--base", required=True, type=Path, help="the unquantized engine of the same model")
     p.add_argument("--data", required=True, type=Path, help="a UTF-8 text")
     p.add_argument("--output", type=Path, help="write the rows as JSON")
-    p.add_argument("--commit", default="", help="recorded in the output; asked of git by default")
+    add_argument(p)
     args = p.parse_args(argv)
-    tokens = load_tokenizer(args.base).encode(args.data.read_text(encoding="utf-8")[:20000])
+    tokenizer = load_tokenizer(args.base)
+    if tokenizer is None:
+        p.error(f"--base {args.base} holds no tokenizer")
+    tokens = tokenizer.encode(args.data.read_text(encoding="utf-8")[:20000])
     base = logits(Session(args.base, "cpu"), tokens)
     rows = [compare(directory, base, tokens) for directory in args.engines]
     table = Table("engine", "format", "KV cache", "prefill dB", "decode dB", "needed", "own distance", "met")
@@ -104,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(r["engine"], r["format"], r["kv_cache_dtype"], *figures, "yes" if r["met"] else "NO")
     Console().print(table)
     if args.output:
-        write_atomically(args.output, [json.dumps({**facts(args.commit), "rows": rows}, indent=1).encode()])
+        write_atomically(
+            args.output, [json.dumps({**provenance("gpu_engines", argv, args.commit), "rows": rows}, indent=1).encode()]
+        )
     return 0 if all(r["met"] for r in rows) else 1
 
 
