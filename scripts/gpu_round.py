@@ -2,7 +2,7 @@
 
     python -m fp8.scripts.gpu_round --output round.json            everything
     python -m fp8.scripts.gpu_round --plugin gemm --case 4096      the cases of gemm whose names contain 4096
-    compute-sanitizer python -m fp8.scripts.gpu_round --small --no-bench
+    compute-sanitizer --report-api-errors no python -m fp8.scripts.gpu_round --small --no-bench
 
 Each case draws fresh inputs, fills the outputs with NaN codes (0xFF), runs every tactic that the plugin offers through
 its public interface, twice over one workspace, and asks for: the reference's values within the case's tolerance, the

@@ -1,13 +1,14 @@
 // Attention of one query token per sequence over the paged KV cache.
 //
-// The heads that share a KV head are the rows of one 16-row tile (larger groups are cut into several). A unit is such a
-// tile of a sequence; its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are dealt out to
-// the blocks in equal runs (a unit's end counts as `unit_cost` tiles more, for its merge takes time too), so that one long context and many short ones fill the machine alike; the dealing depends on
-// sequence_lengths only and is done on the device, so the grid is fixed under a CUDA graph.
+// The heads that share a KV head are the rows of one 16-row product (larger groups are cut into several). A unit is such
+// a group of heads of a sequence; its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are
+// dealt out to the blocks in equal runs, so that one long context and many short ones fill the machine alike; a unit
+// counts as `unit_cost` tiles more than it has, for its merge takes time too. The dealing depends on sequence_lengths
+// only and is done on the device, so the grid is fixed under a CUDA graph.
 // Inside a block the warps take tiles in turn and know nothing of each other: each warp has its own ring of slots that
 // TMA fills with K and V tiles in turn, running ahead into the next unit, and its own running maximum, sum and output.
-// At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results, and
-// the last block to arrive joins them in the order of the context, so results do not depend on timing.
+// At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results,
+// and the last block to arrive joins them in the order of the context, so results do not depend on timing.
 // The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of the output, and of q and the cache if not FP8), QUANT_OUT,
@@ -32,7 +33,8 @@ constexpr int K_STEPS = HEAD_DIM * BYTES / 32; // products over the head dimensi
 constexpr int S_TILES = TILE / 8, O_TILES = HEAD_DIM / 8;
 constexpr int SPAN = HEAD_DIM * BYTES < 128 ? HEAD_DIM * BYTES : 128;  // bytes of a swizzled row of keys
 // Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory.
-constexpr int COLUMNS = (ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32) < HEAD_DIM ? (ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32) : HEAD_DIM;
+constexpr int WIDEST = ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32;
+constexpr int COLUMNS = WIDEST < HEAD_DIM ? WIDEST : HEAD_DIM;
 constexpr int PITCH = COLUMNS + 8;             // floats; the padding spreads rows over the banks
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
 
@@ -102,7 +104,8 @@ struct Producer {
     if (at.index >= p.end) return;
     cp_async_4(shared_address(&page), p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
   }
-  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot, u32 full) {
+  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot,
+                                       u32 full) {
     if (at.index >= p.end) return;
     if (!values) cp_async_wait_all();
     const int head = page * KV_HEADS + at.unit / PARTS;
