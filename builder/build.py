@@ -201,10 +201,13 @@ def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool 
     if request.target != "cpu":
         plan.check(nodes)
         tactics = plan.Tactics(nodes, limits)
-        if not dry_run:
+        if dry_run:
+            tactics.assume()
+        else:
             measured = measure.measure(tactics, reporter.remark, reporter.warn) if request.tune else {}
             tactics.choose(measured, lambda done, total: reporter.progress("kernels", done, total), reporter.warn)
-            steps, cubins, workspace = tactics.steps(), tactics.cubins(), tactics.workspace_bytes
+        steps, cubins = tactics.steps(), tactics.cubins()
+        workspace = tactics.workspace_bytes
     buffers, arena = plan.place(found, steps, limits)
     version = importlib.metadata.version("fp8-engine")
     built = Plan(

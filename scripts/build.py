@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="type of the exported activations (onnxruntime's CPU wants float32, the default)",
     )  # fmt: skip
     parser.add_argument(
-        "--gpu_memory", default="141G", help="of the card that the memory budget is for (default: 141G)"
+        "--gpu_memory", default="139G", help="of the card that the memory budget is for (default: 139G, an H200)"
     )
     parser.add_argument("--log_level", default="info", choices=LOG_LEVELS)
     options = parser.parse_args(arguments)
