@@ -14,7 +14,7 @@ from fp8.scripts import gpu_round
 CASES = gpu_round.all_cases()
 SMALL = 4 << 20  # bytes and a thousandth of the operations that a reference may take here
 SPILLS = 256  # bytes that ptxas may report in its notes: a few scalars outside of the main loops
-TACTICS = 3  # compiled for each case; the plugin's favourites
+TACTICS = 2  # compiled for each case; the plugin's favourites
 
 
 def is_small(case: Case) -> bool:
