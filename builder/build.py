@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -25,29 +25,14 @@ from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
 from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
+from fp8.builder.quantize import COPIED, Model
 from fp8.builder.rewrite import apart
 from fp8.builder.target import TARGETS, Journal, Target
 from fp8.builder.verify import Verifier
 
-COPIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-
 
 class BuildError(ValueError):
     """A flag or a directory with which no engine can be built: what was found, what is expected."""
-
-
-class Model(Protocol):
-    """A module of `fp8.models`."""
-
-    def read_config(self, config: dict[str, Any]) -> Any: ...
-
-    def emit(
-        self, config: Any, checkpoint: Checkpoint, format: Format, dtype: str, layers: range | None = None,
-        max_positions: int | None = None,
-    ) -> Graph: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,8 +189,10 @@ def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool 
         if dry_run:
             tactics.assume()
         else:
-            measured = measure.measure(tactics, reporter.remark, reporter.warn) if request.tune else {}
-            tactics.choose(measured, lambda done, total: reporter.progress("kernels", done, total), reporter.warn)
+            measured = {}
+            if request.tune:
+                measured = measure.measure(tactics, _stage(reporter, "candidates"), reporter.remark, reporter.warn)
+            tactics.choose(measured, _stage(reporter, "kernels"), reporter.warn)
         steps, cubins = tactics.steps(), tactics.cubins()
         workspace = tactics.workspace_bytes
     buffers, arena = plan.place(found, steps, limits)
@@ -216,6 +203,10 @@ def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool 
         report.report(pairs, journal),
     )  # fmt: skip
     return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal)
+
+
+def _stage(reporter: Reporter, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: reporter.progress(name, done, total)
 
 
 def write(compiled: Compiled, source: Source, output: Path, reporter: Reporter) -> Plan:
@@ -253,23 +244,28 @@ def check_output(output: Path) -> None:
 def _workplace(output: Path) -> Iterator[Path]:
     """`<output>.partial`, renamed to `output` on success, removed on any failure."""
     check_output(output)
-    partial = output.with_name(output.name + ".partial")
+    partial, replaced = (output.with_name(f"{output.name}.{end}") for end in ("partial", "replaced"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        replaced = output.with_name(output.name + ".replaced")
         if output.exists():
             os.replace(output, replaced)
         os.replace(partial, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _undo(output, partial, replaced)
         full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
         raise BuildError(f"{output} cannot be written: {error.strerror or error}{full}") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _undo(output, partial, replaced)
         raise
+
+
+def _undo(output: Path, partial: Path, replaced: Path) -> None:
+    if replaced.exists() and not output.exists():  # stopped between the two renames
+        os.replace(replaced, output)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:
