@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from fp8.builder import engine, measure, memory, pipeline, plan, report, tune, weights
+from fp8.builder import engine, measure, memory, pipeline, plan, report, taps, tune, weights
 from fp8.builder.checkpoint import Checkpoint, read_json
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
@@ -27,6 +27,7 @@ from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
 from fp8.builder.quantize import COPIED, Model
 from fp8.builder.rewrite import apart
+from fp8.builder.taps import Taps
 from fp8.builder.target import TARGETS, Journal, Target
 from fp8.builder.verify import Verifier
 
@@ -56,6 +57,7 @@ class Request:
     tune: bool = False
     dump_passes: Path | None = None
     explain: str | None = None
+    debug_tensors: tuple[str, ...] | None = None  # globs; None: no debug output
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -123,14 +125,34 @@ class Compiled:
     cubins: dict[str, bytes]
     constants: dict[str, gs.Constant]
     journal: Journal
+    taps: Taps = field(default_factory=Taps)
 
 
-def fuse(source: Source, request: Request, reporter: Reporter) -> tuple[Graph, Journal, list[report.Pair]]:
+def choose_taps(source: Source, request: Request) -> tuple[Taps, frozenset[str]]:
+    """The debug taps that the request asks for, and the tensors that no fusion may swallow. Raises TapError."""
+    if request.debug_tensors is None:
+        return Taps(), frozenset()
+    limits = source.limits(request)
+
+    def fused(kept: frozenset[str]) -> tuple[gs.Graph, dict[str, tuple[str, int, int]]]:
+        parts: dict[str, tuple[str, int, int]] = {}
+        graph = source.emit(limits)
+        pipeline.run(
+            graph, Target(request.target, limits, kept=kept), lambda *done: parts.update(taps.columns(done[2]))
+        )
+        return graph, parts
+
+    return taps.plan(source.emit(limits), request.debug_tensors, fused)
+
+
+def fuse(
+    source: Source, request: Request, reporter: Reporter, kept: frozenset[str] = frozenset()
+) -> tuple[Graph, Journal, list[report.Pair]]:
     """Emits the graph and runs the passes, dumping and verifying as asked."""
     limits = source.limits(request)
     graph = source.emit(limits)
     pairs = report.pairs(graph)
-    target = Target(request.target, limits, Journal(explain=request.explain))
+    target = Target(request.target, limits, Journal(explain=request.explain), kept)
     if request.explain:
         _check_explained(graph, request.explain)
     quantized = source.format.scheme is not None or source.format.fp8_kv_cache
@@ -176,7 +198,8 @@ def _named(node: str, wanted: str) -> bool:
 
 def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool = False) -> Compiled:
     """Everything but writing. Raises LegalityError before any kernel is compiled; a dry run stops there."""
-    graph, journal, pairs = fuse(source, request, reporter)
+    tapped, kept = choose_taps(source, request)
+    graph, journal, pairs = fuse(source, request, reporter, kept)
     limits = source.limits(request)
     nodes = plan.nodes(graph)
     found = plan.buffers(graph)
@@ -200,9 +223,9 @@ def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool 
     built = Plan(
         Compatibility(engine.FORMAT_VERSION, version, request.target), source.info(), limits, buffers, tuple(steps),
         arena, workspace, "", {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())},
-        report.report(pairs, journal),
+        report.report(pairs, journal), tuple(tapped.taken),
     )  # fmt: skip
-    return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal)
+    return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal, tapped)
 
 
 def _stage(reporter: Reporter, name: str) -> Callable[[int, int], None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fp8.builder import engine as engine_format
 from fp8.builder.engine import Engine, EngineError, Plan
 from fp8.plugins.base import StepShape
+from fp8.runtime.record import Recorder
 from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
 from fp8.runtime.scheduler import Row
@@ -78,6 +79,7 @@ class Session:
         self._graphs: Graphs | None = None
         self._scope: Callable[[], AbstractContextManager]
         self._turn = 0
+        self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
         if self.device.type == "cuda":
             self._open_on_gpu(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
         else:
@@ -126,7 +128,11 @@ class Session:
         with self._scope():
             shape = self._packer.pack(rows, host)
             count = shape.logits_rows
-            if self._graphs is not None and shape.decode_sequences == shape.sequences == count:
+            if (
+                self._graphs is not None
+                and self.recorder is None
+                and shape.decode_sequences == shape.sequences == count
+            ):
                 tokens = self._replay(shape, stage)
             else:
                 self._inputs.upload(stage)
@@ -151,7 +157,7 @@ class Session:
             shape = self._packer.want_all_logits(self._packer.pack(rows, host), host)
             self._inputs.upload(self._turn)
             self._inputs.gather_input_ids(shape.tokens)
-            logits = self.executor.run(shape)
+            logits = self._run(shape)
         if self._stream is not None:
             self._stream.synchronize()
         return logits
@@ -190,12 +196,20 @@ class Session:
     def _launch(self, shape: StepShape) -> torch.Tensor:
         """A whole step on the current stream, from `sources` to the table of sampled tokens; returns these [L]."""
         self._inputs.gather_input_ids(shape.tokens)
-        logits = self.executor.run(shape)
+        logits = self._run(shape)
         if not shape.logits_rows:
             return self._inputs.sampled[:0]
         tokens = self._sample(shape, logits)
         self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], tokens)
         return tokens
+
+    def _run(self, shape: StepShape) -> torch.Tensor:
+        if self.recorder is None:
+            return self.executor.run(shape)
+        self.recorder.begin(shape, self._inputs)
+        logits = self.executor.run(shape, self.recorder.observe)
+        self.recorder.end()
+        return logits
 
 
 def _blocks_in_host_memory(plan: Plan) -> int:

@@ -7,12 +7,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError
 from fp8.plugins.base import PluginError
 from fp8.runtime.kv_cache import KVCacheError
 from fp8.runtime.llm import LLM, Completion
+from fp8.runtime.record import Dump
 from fp8.runtime.request import RequestError, SamplingParams
 
 ERRORS = (EngineError, RequestError, KVCacheError, PluginError, OSError)
@@ -33,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--ignore_eos", action="store_true")
     add_session_arguments(p)
+    p.add_argument(
+        "--debug_mode", action="store_true", help="write every step's debug tensors (fp8-build --enable_debug_output)"
+    )
+    p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where to (default: debug)")
     p.add_argument("--output", choices=("text", "json"), default="text")
     return p
 
@@ -83,6 +89,8 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
         args.min_output_len,
     )
     llm = open_llm(args)
+    if args.debug_mode:
+        llm.session.recorder = Dump(llm.session.plan, llm.session.executor.weight, args.debug_dir)
     begin = time.perf_counter()
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - begin
