@@ -71,8 +71,7 @@ class Tally:
     def add(self, a: Values, b: Values) -> None:
         if a.value.shape != b.value.shape:
             raise CompareError(
-                f"{self.name} is {list(a.value.shape)} in A, {list(b.value.shape)} in B; "
-                "they are of two architectures"
+                f"{self.name} is {list(a.value.shape)} in A, {list(b.value.shape)} in B; they are of two architectures"
             )
         x, y = a.value.double(), b.value.double()
         self.signal += float(y.square().sum())
