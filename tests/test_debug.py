@@ -94,6 +94,17 @@ def test_a_model_registers_a_tensor(tmp_path, monkeypatch):
     ]
 
 
+def test_the_build_tells_which_fusions_the_taps_disabled(tmp_path, capsys):
+    tiny.write(tmp_path / "c", tiny.qformat("fp8"))
+    flags = ["--checkpoint_dir", str(tmp_path / "c"), "--dry_run", "--target", "cpu", "--enable_debug_output"]
+    assert build_script.main([*flags, "--debug_tensors", "model.layers.*.mlp.*"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "debug tensors: 10 dumped by fp8-run --debug_mode" in told
+    assert "fusion disabled: gemm_swiglu at model.layers.*.mlp" in told and "runs as gemm, act_quant (2 layers)" in told
+    assert build_script.main([*flags, "--debug_tensors", "*.o_proj/output"]) == 0
+    assert "debug tensors: no fusion disabled" in capsys.readouterr().err
+
+
 def test_nothing_to_tap_is_refused(tmp_path, capsys):
     tiny.write(tmp_path / "c", tiny.qformat("fp8"))
     flags = ["--checkpoint_dir", str(tmp_path / "c"), "--output_dir", str(tmp_path / "e"), "--target", "cpu"]
