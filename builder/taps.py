@@ -59,7 +59,7 @@ class Taps:
 
 def _alike(lines: list[str]) -> list[str]:
     """Sentences that differ by the layer alone, once."""
-    shapes = {line: re.sub(r"\.layers\.\d+", ".layers.*", line) for line in lines}
+    shapes = {line: re.sub(r"\.\d+(?=[./])", ".*", line) for line in lines}
     counts = Counter(shapes.values())
     named = {shape: line for line, shape in shapes.items()}
     return [f"{shape} ({n} layers)" if n > 1 else named[shape] for shape, n in counts.items()]
@@ -79,10 +79,8 @@ def wanted(graph: Graph, globs: Sequence[str]) -> dict[str, str]:
     for glob in globs:
         matching = [n for n in tensors if fnmatch.fnmatchcase(n, glob) or fnmatch.fnmatchcase(module(n), glob)]
         if not matching and not any(fnmatch.fnmatchcase(n, glob) for n in graph.registered):
-            near = difflib.get_close_matches(glob, [*tensors, *{module(n) for n in tensors}], 3, 0.3)
-            raise TapError(
-                f"--debug_tensors {glob!r} matches no tensor of the graph; the nearest are {', '.join(near)}"
-            )
+            near = ", ".join(_near(glob, list(dict.fromkeys([*tensors, *map(module, tensors)]))))
+            raise TapError(f"--debug_tensors {glob!r} matches no tensor of the graph; the nearest are {near}")
         found |= {n: n for n in matching}
     if not found:
         raise TapError(
@@ -90,6 +88,10 @@ def wanted(graph: Graph, globs: Sequence[str]) -> dict[str, str]:
             "for example --debug_tensors 'model.layers.*.mlp.*'"
         )
     return found
+
+
+def _near(name: str, names: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, 3, 0.3) or list(names[:3])
 
 
 def _activations(graph: gs.Graph) -> list[str]:
@@ -183,7 +185,7 @@ def plan(
     if not taps.taken:
         raise TapError(
             f"none of the wanted debug tensors can be shown: {some(list(taps.hidden))}; no kernel stores them. Buffers "
-            f"near them: {', '.join(difflib.get_close_matches(next(iter(taps.hidden)), sorted(buffers), 3, 0.2))}"
+            f"near them: {', '.join(_near(next(iter(taps.hidden)), sorted(buffers)))}"
         )
     return taps, kept
 

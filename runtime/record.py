@@ -80,8 +80,9 @@ class Recorder:
         return Recorded(self._held[name], stored)
 
     def buffers(self) -> Iterator[tuple[str, Recorded]]:
-        """In the order of execution."""
-        return ((name, self.get(name)) for name in self._held)
+        """In the order of execution; of a norm, the residual sum comes before what is made of it."""
+        order = (name for step in self.plan.steps for name in reversed(step.outputs))
+        return ((name, self.get(name)) for name in order if name in self._held)
 
 
 class Dump(Recorder):

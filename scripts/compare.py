@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fp8.builder.engine import Plan
 from fp8.builder.rewrite import apart
+from fp8.plugins.base import BLOCK_SIZE
 from fp8.runtime.llm import check_prompt
 from fp8.runtime.record import E4M3, Recorded, Recorder
 from fp8.runtime.request import Request, RequestError, SamplingParams
@@ -257,7 +258,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--max_tokens", type=positive, default=128, help="of each prompt (default: 128)")
     p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"in dB (default: {THRESHOLD:g})")
     p.add_argument("--device", default="cpu", help="of engines: cpu (default), cuda or auto")
-    p.add_argument("--max_kv_blocks", type=positive, help="size of the KV pools in blocks of 64 tokens")
+    p.add_argument("--max_kv_blocks", type=positive, help="size of each KV pool (default: for --max_tokens)")
     p.add_argument("--reference_dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     p.add_argument("--json", action="store_true")
     return p.parse_args(arguments)
@@ -265,7 +266,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def open_side(directory: Path, options: argparse.Namespace) -> Side:
     if (directory / "rank0.engine").is_file():
-        return EngineSide(directory, options.device, options.max_kv_blocks)
+        return EngineSide(directory, options.device, options.max_kv_blocks or -(-options.max_tokens // BLOCK_SIZE))
     if not (directory / "config.json").is_file():
         raise CompareError(f"{directory} is neither an engine directory nor a Hugging Face model directory")
     return HuggingFaceSide(directory, options.reference_dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -145,11 +146,11 @@ class Drawing:
 
 def draw(flow: Flow, layer: int, title: str) -> Drawing:
     """The nodes of a layer, what flows between them, and ports to where it comes from and goes. Raises GraphError."""
-    prefix = f"model.layers.{layer}"
-    inside = [n for n in flow.nodes if n.name.startswith((f"{prefix}.", f"{prefix}/")) and _computes(n, flow)]
-    if not inside:
-        count = len({n.name.split(".")[2].split("/")[0] for n in flow.nodes if n.name.startswith("model.layers.")})
-        raise GraphError(f"layer {layer} does not exist; the model has layers 0 to {count - 1}")
+    layers = {index: prefix for n in flow.nodes for prefix, index in _layer(n.name)}
+    if layer not in layers:
+        raise GraphError(f"layer {layer} does not exist; the model has layers 0 to {len(layers) - 1}")
+    prefix = layers[layer]
+    inside = [n for n in flow.nodes if (prefix, layer) in _layer(n.name) and _computes(n, flow)]
     names = {n.name for n in inside}
     home = {t: n.name for n in flow.nodes for t in n.outputs}
     boxes = {n.name: _box(n, flow, prefix) for n in inside}
@@ -163,6 +164,12 @@ def draw(flow: Flow, layer: int, title: str) -> Drawing:
             edges.append(Edge(source, node.name, tensor, flow.types[tensor]))
         edges += _leaving(node, flow, names, boxes)
     return Drawing(title, list(boxes.values()), edges)
+
+
+def _layer(name: str) -> list[tuple[str, int]]:
+    """(`model.layers.3`, 3) for `model.layers.3.mlp/silu`; nothing for a node outside the layers."""
+    found = re.match(r"((?:[A-Za-z_]\w*\.)+(\d+))[./]", name)
+    return [(found[1], int(found[2]))] if found else []
 
 
 def _leaving(node: Node, flow: Flow, names: set[str], boxes: dict[str, Box]) -> list[Edge]:

@@ -59,6 +59,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "Q/DQ pairs": f"{len(pairs)}, {sum(not p['folded'] for p in pairs)} left unfolded",
         "kernels": f"{len(plan.kernels)}, {sum(map(len, loaded.cubins.values())) / 1024:.0f} KiB",
         "arena": f"{plan.arena_bytes / 2**20:.2f} MiB, workspace {plan.workspace_bytes / 2**20:.2f} MiB",
+        "debug tensors": f"{len(plan.taps)}",
         "weights": f"{loaded.weights_path.stat().st_size / 2**20:.2f} MiB, sha256 {plan.weights_sha256[:16]}",
     }
     table = Table(title=str(loaded.directory), show_header=False)
