@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_checkpoint as tiny
 
@@ -17,6 +21,8 @@ from fp8.scripts.layout import place
 
 SVG = "{http://www.w3.org/2000/svg}"
 LAYER = "model.layers.1"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+COLORS = {"fp8": (21, 128, 61), "high": (220, 38, 38), "plugin": (219, 234, 254)}
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +133,69 @@ def test_a_long_edge_passes_between_the_boxes_of_a_rank():
     placed = place({"a": 100, "b": 100, "c": 100}, [("a", "b"), ("b", "c"), ("a", "c")], 40)
     (x, y) = placed.routes[2][1]
     assert y == placed.centers["b"][1] and abs(x - placed.centers["b"][0]) >= 70
+
+
+def screenshot(page: Path, width: int, height: int) -> np.ndarray:
+    """The page as Chromium paints it, uint8 [height, width, 3]."""
+    picture = page.with_suffix(".png")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={page.parent / 'profile'}", f"--screenshot={picture}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return png(picture.read_bytes())
+
+
+def png(data: bytes) -> np.ndarray:
+    """An 8-bit RGB or RGBA image without interlacing."""
+    width, height, depth, color = (int.from_bytes(data[a:b]) for a, b in ((16, 20), (20, 24), (24, 25), (25, 26)))
+    assert depth == 8 and color in (2, 6)
+    at, packed, channels = 8, b"", 3 if color == 2 else 4
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4])
+        packed += data[at + 8 : at + 8 + size] if data[at + 4 : at + 8] == b"IDAT" else b""
+        at += size + 12
+    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + width * channels)
+    image, above = np.zeros((height, width, channels), np.uint8), np.zeros((width, channels), np.int64)
+    for y, row in enumerate(rows):
+        above = image[y] = _unfiltered(int(row[0]), row[1:].reshape(width, channels).astype(np.int64), above)
+    return image[:, :, :3]
+
+
+def _unfiltered(kind: int, row: np.ndarray, above: np.ndarray) -> np.ndarray:
+    if kind in (0, 2):
+        return (row + (above if kind else 0)) % 256
+    if kind == 1:
+        return row.cumsum(0) % 256
+    left = upper_left = np.zeros(row.shape[1], np.int64)
+    for x, up in enumerate(above):
+        if kind == 3:
+            guess = (left + up) // 2
+        else:
+            near = np.abs([up - upper_left, left - upper_left, left + up - 2 * upper_left])
+            guess = np.where(
+                (near[0] <= near[1]) & (near[0] <= near[2]), left, np.where(near[1] <= near[2], up, upper_left)
+            )
+        row[x] = left = (row[x] + guess) % 256
+        upper_left = up
+    return row
+
+
+def painted(image: np.ndarray, x: float, y: float, color: str) -> bool:
+    """Whether that colour is within 3 pixels."""
+    around = image[round(y) - 3 : round(y) + 4, round(x) - 3 : round(x) + 4].astype(int)
+    return bool((np.abs(around - COLORS[color]).max(-1) <= 12).any())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_chromium_paints_the_boxes_and_the_edges_in_their_colours(built, tmp_path):
+    assert inspect.main(["graph", str(built), "--layer", "1", "--svg", str(tmp_path / "flow.svg")]) == 0
+    (svg,) = ET.parse(tmp_path / "flow.svg").getroot()
+    image = screenshot(tmp_path / "flow.svg", int(svg.get("width", 0)) + 60, int(svg.get("height", 0)) + 60)
+    plugins = [g.find(f"{SVG}rect") for g in svg.iter(f"{SVG}g") if g.get("class") == "box plugin"]
+    assert len(plugins) == 7
+    for rect in plugins:
+        assert painted(image, float(rect.get("x")) + 8, float(rect.get("y")) + 8, "plugin")
+    paths = [p for p in svg.iter(f"{SVG}path")]
+    assert {p.get("class") for p in paths} == {"edge fp8", "edge high"}
+    for path in paths:
+        x, y = map(float, path.get("d").rsplit("M", 1)[0].rsplit(" ", 1)[1].split(","))
+        assert painted(image, x, y - 3, path.get("class").removeprefix("edge "))
