@@ -456,7 +456,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   if (unit * sequences == shared.starts[sequences] && whole - run <= run / 8) run = whole;
   const int begin = min(total, (int)blockIdx.x * run);
   const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, unit_cost, min(total, begin + run)};
-  if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit
+  if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
+  __syncthreads();
 
   Producer& producer = shared.producers[warp];
   u32 slot = warp * SLOTS, parity = 0;  // the slot to read next, of all the block's
