@@ -25,6 +25,11 @@ def variable(name: str, type_: base.Tensor) -> gs.Variable:
     return gs.Variable(name, numpy_dtype(type_.dtype), list(type_.shape))
 
 
+def module(node_name: str) -> str:
+    """`model.layers.0.mlp.up_proj/gemm` -> `model.layers.0.mlp.up_proj`."""
+    return node_name.split("/", 1)[0]
+
+
 def together(names: Iterable[str]) -> str:
     """One name for several: `a.{q_proj,k_proj}.weight` for `a.q_proj.weight` and `a.k_proj.weight`."""
     parts = [name.split(".") for name in names]
