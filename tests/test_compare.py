@@ -20,10 +20,10 @@ from fp8.scripts import compare, inspect
 FLAGS = ["--max_kv_blocks", "4", "--json"]
 
 
-def built(checkpoint: Path, output: Path) -> Path:
+def built(checkpoint: Path, output: Path, taps: tuple[str, ...] | None = None) -> Path:
     found = Checkpoint(checkpoint)
     source = Source(models.load(found.config), found)
-    compiled = build.compile(source, Request(4, 128, 64, "cpu"), Reporter())
+    compiled = build.compile(source, Request(4, 128, 64, "cpu", debug_tensors=taps), Reporter())
     build.write(compiled, source, output, Reporter())
     return output
 
@@ -70,6 +70,13 @@ def test_a_fault_inside_a_fused_mlp_is_named_at_what_it_stores(checkpoint, sound
     assert facts(capsys, wrong, sound)["first_under"] == "model.layers.0.mlp.down_proj.input"
 
 
+def test_taps_show_the_fault_inside_the_fused_mlp(checkpoint, tmp_path, capsys):
+    faulty(checkpoint, tmp_path / "wrong", "model.layers.0.mlp.up_proj.weight_scale")
+    taps = ("*.mlp.up_proj/output",)
+    a, b = built(tmp_path / "wrong", tmp_path / "a", taps), built(checkpoint, tmp_path / "b", taps)
+    assert facts(capsys, a, b)["first_under"] == "model.layers.0.mlp.up_proj.output"
+
+
 def test_the_same_engine_is_equal_to_itself(sound, capsys):
     found = facts(capsys, sound, sound, "--input_tokens", "5,9,31,77", "8,8")
     assert found["first_under"] is None and all(t["equal"] for t in found["tensors"])
@@ -101,3 +108,11 @@ def test_what_cannot_be_compared_is_refused(sound, tmp_path, capsys):
     assert "neither an engine directory nor" in capsys.readouterr().err
     assert inspect.main(["compare", str(sound), str(sound), "--input_tokens", "5,99999", *FLAGS]) == 1
     assert "token 99999 at position 1 is outside the vocabulary" in capsys.readouterr().err
+    assert inspect.main(["compare", str(sound), str(sound), "--input_text", "def", *FLAGS]) == 1
+    assert "neither A nor B has a tokenizer" in capsys.readouterr().err
+
+
+def test_models_of_other_shapes_are_refused(sound, tmp_path, capsys):
+    other = built(tiny.write(tmp_path / "c", tiny.qformat("fp8", "fp8"), hidden_size=128), tmp_path / "other")
+    assert inspect.main(["compare", str(sound), str(other), *FLAGS]) == 1
+    assert "model.embed_tokens.output is [64, 192] in A, [64, 128] in B" in capsys.readouterr().err
