@@ -14,6 +14,7 @@
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of the output, and of q and the cache if not FP8), QUANT_OUT,
 // SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
 #include "fp8/cp_async.cuh"
+#include "fp8/ex2.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/mma.cuh"
 #include "fp8/rows.cuh"
@@ -245,7 +246,7 @@ struct State {
       for (int j = 0; j < S_TILES; j++)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; i++) {
-          asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(s[j][i]) : "f"(fmaf(s[j][i], scale, shift)));
+          s[j][i] = ex2_approx(fmaf(s[j][i], scale, shift));
           l[half] += s[j][i];
         }
     }

@@ -9,6 +9,7 @@
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), STAGES.
 // e4m3 products are summed by wgmma with about 14 bits of fraction, so every tile's P V is added up in float32.
 #include "fp8/convert.cuh"
+#include "fp8/ex2.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
@@ -58,12 +59,6 @@ template <int N> struct Ring {
     if (++stage == N) stage = 0, phase ^= 1;
   }
 };
-
-DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // K-major operand of SWIZZLE-byte rows: q, k.
 DEVICE u64 row_descriptor(u32 address) {
@@ -124,14 +119,14 @@ DEVICE void softmax(float (&s)[TILE_KV / 2], Softmax& state, float scale, float 
     m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1));
     m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
     const float maximum = fmaxf(state.maximum[r], ceilf(m0 * scale));
-    rescale[r] = exp2_approx(state.maximum[r] - maximum);
+    rescale[r] = ex2_approx(state.maximum[r] - maximum);
     state.maximum[r] = maximum;
     const float bias = P_LOG2_SCALE - maximum;
     float l0 = 0, l1 = 0;
 #pragma unroll
     for (int i = 0; i < TILE_KV / 2; i += 4) {
-      s[i + 2 * r] = exp2_approx(fmaf(s[i + 2 * r], scale, bias));
-      s[i + 2 * r + 1] = exp2_approx(fmaf(s[i + 2 * r + 1], scale, bias));
+      s[i + 2 * r] = ex2_approx(fmaf(s[i + 2 * r], scale, bias));
+      s[i + 2 * r + 1] = ex2_approx(fmaf(s[i + 2 * r + 1], scale, bias));
       l0 += s[i + 2 * r], l1 += s[i + 2 * r + 1];
     }
     state.sum[r] = state.sum[r] * rescale[r] + (l0 + l1);
