@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fp8.builder.engine import EngineError, Plan
+from fp8.builder.engine import EngineError, Plan, write_atomically
 from fp8.plugins.base import StepShape
 from fp8.runtime.step_inputs import StepInputs
 
@@ -102,7 +102,7 @@ class Dump(Recorder):
         directory.mkdir(parents=True, exist_ok=True)
 
     def end(self) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         for tap in self.plan.taps:
@@ -115,5 +115,5 @@ class Dump(Recorder):
                 tensors[f"{tap.name}.scale"] = found.scale
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # no two names share memory in the file
         facts = {"step": str(self.steps), "buffers": json.dumps({t.name: t.buffer for t in self.plan.taps})}
-        save_file(tensors, self.directory / f"step_{self.steps:06d}.safetensors", facts)
+        write_atomically(self.directory / f"step_{self.steps:06d}.safetensors", [save(tensors, facts)])
         self.steps += 1
