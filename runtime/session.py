@@ -14,6 +14,7 @@ from fp8.builder import engine as engine_format
 from fp8.builder.engine import Engine, EngineError, Plan
 from fp8.plugins.base import StepShape
 from fp8.runtime.logprobs import LogprobTable, TokenLogprobs
+from fp8.runtime.record import Recorder
 from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
 from fp8.runtime.sampling_options import Options, OptionSampler, options_of
@@ -85,6 +86,7 @@ class Session:
         self._options = OptionSampler(self.limits, self.device)
         self._scope: Callable[[], AbstractContextManager]
         self._turn = 0
+        self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
         if self.device.type == "cuda":
             self._open_on_gpu(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
         else:
@@ -134,8 +136,9 @@ class Session:
             shape = self._packer.pack(rows, host)
             count = shape.logits_rows
             launch, forward = self._launch, self._forward
-            if self._graphs is not None and shape.decode_sequences == shape.sequences == count:
-                assert self._logits_graphs is not None
+            replayed = self._graphs is not None and self.recorder is None
+            if replayed and shape.decode_sequences == shape.sequences == count:
+                assert self._graphs is not None and self._logits_graphs is not None
                 shape = self._pad(shape, stage)
                 launch, forward = self._graphs.run, self._logits_graphs.run
             self._inputs.upload(stage)
@@ -172,7 +175,7 @@ class Session:
             shape = self._packer.want_all_logits(self._packer.pack(rows, host), host)
             self._inputs.upload(self._turn)
             self._inputs.gather_input_ids(shape.tokens)
-            logits = self.executor.run(shape)
+            logits = self._run(shape)
         if self._stream is not None:
             self._stream.synchronize()
         return logits
@@ -212,7 +215,7 @@ class Session:
     def _forward(self, shape: StepShape) -> torch.Tensor:
         """A step up to its logits [L, V]."""
         self._inputs.gather_input_ids(shape.tokens)
-        return self.executor.run(shape)
+        return self._run(shape)
 
     def _choose(self, shape: StepShape, logits: torch.Tensor) -> torch.Tensor:
         """Samples, into the table too."""
@@ -221,6 +224,14 @@ class Session:
         tokens = self._sample(shape, logits)
         self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], tokens)
         return tokens
+
+    def _run(self, shape: StepShape) -> torch.Tensor:
+        if self.recorder is None:
+            return self.executor.run(shape)
+        self.recorder.begin(shape, self._inputs)
+        logits = self.executor.run(shape, self.recorder.observe)
+        self.recorder.end()
+        return logits
 
 
 def _blocks_in_host_memory(plan: Plan) -> int:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError
@@ -14,6 +15,7 @@ from fp8.plugins.base import PluginError
 from fp8.runtime.kv_cache import KVCacheError
 from fp8.runtime.llm import LLM, Completion
 from fp8.runtime.logprobs import TokenLogprobs
+from fp8.runtime.record import Dump
 from fp8.runtime.sampling_params import RequestError
 from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
 
@@ -28,6 +30,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
     add_sampling_arguments(p)
     add_session_arguments(p)
+    p.add_argument(
+        "--debug_mode", action="store_true", help="write every step's debug tensors (fp8-build --enable_debug_output)"
+    )
+    p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where to (default: debug)")
     p.add_argument("--output", choices=("text", "json"), default="text")
     return p
 
@@ -71,6 +77,8 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     prompts = args.input_text or [token_ids(t) for t in args.input_tokens]
     params = sampling_params(args)
     llm = open_llm(args)
+    if args.debug_mode:
+        llm.session.recorder = Dump(llm.session.plan, llm.session.executor.weight, args.debug_dir)
     begin = time.perf_counter()
     completions = llm.generate(prompts, params)
     seconds = time.perf_counter() - begin
