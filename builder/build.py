@@ -14,40 +14,26 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from fp8.builder import engine, measure, memory, pipeline, plan, report, tune, weights
+from fp8.builder import engine, measure, memory, pipeline, plan, report, taps, tune, weights
 from fp8.builder.checkpoint import Checkpoint, read_json
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
 from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
+from fp8.builder.quantize import COPIED, Model
 from fp8.builder.rewrite import apart
+from fp8.builder.taps import Taps
 from fp8.builder.target import TARGETS, Journal, Target
 from fp8.builder.verify import Verifier
-
-COPIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 
 class BuildError(ValueError):
     """A flag or a directory with which no engine can be built: what was found, what is expected."""
-
-
-class Model(Protocol):
-    """A module of `fp8.models`."""
-
-    def read_config(self, config: dict[str, Any]) -> Any: ...
-
-    def emit(
-        self, config: Any, checkpoint: Checkpoint, format: Format, dtype: str, layers: range | None = None,
-        max_positions: int | None = None,
-    ) -> Graph: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +57,7 @@ class Request:
     tune: bool = False
     dump_passes: Path | None = None
     explain: str | None = None
+    debug_tensors: tuple[str, ...] | None = None  # globs; None: no debug output
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -138,14 +125,34 @@ class Compiled:
     cubins: dict[str, bytes]
     constants: dict[str, gs.Constant]
     journal: Journal
+    taps: Taps = field(default_factory=Taps)
 
 
-def fuse(source: Source, request: Request, reporter: Reporter) -> tuple[Graph, Journal, list[report.Pair]]:
+def choose_taps(source: Source, request: Request) -> tuple[Taps, frozenset[str]]:
+    """The debug taps that the request asks for, and the tensors that no fusion may swallow. Raises TapError."""
+    if request.debug_tensors is None:
+        return Taps(), frozenset()
+    limits = source.limits(request)
+
+    def fused(kept: frozenset[str]) -> tuple[gs.Graph, dict[str, tuple[str, int, int]]]:
+        parts: dict[str, tuple[str, int, int]] = {}
+        graph = source.emit(limits)
+        pipeline.run(
+            graph, Target(request.target, limits, kept=kept), lambda *done: parts.update(taps.columns(done[2]))
+        )
+        return graph, parts
+
+    return taps.plan(source.emit(limits), request.debug_tensors, fused)
+
+
+def fuse(
+    source: Source, request: Request, reporter: Reporter, kept: frozenset[str] = frozenset()
+) -> tuple[Graph, Journal, list[report.Pair]]:
     """Emits the graph and runs the passes, dumping and verifying as asked."""
     limits = source.limits(request)
     graph = source.emit(limits)
     pairs = report.pairs(graph)
-    target = Target(request.target, limits, Journal(explain=request.explain))
+    target = Target(request.target, limits, Journal(explain=request.explain), kept)
     if request.explain:
         _check_explained(graph, request.explain)
     quantized = source.format.scheme is not None or source.format.fp8_kv_cache
@@ -191,7 +198,8 @@ def _named(node: str, wanted: str) -> bool:
 
 def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool = False) -> Compiled:
     """Everything but writing. Raises LegalityError before any kernel is compiled; a dry run stops there."""
-    graph, journal, pairs = fuse(source, request, reporter)
+    tapped, kept = choose_taps(source, request)
+    graph, journal, pairs = fuse(source, request, reporter, kept)
     limits = source.limits(request)
     nodes = plan.nodes(graph)
     found = plan.buffers(graph)
@@ -201,18 +209,27 @@ def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool 
     if request.target != "cpu":
         plan.check(nodes)
         tactics = plan.Tactics(nodes, limits)
-        if not dry_run:
-            measured = measure.measure(tactics, reporter.remark, reporter.warn) if request.tune else {}
-            tactics.choose(measured, lambda done, total: reporter.progress("kernels", done, total), reporter.warn)
-            steps, cubins, workspace = tactics.steps(), tactics.cubins(), tactics.workspace_bytes
+        if dry_run:
+            tactics.assume()
+        else:
+            measured = {}
+            if request.tune:
+                measured = measure.measure(tactics, _stage(reporter, "candidates"), reporter.remark, reporter.warn)
+            tactics.choose(measured, _stage(reporter, "kernels"), reporter.warn)
+        steps, cubins = tactics.steps(), tactics.cubins()
+        workspace = tactics.workspace_bytes
     buffers, arena = plan.place(found, steps, limits)
     version = importlib.metadata.version("fp8-engine")
     built = Plan(
         Compatibility(engine.FORMAT_VERSION, version, request.target), source.info(), limits, buffers, tuple(steps),
         arena, workspace, "", {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())},
-        report.report(pairs, journal),
+        report.report(pairs, journal), tuple(tapped.taken),
     )  # fmt: skip
-    return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal)
+    return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal, tapped)
+
+
+def _stage(reporter: Reporter, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: reporter.progress(name, done, total)
 
 
 def write(compiled: Compiled, source: Source, output: Path, reporter: Reporter) -> Plan:
@@ -250,23 +267,28 @@ def check_output(output: Path) -> None:
 def _workplace(output: Path) -> Iterator[Path]:
     """`<output>.partial`, renamed to `output` on success, removed on any failure."""
     check_output(output)
-    partial = output.with_name(output.name + ".partial")
+    partial, replaced = (output.with_name(f"{output.name}.{end}") for end in ("partial", "replaced"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        replaced = output.with_name(output.name + ".replaced")
         if output.exists():
             os.replace(output, replaced)
         os.replace(partial, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _undo(output, partial, replaced)
         full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
         raise BuildError(f"{output} cannot be written: {error.strerror or error}{full}") from error
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _undo(output, partial, replaced)
         raise
+
+
+def _undo(output: Path, partial: Path, replaced: Path) -> None:
+    if replaced.exists() and not output.exists():  # stopped between the two renames
+        os.replace(replaced, output)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:

@@ -42,6 +42,15 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """A tensor that `fp8-run --debug_mode` writes: a buffer, or some columns of one."""
+
+    name: str
+    buffer: str
+    columns: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class TacticChoice:
     """Which kernels run a step of up to `max_tokens` rows."""
 
@@ -114,6 +123,7 @@ class Plan:
     weights_sha256: str
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # hash -> source, entry, constants, registers, ...
     fusion_report: list[dict[str, Any]] = field(default_factory=list)  # one entry per Q/DQ pair
+    taps: tuple[Tap, ...] = ()
 
     def buffer(self, name: str) -> Buffer:
         return self._index[name]
@@ -140,10 +150,11 @@ class Plan:
             for s in d["steps"]
         )  # fmt: skip
         buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"]), b["kind"], b["offset"]) for b in d["buffers"])
+        taps = tuple(Tap(t["name"], t["buffer"], t["columns"] and tuple(t["columns"])) for t in d.get("taps", ()))
         model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
         return Plan(
             Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
-            d["workspace_bytes"], d["weights_sha256"], d["kernels"], d["fusion_report"],
+            d["workspace_bytes"], d["weights_sha256"], d["kernels"], d["fusion_report"], taps,
         )  # fmt: skip
 
 

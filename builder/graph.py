@@ -81,6 +81,7 @@ class Graph(gs.Graph):
     def __init__(self, *args: Any, **kwargs: Any):
         self.axes: dict[str, tuple[str, ...]] = {}
         self.activations: dict[str, str] = {}
+        self.registered: dict[str, gs.Tensor] = {}
         super().__init__(*args, **kwargs)
 
     def copy(self, tensor_map: Any = None) -> Graph:
@@ -90,6 +91,7 @@ class Graph(gs.Graph):
             import_domains=plain.import_domains, ir_version=plain.ir_version,
         )  # fmt: skip
         result.axes, result.activations = dict(self.axes), dict(self.activations)
+        result.registered = dict(self.registered)
         return result
 
 
@@ -152,6 +154,13 @@ class GraphBuilder:
         """Makes `tensor` a graph output of that name."""
         tensor.name = name
         self.graph.outputs.append(tensor)
+
+    def register_network_output(self, name: str, tensor: gs.Tensor) -> None:
+        """Makes `tensor` a debug tensor `<its module>/<name>`, which an engine built with --enable_debug_output can
+        dump; any other engine is the same as without. Raises ValueError for a name that the module has already."""
+        full = f"{tensor.name.split('/', 1)[0]}/{name}"
+        if self.graph.registered.setdefault(full, tensor) is not tensor:
+            raise ValueError(f"register_network_output: {full} is registered already; choose another name")
 
     def constant(self, name: str, values: np.ndarray) -> gs.Constant:
         """A small constant held in memory; the same name is the same constant."""

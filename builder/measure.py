@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8.builder.engine import write_atomically
 from fp8.builder.plan import Tactics
-from fp8.builder.tune import Site, tactic_fields
+from fp8.builder.tune import Compiler, Site, tactic_fields
 from fp8.plugins.base import StepShape, Tensor
-from fp8.plugins.compile import CompileError, cache_dir, compile_kernel, key
+from fp8.plugins.compile import Cubin, cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -29,67 +30,81 @@ class TuneError(RuntimeError):
     """--tune without a GPU that can run the kernels."""
 
 
-def measure(tactics: Tactics, remark: Callable[[str], None], warn: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def measure(
+    tactics: Tactics,
+    progress: Callable[[int, int], None],
+    remark: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
     """The fastest tactic of every site with a choice, by `Site.label`. Raises TuneError without a Hopper GPU."""
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise TuneError("--tune times kernels on an sm_90 GPU, and torch sees none; build without it on this machine")
+    sites = list(dict.fromkeys(s for several in tactics.sites.values() for s in several))
+    sites = [s for s in sites if not any(t and t.dtype.startswith("int") for t in s.types) and len(s.candidates()) > 1]
     path, known = _cache(remark)
+    compiler = Compiler(progress, warn)
+    compiler.compile([k for site in sites for t in site.candidates() for k in site.kernels(t)])
     winners = {}
-    for site in dict.fromkeys(s for sites in tactics.sites.values() for s in sites):
-        candidates = site.candidates()
-        if len(candidates) < 2 or any(t and t.dtype.startswith("int") for t in site.types):
-            continue
-        kernels = "|".join(key(k) for t in candidates for k in site.kernels(t))
-        entry = f"{site.label}|{hashlib.sha256(kernels.encode()).hexdigest()[:16]}"
-        if entry not in known:
-            known[entry] = _fastest(site, candidates, tactics.limits.max_batch_size, remark, warn)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(known, sort_keys=True))
-            os.replace(partial, path)
-        winners[site.label] = known[entry]
+    for site in sites:
+        compiled = {t: [compiler.done.get(k) for k in site.kernels(t)] for t in site.candidates()}
+        candidates = {t: [c for c in cubins if c] for t, cubins in compiled.items() if None not in cubins}
+        digest = hashlib.sha256("|".join(c.key for cubins in candidates.values() for c in cubins).encode())
+        entry = f"{site.label}|{digest.hexdigest()[:16]}"
+        if entry not in known and candidates:
+            known[entry] = _fastest(site, candidates, tactics.limits.max_batch_size, remark)
+            _write(path, known)
+        if entry in known:
+            winners[site.label] = known[entry]
     return winners
 
 
-def _cache(remark: Callable[[str], None]) -> tuple[Any, dict[str, Any]]:
-    """The file of winners for this GPU and driver, and what it holds."""
-    import torch
-    from cuda.bindings import driver
+def _write(path: Path, known: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, [json.dumps(known, sort_keys=True).encode()])
 
-    _, version = driver.cuDriverGetVersion()
-    name = f"{torch.cuda.get_device_name()} driver {version}".replace("/", "_").replace(" ", "_")
+
+def _cache(remark: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The file of winners for this GPU and driver, and what it holds."""
+    name = _machine()
     folder = cache_dir() / "tactics"
     path = folder / f"{name}.json"
     others = sorted(p.stem for p in folder.glob("*.json") if p != path)
     if others and not path.exists():
         remark(f"tuned tactics of {', '.join(others)} are ignored: this is {name}")
-    return path, json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return path, json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        remark(f"{path} is damaged and ignored")
+        return path, {}
+
+
+def _machine() -> str:
+    """The GPU and the CUDA version of its driver, as a file name."""
+    import torch
+    from cuda.bindings import driver
+
+    _, version = driver.cuDriverGetVersion()
+    return f"{torch.cuda.get_device_name()} driver {version}".replace("/", "_").replace(" ", "_")
 
 
 def _fastest(
-    site: Site, candidates: list[Any], max_batch: int, remark: Callable[[str], None], warn: Callable[[str], None]
+    site: Site, candidates: dict[Any, list[Cubin]], max_batch: int, remark: Callable[[str], None]
 ) -> dict[str, Any]:
-    best: tuple[float, Any] = (float("inf"), candidates[0])
-    for tactic in candidates:
-        try:
-            took = _time(site, tactic, max_batch)
-        except CompileError as error:
-            warn(f"{site.plugin.name}: dropped tactic {tactic}: {error}")
-            continue
-        best = min(best, (took, tactic), key=lambda pair: pair[0])
-    remark(f"{site.label}: {best[1]} {best[0] * 1e6:.1f} us")
-    return tactic_fields(best[1])
+    took = {tactic: _time(site, tactic, cubins, max_batch) for tactic, cubins in candidates.items()}
+    best = min(took, key=lambda tactic: took[tactic])
+    remark(f"{site.label}: {best} {took[best] * 1e6:.1f} us, the favourite {next(iter(took.values())) * 1e6:.1f} us")
+    return tactic_fields(best)
 
 
-def _time(site: Site, tactic: Any, max_batch: int) -> float:
+def _time(site: Site, tactic: Any, cubins: list[Cubin], max_batch: int) -> float:
     """Seconds of one launch with cold weights."""
     import torch
 
     from fp8.plugins.cuda import Module
 
-    functions = [Module(compile_kernel(k).code).function(k.entry) for k in site.kernels(tactic)]
+    functions = [Module(c.code).function(c.kernel.entry) for c in cubins]
     size = site.plugin.workspace(tactic, site.types, site.max_tokens, max_batch)
     workspace = torch.zeros(size, dtype=torch.uint8, device="cuda") if size else None
     types = [*site.types, *site.plugin.infer(site.types)]

@@ -129,6 +129,11 @@ class Tactics:
         every = [site for sites in self.sites.values() for site in sites]
         self.choices = tune.choose([*every, self.sampler], measured, progress, warn)
 
+    def assume(self) -> None:
+        """Takes every favourite uncompiled: enough for a memory budget."""
+        every = [site for sites in self.sites.values() for site in sites]
+        self.choices = {site: tune.Choice(site.candidates()[0], ()) for site in every}
+
     def steps(self) -> list[Step]:
         plain = steps(self.nodes)
         return [dataclasses.replace(s, tactics=tuple(map(self._choice, self.sites[s.name]))) for s in plain]

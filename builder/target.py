@@ -31,3 +31,4 @@ class Target:
     name: str
     limits: Limits
     journal: Journal = field(default_factory=Journal)
+    kept: frozenset[str] = frozenset()  # tensors that no fusion may swallow, because they are tapped

@@ -27,7 +27,7 @@ class AsyncLLM:
 
         Raises RequestError for a prompt that cannot be served, ServiceError if the engine fails or shuts down.
         """
-        request = await asyncio.to_thread(self.llm.request, prompt, params or SamplingParams(), 0, priority, user)
+        request = await asyncio.to_thread(self.llm.request, prompt, params or SamplingParams(), 0, 0, priority, user)
         async with aclosing(self.run(request)) as deltas:
             async for delta in deltas:
                 yield delta

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
-from fp8.runtime.reference import kv_block_bytes, kv_buffers, load_plugins
+from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
 from fp8.runtime.step_inputs import StepInputs, logits_rows
 
 if TYPE_CHECKING:
@@ -107,10 +107,17 @@ class CompiledExecutor:
         self._steps = [self._bind(step, plugin, functions) for step, plugin in zip(plan.steps, plugins, strict=True)]
         self.logits = self._tensors["logits"]
 
-    def run(self, shape: StepShape) -> torch.Tensor:
-        for launcher in self.launchers(shape):
+    def run(self, shape: StepShape, observe: Observer | None = None) -> torch.Tensor:
+        for step, launcher in zip(self.plan.steps, self.launchers(shape), strict=True):
             launcher(shape)
+            if observe:
+                for name in filter(None, step.outputs):
+                    rows = shape.logits_rows if self.plan.buffer(name).shape[0] == "L" else shape.tokens
+                    observe(name, self._tensors[name][:rows])
         return self.logits[: shape.logits_rows]
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
 
     def time_launches(self, shape: StepShape, repeats: int) -> list[float]:
         """Seconds of every plan step's launch, the median of `repeats` passes; without overlap between launches."""

@@ -11,15 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fp8.runtime.detokenizer import Detokenizer
+from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.policy import POLICIES
-from fp8.runtime.request import Request, RequestError, SamplingParams
+from fp8.runtime.request import Request
+from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.service import Service, ServiceError
 from fp8.runtime.session import Session
-from fp8.runtime.text_stream import TextStream
+from fp8.runtime.text_stream import TextStream, may_begin
 from fp8.runtime.tokenizer import ChatTemplate, load_tokenizer
 from fp8.runtime.worker import Worker
 
 Prompt = str | Sequence[int]
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio: its multiples lie far apart
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Completion:
     text: str | None
     finish_reason: str  # "stop" or "length"
     timing: Timing
+    index: int = 0  # which of the prompt's n samples
+    stop_reason: int | str | None = None  # the stop token or stop string that ended it
+    logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
+    prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None, repr=False)  # None for the first token
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,6 +72,8 @@ class DeltaSource:
         self._text = None if llm.tokenizer is None else TextStream(llm.tokenizer)
         self._service = llm.service
         self._seen = 0
+        self._held = ""  # text that is not handed out yet
+        self._given = 0  # characters that are
 
     def take(self, output: list[int], finish_reason: str | None) -> Delta:
         """The part of `output` (all tokens so far) that is new. Raises ServiceError if the request was dropped."""
@@ -72,8 +82,22 @@ class DeltaSource:
         new, self._seen = output[self._seen :], len(output)
         if self._text is None:
             return Delta(new, None, finish_reason)
-        text = self._text.add(new)
-        return Delta(new, text + self._text.finish() if finish_reason else text, finish_reason)
+        self._held += self._text.add(new)
+        return Delta(new, self._last() if finish_reason else self._certain(), finish_reason)
+
+    def _certain(self) -> str:
+        """What is held, without an end that may become a stop string."""
+        keep = len(self._held) - may_begin(self._held, self.request.params.stop)
+        text, self._held = self._held[:keep], self._held[keep:]
+        self._given += len(text)
+        return text
+
+    def _last(self) -> str:
+        assert self._text is not None
+        detokenizer = self.request.detokenizer
+        if detokenizer is not None and isinstance(self.request.stop_reason, str):
+            return detokenizer.text[self._given :]  # it ends before the stop string
+        return self._held + self._text.finish()
 
 
 class LLM:
@@ -113,7 +137,8 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: Callable[[Request], None] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt (text or token ids), in order; all run together, as many at once as fit.
+        """One completion per prompt (text or token ids) and sample, the n of a prompt side by side, in order; all run
+        together, as many at once as fit.
 
         `progress` is called with a request whenever it got a token. Raises RequestError, before anything runs, for a
         prompt that is empty, too long or holds a token outside the vocabulary.
@@ -121,7 +146,8 @@ class LLM:
         if isinstance(prompts, str):
             raise RequestError("generate takes a list of prompts; a single one goes in a list of one")
         chosen = _one_per_prompt(prompts, params or SamplingParams())
-        requests = [self.request(prompt, p, i) for i, (prompt, p) in enumerate(zip(prompts, chosen, strict=True))]
+        wanted = [(i, prompts[i], p, sample) for i, p in enumerate(chosen) for sample in range(p.n)]
+        requests = [self.request(prompt, p, i, sample) for i, prompt, p, sample in wanted]
         for request in requests:
             self.worker.scheduler.check(request)
         with self.service.driving() as take_turn:
@@ -135,7 +161,10 @@ class LLM:
                     self.service.cancel(request)  # of effect after an interrupt only
         if any(request.finish_reason == "abort" for request in requests):
             raise ServiceError(f"the requests were dropped: {self.service.failure}")
-        return [self.completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
+        return [
+            self.completion(prompt, request, sample)
+            for (_, prompt, _, sample), request in zip(wanted, requests, strict=True)
+        ]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, user: str = ""
@@ -144,7 +173,7 @@ class LLM:
 
         Raises RequestError, here and not at the first element, for a prompt that cannot be served.
         """
-        request = self.request(prompt, params or SamplingParams(), 0, priority, user)
+        request = self.request(prompt, params or SamplingParams(), priority=priority, user=user)
         self.worker.scheduler.check(request)
         return self._deltas(request)
 
@@ -162,11 +191,23 @@ class LLM:
             self.service.cancel(request)
 
     def request(
-        self, prompt: Prompt, params: SamplingParams, index: int = 0, priority: int = 0, user: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        index: int = 0,
+        sample: int = 0,
+        priority: int = 0,
+        user: str = "",
     ) -> Request:
-        """A checked request. `index` is the prompt's number, for messages."""
+        """A checked request for one of the prompt's n samples. `index` is the prompt's number, for messages."""
         tokens = self.tokenize(prompt, index)
         check_prompt(tokens, index, self.session.limits.max_seq_len, self.session.model.vocab_size)
+        check_tokens(params, index, self.session.model.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise RequestError(
+                f"prompt {index}: stop strings are looked for in text, and the engine directory holds no tokenizer; "
+                f"give stop_token_ids"
+            )
         stop = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self.session.model.eos_token_ids)
         )
@@ -175,10 +216,12 @@ class LLM:
             prompt=tokens,
             params=params,
             max_new_tokens=min(params.max_tokens, self.session.limits.max_seq_len - len(tokens)),
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=secrets.randbits(63) if params.seed is None else sample_seed(params.seed, sample),
             stop_tokens=stop,
             priority=priority,
             user=user,
+            detokenizer=Detokenizer(self.tokenizer, params.stop) if self.tokenizer and params.stop else None,
+            reuse_prefix=params.prompt_logprobs is None,
         )
 
     @cached_property
@@ -199,13 +242,19 @@ class LLM:
             raise RequestError(f"prompt {index} is text, and the engine directory holds no tokenizer; give token ids")
         return self.tokenizer.encode(prompt)
 
-    def completion(self, prompt: Prompt, request: Request) -> Completion:
+    def completion(self, prompt: Prompt, request: Request, sample: int = 0) -> Completion:
         text = None if self.tokenizer is None else self.tokenizer.decode(request.output)
+        if request.detokenizer is not None and isinstance(request.stop_reason, str):
+            text = request.detokenizer.text
         timing = Timing(
             request.started - request.arrived, request.first_token - request.arrived, request.finished - request.arrived
         )
         assert request.finish_reason is not None
-        return Completion(prompt, list(request.prompt), request.output, text, request.finish_reason, timing)
+        logprobs = None if request.params.logprobs is None else request.logprobs[: len(request.output)]
+        return Completion(
+            prompt, list(request.prompt), request.output, text, request.finish_reason, timing, sample,
+            request.stop_reason, logprobs, request.prompt_logprobs,
+        )  # fmt: skip
 
 
 def _ignore(_: Request) -> None:
@@ -227,6 +276,21 @@ def check_prompt(tokens: Sequence[int], index: int, max_seq_len: int, vocab_size
                 f"prompt {index}: token {token} at position {position} is outside the vocabulary "
                 f"(0 to {vocab_size - 1}); does the tokenizer belong to this model?"
             )
+
+
+def check_tokens(params: SamplingParams, index: int, vocab_size: int) -> None:
+    """Raises RequestError if a parameter names a token that there is not."""
+    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+        for token in tokens:
+            if token >= vocab_size:
+                raise RequestError(
+                    f"prompt {index}: {name} holds token {token}, outside the vocabulary (0 to {vocab_size - 1})"
+                )
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of one of n samples, far from other seeds' samples; the first has the seed itself. A 64-bit integer."""
+    return (seed + sample * GOLDEN + 2**63) % 2**64 - 2**63
 
 
 def _one_per_prompt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan
@@ -11,6 +12,8 @@ from fp8.runtime.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     import torch
+
+Observer = Callable[[str, "torch.Tensor"], None]  # a buffer's name and its live rows, right after they were written
 
 
 def load_plugins(plan: Plan) -> list[Plugin]:
@@ -47,16 +50,22 @@ class ReferenceExecutor:
             self._constants[buffer.name] = nothing.view(dtype).view(shape)
         self._dead_after = _dead_after(engine.plan)
 
-    def run(self, shape: StepShape) -> torch.Tensor:
+    def run(self, shape: StepShape, observe: Observer | None = None) -> torch.Tensor:
         """The step whose inputs lie in the input buffer: logits f32 [L, V]."""
         values = {**self._constants, **self._live_inputs(shape)}
         for step, plugin, dead in zip(self._plan.steps, self._plugins, self._dead_after, strict=True):
             tensors = [values[name] if name else None for name in step.inputs]
             out = plugin.reference(*tensors, step=shape)
             values.update((name, t) for name, t in zip(step.outputs, out, strict=True) if name)
+            if observe:
+                for name in filter(None, step.outputs):
+                    observe(name, values[name])
             for name in dead:
                 del values[name]
         return values["logits"]
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._constants[name]
 
     def _live_inputs(self, shape: StepShape) -> dict[str, torch.Tensor]:
         views = self._inputs.device

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fp8.runtime.detokenizer import Detokenizer
+from fp8.runtime.logprobs import TokenLogprobs
+from fp8.runtime.sampling_params import RequestError, SamplingParams
 
-class RequestError(ValueError):
-    """A request that cannot be served as asked: says which, what was found, and the limit."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are chosen and when they end.
-
-    temperature 0 is greedy (ties: the lowest token). A `seed` fixes the text whatever else is in the batch; None draws
-    one. Stop tokens are `stop_token_ids` and, unless `ignore_eos`, the model's end-of-sequence tokens; one that comes
-    before `min_tokens` does not end the output. The stop token itself is not part of the output.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 0.0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature is {self.temperature}; it must be finite and at least 0 (0 is greedy)")
-        if not 0 <= self.min_tokens <= self.max_tokens:
-            raise RequestError(
-                f"min_tokens is {self.min_tokens}; it must lie between 0 and max_tokens ({self.max_tokens})"
-            )
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise RequestError(f"seed is {self.seed}; it must fit in 64 bits")
+__all__ = ["Request", "RequestError", "SamplingParams"]
 
 
 @dataclass(eq=False)
@@ -64,6 +36,10 @@ class Request:
     order: int = 0  # of arrival
     slot: int = -1  # its place in the table of sampled tokens while it runs
     finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_reason: int | str | None = None  # the stop token or stop string that ended it
+    detokenizer: Detokenizer | None = None  # where stop strings are to be looked for
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens accepted, if asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # None: not asked for, or not yet known
     preemptions: int = 0
     arrived: float = 0.0
     started: float = 0.0
@@ -90,15 +66,18 @@ class Request:
 
     @property
     def output(self) -> list[int]:
-        """The tokens generated so far, without the stop token."""
+        """The tokens generated so far, without the stop token; those of a stop string belong to them."""
         out = self.tokens[len(self.prompt) :]
-        return out[:-1] if self.finish_reason == "stop" else out
+        return out[:-1] if isinstance(self.stop_reason, int) else out
 
     def accept(self, token: int) -> None:
         """Takes in a token read back and sets `finish_reason` if it ends the output."""
         self.tokens.append(token)
         generated = len(self.tokens) - len(self.prompt)
-        if token in self.stop_tokens and generated > self.params.min_tokens:
-            self.finish_reason = "stop"
+        enough = generated > self.params.min_tokens
+        if token in self.stop_tokens and enough:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif self.detokenizer is not None and (found := self.detokenizer.append(token, enough)):
+            self.finish_reason, self.stop_reason = "stop", found
         elif generated >= self.max_new_tokens:
             self.finish_reason = "length"

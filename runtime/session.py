@@ -6,14 +6,18 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8.builder import engine as engine_format
 from fp8.builder.engine import Engine, EngineError, Plan
 from fp8.plugins.base import StepShape
+from fp8.runtime.logprobs import LogprobTable, TokenLogprobs
+from fp8.runtime.record import Recorder
 from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
+from fp8.runtime.sampling_options import Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
 from fp8.runtime.step_inputs import Packer, StepInputs, logits_rows
 
@@ -32,6 +36,8 @@ class Ticket:
     rows: Sequence[Row]
     stage: int
     count: int  # tokens it samples
+    options: Options | None = None
+    logprobs: LogprobTable | None = None  # of the rows that want them
 
 
 def choose_device(name: str, target: str) -> torch.device:
@@ -76,8 +82,11 @@ class Session:
         self._packer = Packer(self.limits)
         self._stream: torch.cuda.Stream | None = None  # None on a CPU, like the graphs
         self._graphs: Graphs | None = None
+        self._logits_graphs: Graphs | None = None  # the same steps up to their logits
+        self._options = OptionSampler(self.limits, self.device)
         self._scope: Callable[[], AbstractContextManager]
         self._turn = 0
+        self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
         if self.device.type == "cuda":
             self._open_on_gpu(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
         else:
@@ -115,26 +124,33 @@ class Session:
             self._inputs = StepInputs(self.limits, self.device, STAGES)
             self.executor = executor = compiled.CompiledExecutor(engine, weights, self._inputs, self.num_blocks)
             self._sample = compiled_sampler(engine, self._inputs, executor.logits)
-            self._graphs = compiled.Graphs(self._launch)
+            self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._forward)
             self._events = [torch.cuda.Event() for _ in range(STAGES)]
         stream.synchronize()
 
     def enqueue(self, rows: Sequence[Row]) -> Ticket:
         """Packs and starts a step; its tokens come from `read`."""
         stage, self._turn = self._turn, (self._turn + 1) % STAGES
-        host = self._inputs.host[stage]
+        host, options, logprobs = self._inputs.host[stage], options_of(rows), None
         with self._scope():
             shape = self._packer.pack(rows, host)
             count = shape.logits_rows
-            if self._graphs is not None and shape.decode_sequences == shape.sequences == count:
-                tokens = self._replay(shape, stage)
+            launch, forward = self._launch, self._forward
+            replayed = self._graphs is not None and self.recorder is None
+            if replayed and shape.decode_sequences == shape.sequences == count:
+                assert self._graphs is not None and self._logits_graphs is not None
+                shape = self._pad(shape, stage)
+                launch, forward = self._graphs.run, self._logits_graphs.run
+            self._inputs.upload(stage)
+            if options is None:
+                tokens = launch(shape)
             else:
-                self._inputs.upload(stage)
-                tokens = self._launch(shape)
+                choose = partial(self._choose, shape)
+                tokens, logprobs = self._options.sample(options, forward(shape), choose)
             self._tokens[stage][:count].copy_(tokens[:count], non_blocking=True)
             if self._graphs is not None:
                 self._events[stage].record()
-        return Ticket(rows, stage, count)
+        return Ticket(rows, stage, count, options, logprobs)
 
     def use_in_this_thread(self) -> None:
         """Makes the device current; every thread that runs steps calls it once."""
@@ -149,6 +165,14 @@ class Session:
             self._events[ticket.stage].synchronize()
         return self._tokens[ticket.stage][: ticket.count].tolist()
 
+    def read_logprobs(self, ticket: Ticket) -> list[TokenLogprobs | None]:
+        """Log-probabilities of the tokens of `read`, None for rows that want none; call it after `read`."""
+        found: list[TokenLogprobs | None] = [None] * ticket.count
+        if ticket.logprobs is not None and ticket.options is not None:
+            for row, entry in zip(ticket.options.logprob_rows, ticket.logprobs.entries(), strict=True):
+                found[row] = entry
+        return found
+
     def token_logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits f32 [T, V] after every token of `rows` (T at most `max_logits_rows`); good until the next step."""
         host = self._inputs.host[self._turn]
@@ -158,7 +182,7 @@ class Session:
             shape = self._packer.want_all_logits(self._packer.pack(rows, host), host)
             self._inputs.upload(self._turn)
             self._inputs.gather_input_ids(shape.tokens)
-            logits = self.executor.run(shape)
+            logits = self._run(shape)
         if self._stream is not None:
             self._stream.synchronize()
         return logits
@@ -183,26 +207,38 @@ class Session:
     def max_kv_tokens(self) -> int:
         return self.num_blocks * self.limits.block_size
 
-    def _replay(self, shape: StepShape, stage: int) -> torch.Tensor:
-        """`_launch` as a graph, padded to a size that there is a graph of."""
+    def _pad(self, shape: StepShape, stage: int) -> StepShape:
+        """A decode step grown to a size that there are graphs of."""
         from fp8.runtime.compiled import context_bucket, row_bucket
 
-        assert self._graphs is not None
         rows = row_bucket(shape.tokens, self.limits.max_batch_size)
         context = context_bucket(shape.max_context, self.limits.max_seq_len)
-        padded = self._packer.pad(shape, rows, context, self._inputs.host[stage])
-        self._inputs.upload(stage)
-        return self._graphs.run(padded)
+        return self._packer.pad(shape, rows, context, self._inputs.host[stage])
 
     def _launch(self, shape: StepShape) -> torch.Tensor:
         """A whole step on the current stream, from `sources` to the table of sampled tokens; returns these [L]."""
+        return self._choose(shape, self._forward(shape))
+
+    def _forward(self, shape: StepShape) -> torch.Tensor:
+        """A step up to its logits [L, V]."""
         self._inputs.gather_input_ids(shape.tokens)
-        logits = self.executor.run(shape)
+        return self._run(shape)
+
+    def _choose(self, shape: StepShape, logits: torch.Tensor) -> torch.Tensor:
+        """Samples, into the table too."""
         if not shape.logits_rows:
             return self._inputs.sampled[:0]
         tokens = self._sample(shape, logits)
         self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], tokens)
         return tokens
+
+    def _run(self, shape: StepShape) -> torch.Tensor:
+        if self.recorder is None:
+            return self.executor.run(shape)
+        self.recorder.begin(shape, self._inputs)
+        logits = self.executor.run(shape, self.recorder.observe)
+        self.recorder.end()
+        return logits
 
 
 def _blocks_in_host_memory(plan: Plan) -> int:

@@ -42,3 +42,10 @@ class TextStream:
         tail = self._tokenizer.decode(kept)
         if tail and INCOMPLETE not in tail and text.endswith(tail):
             self._window, self._given = kept, len(tail)
+
+
+def may_begin(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that may turn out to be the beginning of one of `stop`."""
+    longest = max((len(s) for s in stop), default=0) - 1
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)

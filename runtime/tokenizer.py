@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fp8.builder.engine import EngineError
-from fp8.runtime.request import RequestError
+from fp8.runtime.sampling_params import RequestError
 
 
 class Tokenizer(Protocol):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from fp8.runtime.kv_cache import BlockPool
+from fp8.runtime.logprobs import prompt_logprobs
 from fp8.runtime.policy import Policy
 from fp8.runtime.request import Request
 from fp8.runtime.scheduler import Row, Scheduler
@@ -47,6 +49,7 @@ class Worker:
         if rows:
             self._open.append(self.session.enqueue(rows))
             self._stamp_start(rows, times[1])
+            self._score_prompts(rows)
         times.append(time.perf_counter())
         got: list[Request] = []
         if self._open and (len(self._open) > self.lag or not rows):
@@ -78,6 +81,7 @@ class Worker:
 
     def _take_in(self, ticket: Ticket) -> list[Request]:
         got = self.scheduler.update(ticket.rows, self.session.read(ticket))
+        self._keep_logprobs(ticket)
         now = time.perf_counter()
         for request in got:
             if not request.first_token:
@@ -86,6 +90,21 @@ class Worker:
             if request.finish_reason:
                 self._count_finished(request, now)
         return got
+
+    def _score_prompts(self, rows: Sequence[Row]) -> None:
+        """Log-probabilities of prompts just taken in: their blocks are still held, whatever the next step does."""
+        for row in rows:
+            request = row.request
+            if row.samples and request.params.prompt_logprobs is not None and request.prompt_logprobs is None:
+                request.prompt_logprobs = prompt_logprobs(self.session, request)
+
+    def _keep_logprobs(self, ticket: Ticket) -> None:
+        """A token that came after its request's end has no place among its output."""
+        rows = [row for row in ticket.rows if row.samples]
+        for row, entry in zip(rows, self.session.read_logprobs(ticket), strict=True):
+            request = row.request
+            if entry is not None and row.index < len(request.tokens) - len(request.prompt):
+                request.logprobs.append(entry)
 
     def _count_finished(self, request: Request, now: float) -> None:
         request.finished = now

@@ -7,12 +7,9 @@ fp8-bench profile --engine_dir E --batch_size 64 --context_len 1024             
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from fp8.runtime.llm import LLM
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
+from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.run import ERRORS, add_session_arguments, open_llm, positive
 
 # What one H200 sustains in large operations, measured: the yardstick of "fraction of the bound", not a data sheet.
@@ -47,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         mode.add_argument("--batch_size", type=positive, nargs="+", default=[1])
         mode.add_argument("--seed", type=int, default=0)
         mode.add_argument("--output", type=Path, help="write the result as JSON")
+        add_argument(mode)
         add_session_arguments(mode)
     return p
 
@@ -162,27 +161,6 @@ def decode_rows(session: Session, batch: int, context: int, seed: int) -> list[R
     return rows
 
 
-def environment(session_device: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """What a figure is worth nothing without."""
-    command = ["fp8-bench", *(sys.argv[1:] if argv is None else argv)]
-    here = str(Path(__file__).resolve().parent)
-    gpu = _output(["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm", "--format=csv,noheader"])
-    return {
-        "command": " ".join(map(str, command)), "commit": _output(["git", "-C", here, "rev-parse", "HEAD"]),
-        "device": gpu or platform.processor() or platform.machine(), "ran_on": session_device,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def _output(command: list[str]) -> str | None:
-    """First line that a command prints; None if it cannot be run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except OSError:
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text, their keys as the head; lists are left out."""
     keys = [k for k, v in rows[0].items() if not isinstance(v, list)]
@@ -200,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {
             "mode": args.mode,
             "engine_dir": str(args.engine_dir),
-            **environment(args.device, argv),
+            **provenance("fp8-bench", argv, args.commit),
+            "ran_on": args.device,
             "results": rows,
         }
         if args.output:

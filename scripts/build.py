@@ -20,6 +20,7 @@ from fp8.builder.export import ExportError, export
 from fp8.builder.formats.base import FormatError
 from fp8.builder.measure import TuneError
 from fp8.builder.plan import LegalityError
+from fp8.builder.taps import TapError
 from fp8.builder.target import TARGETS
 from fp8.builder.verify import VerificationError
 from fp8.models import config as models
@@ -27,7 +28,7 @@ from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
 
 ERRORS = (
-    BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, TuneError,
+    BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, TapError, TuneError,
     VerificationError,
 )  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -56,18 +57,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="time the tactics on this machine's GPU")
     parser.add_argument("--explain", metavar="NODE", help="tell why each pattern did or did not match here; no build")
     parser.add_argument("--dump_passes", type=Path, metavar="DIR", help="write the graph after every pass as text")
+    parser.add_argument(
+        "--enable_debug_output", action="store_true",
+        help="keep the debug tensors where fp8-run --debug_mode can dump them: the registered ones and those of "
+        "--debug_tensors",
+    )  # fmt: skip
+    parser.add_argument("--debug_tensors", nargs="+", default=[], metavar="GLOB", help="such as 'model.layers.*.mlp.*'")
     parser.add_argument("--export_onnx", type=Path, metavar="FILE", help="write the quantize/dequantize graph as ONNX")
     parser.add_argument(
         "--export_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
         help="type of the exported activations (onnxruntime's CPU wants float32, the default)",
     )  # fmt: skip
     parser.add_argument(
-        "--gpu_memory", default="141G", help="of the card that the memory budget is for (default: 141G)"
+        "--gpu_memory", default="139G", help="of the card that the memory budget is for (default: 139G, an H200)"
     )
     parser.add_argument("--log_level", default="info", choices=LOG_LEVELS)
     options = parser.parse_args(arguments)
     if options.output_dir is None and not (options.dry_run or options.explain or options.export_onnx):
         parser.error("--output_dir is needed, except with --dry_run, --explain or --export_onnx")
+    if options.debug_tensors and not options.enable_debug_output:
+        parser.error("--debug_tensors needs --enable_debug_output")
     return options
 
 
@@ -84,6 +93,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     request = Request(
         options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
         options.tune, options.dump_passes, options.explain,
+        tuple(options.debug_tensors) if options.enable_debug_output else None,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
     checkpoint = Checkpoint(options.checkpoint_dir)
@@ -135,6 +145,8 @@ def _summary(compiled: Compiled, card: int, console: Console) -> None:
     console.print(
         f"{len(compiled.plan.steps)} steps, {len(pairs)} quantize/dequantize pairs, {len(left)} left unfolded"
     )
+    for line in compiled.taps.lines() if compiled.taps.taken else ():
+        console.print(line, markup=False, soft_wrap=True)
     table = Table("memory", "size", title=None)
     for row in build.budget_lines(compiled.plan, card):
         table.add_row(*row)

@@ -4,8 +4,9 @@
 
 Every engine takes the same text twice, through the CUDA kernels and through the plugins' references on the CPU: some
 sequences of different lengths as one packed prefill in chunks, then single decode steps that are fed the text's own
-tokens. Asked for: SQNR of the logits >= 35 dB without FP8; with FP8 >= 25 dB and 6 dB more than the engine's own
-distance from the `--base` engine (its cost of quantization). Exits with 1 otherwise.
+tokens; then the text's perplexity over windows. Asked for: SQNR of the logits >= 35 dB without FP8, >= 25 dB with;
+perplexity within 0.3%. Told beside: an FP8 engine's own distance from the `--base` engine (its cost of quantization).
+Exits with 1 if what is asked for is missed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -24,9 +26,10 @@ from fp8.builder.engine import write_atomically
 from fp8.runtime.kv_cache import blocks_for
 from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.scheduler import Row
+from fp8.runtime.scoring import token_losses
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import load_tokenizer
-from fp8.scripts.gpu_round import facts
+from fp8.scripts.provenance import add_argument, provenance
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +37,16 @@ if TYPE_CHECKING:
 LENGTHS = (1, 63, 64, 65, 130, 301)  # tokens of the sequences' prompts: around the KV blocks' edges
 CHUNK = 40  # the longest prompt enters in chunks of this many tokens, so that later ones attend to cached ones
 DECODE_STEPS = 24
-HIGH_PRECISION_DB, FP8_DB, ABOVE_OWN_DB = 35.0, 25.0, 6.0
+WINDOW, WINDOWS = 512, 16  # of the perplexity
+HIGH_PRECISION_DB, FP8_DB, PERPLEXITY = 35.0, 25.0, 0.003
+COLUMNS = {
+    "prefill dB": ("prefill_db", 1),
+    "decode dB": ("decode_db", 1),
+    "needed": ("needed_db", 1),
+    "own distance": ("own_db", 1),
+    "perplexity CPU": ("perplexity_cpu", 4),
+    "GPU": ("perplexity_gpu", 4),
+}
 
 
 def sqnr(reference: torch.Tensor, found: torch.Tensor) -> float:
@@ -66,22 +78,27 @@ def logits(session: Session, tokens: list[int]) -> tuple[torch.Tensor, torch.Ten
     return torch.cat(prefill), torch.cat(decode)
 
 
-def compare(directory: Path, base: tuple[torch.Tensor, torch.Tensor] | None, tokens: list[int]) -> dict[str, Any]:
-    """One row of the table; without `base` the engine is the base itself."""
+def perplexity(session: Session, tokens: list[int]) -> float:
+    spans = [tokens[i * WINDOW :][:WINDOW] for i in range(WINDOWS)]
+    return math.exp(np.concatenate([token_losses(session, span)[0] for span in spans]).mean())
+
+
+def compare(directory: Path, base: tuple[torch.Tensor, torch.Tensor], tokens: list[int]) -> dict[str, Any]:
+    """One row of the table; `base` are the unquantized engine's logits."""
     import torch
 
-    session = Session(directory, "cpu")
-    expected = logits(session, tokens)
-    found = logits(Session(directory, "cuda", max_kv_blocks=64), tokens)
-    model = session.model
-    fp8 = model.format.startswith("fp8") or model.kv_cache_dtype == "float8_e4m3fn"
-    row: dict[str, Any] = {"engine": directory.name, "format": model.format, "kv_cache_dtype": model.kv_cache_dtype}
+    cpu, gpu = Session(directory, "cpu"), Session(directory, "cuda", max_kv_blocks=64)
+    expected, found = logits(cpu, tokens), logits(gpu, tokens)
+    fp8 = cpu.model.format.startswith("fp8") or cpu.model.kv_cache_dtype == "float8_e4m3fn"
+    row: dict[str, Any] = {"engine": str(directory), "format": cpu.model.format}
+    row["kv_cache_dtype"] = cpu.model.kv_cache_dtype
     row["prefill_db"], row["decode_db"] = (sqnr(e, f) for e, f in zip(expected, found, strict=True))
+    row["needed_db"] = FP8_DB if fp8 else HIGH_PRECISION_DB
+    row["own_db"] = sqnr(torch.cat(base), torch.cat(expected)) if fp8 else None
+    row["perplexity_cpu"], row["perplexity_gpu"] = perplexity(cpu, tokens), perplexity(gpu, tokens)
     row["finite"] = all(bool(torch.isfinite(f).all()) for f in found)
-    row["own_db"] = sqnr(torch.cat(base), torch.cat(expected)) if base and fp8 else None
-    floor = max(FP8_DB, row["own_db"] + ABOVE_OWN_DB) if row["own_db"] is not None else FP8_DB
-    row["needed_db"] = floor if fp8 else HIGH_PRECISION_DB
-    row["met"] = row["finite"] and min(row["prefill_db"], row["decode_db"]) >= row["needed_db"]
+    close = abs(row["perplexity_gpu"] / row["perplexity_cpu"] - 1) <= PERPLEXITY
+    row["met"] = row["finite"] and close and min(row["prefill_db"], row["decode_db"]) >= row["needed_db"]
     return row
 
 
@@ -91,20 +108,23 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--base", required=True, type=Path, help="the unquantized engine of the same model")
     p.add_argument("--data", required=True, type=Path, help="a UTF-8 text")
     p.add_argument("--output", type=Path, help="write the rows as JSON")
-    p.add_argument("--commit", default="", help="recorded in the output; asked of git by default")
+    add_argument(p)
     args = p.parse_args(argv)
-    tokens = load_tokenizer(args.base).encode(args.data.read_text(encoding="utf-8")[:20000])
+    tokenizer = load_tokenizer(args.base)
+    if tokenizer is None:
+        p.error(f"--base {args.base} holds no tokenizer")
+    tokens = tokenizer.encode(args.data.read_text(encoding="utf-8")[:60000])
     base = logits(Session(args.base, "cpu"), tokens)
     rows = [compare(directory, base, tokens) for directory in args.engines]
-    table = Table("engine", "format", "KV cache", "prefill dB", "decode dB", "needed", "own distance", "met")
+    table = Table("engine", "format", "KV cache", *COLUMNS, "met")
     for r in rows:
-        figures = [
-            f"{r[k]:.1f}" if r[k] is not None else "" for k in ("prefill_db", "decode_db", "needed_db", "own_db")
-        ]
+        figures = ["" if r[key] is None else f"{r[key]:.{digits}f}" for key, digits in COLUMNS.values()]
         table.add_row(r["engine"], r["format"], r["kv_cache_dtype"], *figures, "yes" if r["met"] else "NO")
     Console().print(table)
     if args.output:
-        write_atomically(args.output, [json.dumps({**facts(args.commit), "rows": rows}, indent=1).encode()])
+        write_atomically(
+            args.output, [json.dumps({**provenance("gpu_engines", argv, args.commit), "rows": rows}, indent=1).encode()]
+        )
     return 0 if all(r["met"] for r in rows) else 1
 
 

@@ -2,7 +2,7 @@
 
     python -m fp8.scripts.gpu_round --output round.json            everything
     python -m fp8.scripts.gpu_round --plugin gemm --case 4096      the cases of gemm whose names contain 4096
-    compute-sanitizer python -m fp8.scripts.gpu_round --small --no-bench
+    compute-sanitizer --report-api-errors no python -m fp8.scripts.gpu_round --small --no-bench
 
 Each case draws fresh inputs, fills the outputs with NaN codes (0xFF), runs every tactic that the plugin offers through
 its public interface, twice over one workspace, and asks for: the reference's values within the case's tolerance, the
@@ -12,12 +12,10 @@ same bits in both runs, and untouched memory behind the outputs. Exits with 1 if
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -31,6 +29,7 @@ from rich.table import Table
 
 from fp8.plugins import base, compile
 from fp8.plugins.base import Case, Plugin, Tensor
+from fp8.scripts.provenance import add_argument, provenance
 
 if TYPE_CHECKING:
     import torch
@@ -280,26 +279,6 @@ def table(rows: Sequence[Row], every: bool) -> Table:
     return out
 
 
-def facts(commit: str) -> dict[str, Any]:
-    """What the numbers belong to."""
-    import torch
-
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return ""
-
-    return {
-        "command": " ".join(sys.argv),
-        "commit": commit or said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
-        "device": torch.cuda.get_device_name(),
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plugin", default="", help="only this plugin")
@@ -310,7 +289,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--every-tactic", action="store_true", help="print a line for each tactic")
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; the time by default")
     parser.add_argument("--output", type=Path, help="write the rows as JSON here")
-    parser.add_argument("--commit", default="", help="recorded in the output; asked of git by default")
+    add_argument(parser)
     return parser.parse_args(argv)
 
 
@@ -333,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(width=200).print(table(run.rows, args.every_tactic))
         if args.output:
             rows = [asdict(r) for r in run.rows]
-            args.output.write_text(json.dumps({**facts(args.commit), "seed": seed, "rows": rows}, indent=1))
+            args.output.write_text(
+                json.dumps({**provenance("gpu_round", argv, args.commit), "seed": seed, "rows": rows}, indent=1)
+            )
     failed = [r for r in run.rows if r.failure]
     print(f"gpu_round: {len(cases)} cases, {len(run.rows)} runs, {len(failed)} failed (seed {seed})")
     return 1 if failed or not cases else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -20,11 +21,15 @@ from fp8.builder.engine import Engine, EngineError, Plan, Step
 
 SECTIONS = ("layers", "tactics", "fusion")
 SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int32": "i32"}
+COMMANDS = {"compare": "fp8.scripts.compare", "graph": "fp8.scripts.graph_page"}  # each with a help of its own
 WIDTH = 180  # where the output is no terminal
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fp8-inspect", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "fp8-inspect", description=__doc__,
+        epilog="fp8-inspect compare A B and fp8-inspect graph ENGINE_OR_CHECKPOINT have --help of their own",
+    )  # fmt: skip
     parser.add_argument("engine_dir", type=Path)
     parser.add_argument("--layers", action="store_true", help="every step with its types and shapes")
     parser.add_argument("--tactics", action="store_true", help="every step's tactics, and the kernels with registers")
@@ -54,6 +59,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "Q/DQ pairs": f"{len(pairs)}, {sum(not p['folded'] for p in pairs)} left unfolded",
         "kernels": f"{len(plan.kernels)}, {sum(map(len, loaded.cubins.values())) / 1024:.0f} KiB",
         "arena": f"{plan.arena_bytes / 2**20:.2f} MiB, workspace {plan.workspace_bytes / 2**20:.2f} MiB",
+        "debug tensors": f"{len(plan.taps)}",
         "weights": f"{loaded.weights_path.stat().st_size / 2**20:.2f} MiB, sha256 {plan.weights_sha256[:16]}",
     }
     table = Table(title=str(loaded.directory), show_header=False)
@@ -150,6 +156,9 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     options = parse(arguments)
     try:
         loaded = engine.load(options.engine_dir)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fp8.runtime.request import RequestError
+from fp8.runtime.sampling_params import RequestError
 
 Messages = list[dict[str, Any]]
 KEYS = ("text", "prompt", "messages")

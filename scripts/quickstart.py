@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ VARIANTS = [
 class Measured:
     variant: Variant
     perplexity: float
+    tokens: int  # that the perplexity is over
     checkpoint_bytes: int
     engine_bytes: int
     tokens_per_second: float
@@ -78,11 +80,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calib_dataset", type=Path, default=EXAMPLES / "calibration.txt")
     parser.add_argument("--data", type=Path, default=EXAMPLES / "heldout.txt", help="text to measure perplexity on")
     parser.add_argument("--max_seq_len", type=int, default=512)
-    parser.add_argument("--max_tokens", type=int, help="of --data; default: all on a GPU, 24576 on a CPU")
+    parser.add_argument("--max_tokens", type=int, help="of --data; default: all on a GPU, 16384 on a CPU")
     parser.add_argument("--work_dir", type=Path, help="keep checkpoints, engines and results here")
     args = parser.parse_args(argv)
     args.gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    args.max_tokens = args.max_tokens or (None if args.gpu else 24576)
+    args.max_tokens = args.max_tokens or (None if args.gpu else 16384)
     return args
 
 
@@ -109,9 +111,11 @@ def measure(variant: Variant, args: argparse.Namespace, work: Path) -> Measured:
         "--output", "json", "--input_text", *PROMPTS,
     )  # fmt: skip
     run = json.loads(printed)
+    found = json.loads(result.read_text())
     return Measured(
         variant,
-        json.loads(result.read_text())["perplexity"],
+        found["perplexity"],
+        found["tokens"],
         size(checkpoint),
         size(engine),
         run["tokens_per_second"],
@@ -123,7 +127,8 @@ def command(variant: Variant, name: str, *arguments: object) -> str:
     """Runs one command line in a process of its own, as a user would; returns what it printed."""
     CONSOLE.print(f"[bold]{variant.name}[/bold]: fp8-{'eval' if name == 'evaluate' else name}")
     line = [sys.executable, "-m", f"fp8.scripts.{name}", *map(str, arguments)]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    # One thread: the example's tensors are small, and OpenMP's waiting threads are ruinous on a machine that is busy.
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
     if done.returncode:
         raise StepFailed(f"{' '.join(line[1:])}: ended with status {done.returncode}")
     return done.stdout
@@ -135,8 +140,8 @@ def size(directory: Path) -> int:
 
 def report(rows: list[Measured], args: argparse.Namespace, seconds: float) -> None:
     where = torch.cuda.get_device_name() if args.gpu else "CPU, by reference execution: right, not fast"
-    tokens = f"first {args.max_tokens} tokens" if args.max_tokens else "all"
-    table = Table(title=f"{args.model_dir.name} on {where}", caption=f"perplexity on {args.data.name} ({tokens})")
+    caption = f"perplexity of {rows[0].tokens} tokens of {args.data.name}"
+    table = Table(title=f"{args.model_dir.name} on {where}", caption=caption)
     for column in ("format", "perplexity", "vs BF16", "checkpoint", "engine", "tokens/s"):
         table.add_column(column, justify="left" if column == "format" else "right")
     for row in rows:

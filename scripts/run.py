@@ -15,9 +15,12 @@ from fp8.builder.engine import EngineError
 from fp8.plugins.base import PluginError
 from fp8.runtime.kv_cache import KVCacheError
 from fp8.runtime.llm import LLM, Completion, Prompt
-from fp8.runtime.request import RequestError, SamplingParams
+from fp8.runtime.logprobs import TokenLogprobs
+from fp8.runtime.record import Dump
+from fp8.runtime.sampling_params import RequestError
 from fp8.runtime.service import ServiceError
 from fp8.scripts.prompts import read_prompts
+from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
 
 ERRORS = (EngineError, RequestError, KVCacheError, PluginError, ServiceError, OSError)
 
@@ -28,20 +31,15 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--input_text", nargs="+", help="one or several prompts")
     what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
-    what.add_argument(
-        "--input_file", type=Path, help="prompts in .txt, .jsonl or .csv"
-    )
+    what.add_argument("--input_file", type=Path, help="prompts in .txt, .jsonl or .csv")
     p.add_argument("--chat", action="store_true", help="prompts are what a user says: apply the chat template")
     p.add_argument("--streaming", action="store_true", help="print texts as they come, one prompt after the other")
-    p.add_argument("--max_output_len", type=int, default=64)
-    p.add_argument("--min_output_len", type=int, default=0, help="a stop token before that many does not end the text")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    p.add_argument("--seed", type=int, help="fixes the text at a temperature above 0")
-    p.add_argument(
-        "--stop_token_ids", type=int, nargs="*", default=[], help="beside the model's end-of-sequence tokens"
-    )
-    p.add_argument("--ignore_eos", action="store_true")
+    add_sampling_arguments(p)
     add_session_arguments(p)
+    p.add_argument(
+        "--debug_mode", action="store_true", help="write every step's debug tensors (fp8-build --enable_debug_output)"
+    )
+    p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where to (default: debug)")
     p.add_argument("--output", choices=("text", "json", "jsonl"), default="text")
     return p
 
@@ -96,25 +94,21 @@ def as_prompt(llm: LLM, given: Any, chat: bool) -> Prompt:
     return given
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        args.max_output_len,
-        args.temperature,
-        args.seed,
-        tuple(args.stop_token_ids),
-        args.ignore_eos,
-        args.min_output_len,
-    )
+def _record(llm: LLM, args: argparse.Namespace) -> None:
+    if args.debug_mode:
+        llm.session.recorder = Dump(llm.session.plan, llm.session.executor.weight, args.debug_dir)
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the prompts; returns what `--output json` prints."""
     given, params = read_input(args), sampling_params(args)
     llm = open_llm(args)
+    _record(llm, args)
     prompts = [as_prompt(llm, g, args.chat) for g in given]
     begin = time.perf_counter()
     found = llm.generate(prompts, params)
-    completions = [replace(c, prompt=g) for c, g in zip(found, given, strict=True)]
+    asked = [g for g in given for _ in range(params.n)]
+    completions = [replace(c, prompt=g) for c, g in zip(found, asked, strict=True)]
     seconds = time.perf_counter() - begin
     count = sum(len(c.token_ids) for c in completions)
     return {
@@ -126,7 +120,10 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 def stream(args: argparse.Namespace) -> None:
     """Prints texts piece by piece; with `--output jsonl` an object per piece, `index` telling the prompt."""
     given, params = read_input(args), sampling_params(args)
+    if params.n > 1 or params.logprobs is not None or params.prompt_logprobs is not None:
+        raise RequestError("--streaming prints one text per prompt as it comes; leave out --n and log-probabilities")
     llm = open_llm(args)
+    _record(llm, args)
     for index, item in enumerate(given):
         deltas = llm.stream(as_prompt(llm, item, args.chat), params)
         if args.output == "text":
@@ -153,13 +150,23 @@ def prompt_text(prompt: Any) -> str:
 
 def as_text(result: dict[str, Any]) -> str:
     completions: list[Completion] = result["completions"]
-    parts = []
+    samples, parts = 1 + max(c.index for c in completions), []
     for c in completions:
         prompt = prompt_text(c.prompt)
         out = f" -> {','.join(map(str, c.token_ids))}" if c.text is None else c.text
-        parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens]")
+        sample = f", sample {c.index}" if samples > 1 else ""
+        parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens{sample}]")
+        for title, entries in (("prompt", c.prompt_logprobs), ("output", c.logprobs)):
+            parts += [f"{title} token, ln p, likeliest:\n" + "\n".join(map(_logprob, entries))] if entries else []
     rate = f"{result['output_tokens']} tokens in {result['seconds']:.2f} s, {result['tokens_per_second']:.1f} tokens/s"
     return "\n\n".join([*parts, f"{rate} on {result['device']}"])
+
+
+def _logprob(entry: TokenLogprobs | None) -> str:
+    if entry is None:
+        return "  (the first token has none)"
+    top = " ".join(f"{token}:{value:.4f}" for token, value in entry.top)
+    return f"  {entry.token:>7} {entry.logprob:9.4f}  {top}".rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from fp8.plugins.attention import plugin as attention
 from fp8.plugins.base import StepShape
 from fp8.runtime import compiled, reference, session, weights
 from fp8.runtime.llm import LLM
+from fp8.runtime.record import Recorder
 from fp8.runtime.request import SamplingParams
 from fp8.runtime.sampler import reference_sampler
 from fp8.runtime.session import Session
@@ -95,7 +96,7 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         Stub.step_buffers = {t.data_ptr() for n, t in self.executor._tensors.items() if n in step_kinds}
         self._sample = reference_sampler(self._inputs)
         self._scope = torch.inference_mode
-        self._graphs = Eager(self._launch)
+        self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._forward)
         self._events = [Event()] * session.STAGES
 
     monkeypatch.setattr(compiled, "load_plugins", stubs)
@@ -126,6 +127,17 @@ def test_buffers_tactics_and_padding_give_the_reference_s_tokens(
     monkeypatch.undo()
     plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
     assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, PARAMS)]
+
+
+def test_sampling_options_end_the_graph_at_the_logits(on_stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"top_p": 0.9, "repetition_penalty": 1.2, "logprobs": 2, "prompt_logprobs": 0}
+    params = [SamplingParams(20, 0.8, i, ignore_eos=True, **(options if i % 2 else {})) for i in range(len(PROMPTS))]
+    llm = LLM(on_stubs, "cpu", lag=1)
+    compiled_tokens = [c.token_ids for c in llm.generate(PROMPTS, params)]
+    assert {rows for rows, _ in llm.session._logits_graphs._graphs} <= {1, 2, 4, 6}, "these steps are padded too"
+    monkeypatch.undo()
+    plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
+    assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, params)]
 
 
 def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
@@ -180,3 +192,26 @@ def test_weights_stream_in_chunks_to_their_places(engine_dir: Path, monkeypatch:
 def test_the_attention_plugin_says_how_its_cache_lies() -> None:
     key, value = attention.Attention.cache_shape(5, 2, 64, "float8_e4m3fn")
     assert key == (5, 2, 64, 64) and len(value) == 4
+
+
+def test_a_recorder_sees_each_buffer_before_its_memory_is_used_again(
+    on_stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[dict[str, torch.Tensor]]] = []
+
+    class Keep(Recorder):
+        def end(self) -> None:
+            seen[-1].append({name: recorded.raw for name, recorded in self.buffers()})
+
+    for _ in range(2):
+        seen.append([])
+        llm = LLM(on_stubs, "cpu", 12, lag=0)
+        llm.session.recorder = Keep(llm.session.plan, llm.session.executor.weight)
+        llm.generate(PROMPTS[:2], SamplingParams(max_tokens=3, ignore_eos=True))
+        if llm.session._graphs is not None:
+            assert not llm.session._graphs._graphs, "no step is replayed from a CUDA graph"
+        monkeypatch.undo()
+    assert len(seen[0]) == len(seen[1]) > 3
+    for on_buffers, plain in zip(*seen, strict=True):
+        assert on_buffers.keys() == plain.keys()
+        assert all(torch.equal(on_buffers[name].float(), plain[name].float()) for name in plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import hf_llama
@@ -53,12 +54,42 @@ def test_a_seed_gives_the_same_text_again(engine_dir: Path, capsys: pytest.Captu
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_every_sampling_flag_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)
+    flags = shlex.split(
+        "--temperature 0.9 --seed 3 --top_k 40 --top_p 0.9 --min_p 0.01 --typical_p 0.95 --repetition_penalty 1.1 "
+        "--presence_penalty 0.1 --frequency_penalty 0.1 --logit_bias 5:-100 6:1.5 --stop xyz --stop_token_ids 9 --n 2 "
+        "--min_tokens 3 --max_tokens 6 --logprobs 2 --prompt_logprobs 1 --device cpu"
+    )
+    arguments = ["--engine_dir", str(directory), "--input_text", "AB!", *flags]
+    assert run.main([*arguments, "--output", "json"]) == 0
+    completions = json.loads(capsys.readouterr().out)["completions"]
+    assert [c["index"] for c in completions] == [0, 1]
+    assert all(len(c["logprobs"]) == len(c["token_ids"]) >= 3 and 5 not in c["token_ids"] for c in completions)
+    assert all(len(c["logprobs"][0]["top"]) == 2 and c["prompt_logprobs"][0] is None for c in completions)
+    assert run.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "sample 1]" in out and "output token, ln p, likeliest:" in out and "(the first token has none)" in out
+
+
+def test_help_teaches_the_order_and_the_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "bias, penalties, temperature, then what is unlikely" in text and "0 < X <= 1" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--input_tokens", "1,x"], "'1,x' is not a list of token ids"),
         (["--input_tokens", "5", "--max_output_len", "0"], "max_tokens is 0"),
         (["--input_tokens", "5", "--temperature", "-1"], "temperature is -1.0"),
+        (["--input_tokens", "5", "--top_p", "1.5"], "top_p is 1.5; it must be above 0 and at most 1"),
+        (["--input_tokens", "5", "--n", "2"], "n is 2 and temperature 0"),
+        (["--input_tokens", "5", "--logit_bias", "x:1"], "--logit_bias 'x:1' is not a token id and a number"),
+        (["--input_tokens", "5", "--stop", "end"], "holds no tokenizer; give stop_token_ids"),
         (["--input_tokens", "97"], "token 97 at position 0 is outside the vocabulary"),
         (["--input_tokens", ""], "prompt 0 is empty"),
         (["--input_text", "hello"], "holds no tokenizer"),

@@ -153,3 +153,18 @@ def test_a_bad_prompt_is_refused_before_the_first_element(engine_dir: Path) -> N
         llm.stream([1] * 200, SamplingParams(max_tokens=10))
     with pytest.raises(RequestError, match="policy 'random' is unknown"):
         LLM(engine_dir, "cpu", policy="random")
+
+
+def test_a_stop_string_never_shows_in_a_stream(tmp_path: Path) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)
+    llm = LLM(directory, "cpu")
+    (whole,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=40))
+    assert whole.text
+    for stop in (whole.text[10:13], whole.text[-2:], "none such"):
+        params = SamplingParams(max_tokens=40, stop=(stop,))
+        (expected,) = llm.generate([[1, 2, 3]], params)
+        deltas = list(llm.stream([1, 2, 3], params))
+        assert "".join(delta.text or "" for delta in deltas) == expected.text
+        assert deltas[-1].finish_reason == expected.finish_reason
+    llm.close()

@@ -21,7 +21,7 @@ from fp8.plugins import base
 def fuse(graph: gs.Graph, target: Target) -> int:
     """Returns how many plugin nodes it made."""
     constants: dict[str, gs.Constant] = {}
-    outputs = frozenset(t.name for t in graph.outputs)
+    outputs = target.kept.union(t.name for t in graph.outputs)
     variants = pattern.load_all()
     if target.journal.explain:
         explain(graph, variants, outputs, target)

@@ -19,7 +19,7 @@ def lower_attention(graph: gs.Graph, target: Target) -> int:
     count = 0
     for variant in pattern.load("attention"):
         for node in [n for n in graph.nodes if n.op == variant.root]:
-            outputs = frozenset(t.name for t in graph.outputs)
+            outputs = target.kept.union(t.name for t in graph.outputs)
             match = attempt(variant, node, outputs, lambda m: _page(m, paged)) if node.outputs else None
             if match is not None:
                 record(variant, node, match, target)

@@ -28,7 +28,7 @@ F32 = np.dtype(np.float32)
 def merge_linears(graph: Graph, target: Target) -> int:
     """Returns how many linears went into merged ones."""
     count = 0
-    for siblings in _siblings(graph):
+    for siblings in _siblings(graph, target):
         runs = [list(run) for _, run in itertools.groupby(siblings, key=_kind)]
         pieces = [_merge(graph, run) if len(run) > 1 else run[0].outputs[0] for run in runs]
         _pack(graph, pieces, runs)
@@ -37,10 +37,10 @@ def merge_linears(graph: Graph, target: Target) -> int:
     return count
 
 
-def _siblings(graph: Graph) -> list[list[Match]]:
+def _siblings(graph: Graph, target: Target) -> list[list[Match]]:
     """Linears, in the order of the model, by the float32 tensor whose rounded or quantized form they read."""
     variants = [v for v in pattern.load("gemm") if v.choices["rounded"]]
-    outputs = frozenset(t.name for t in graph.outputs)
+    outputs = target.kept.union(t.name for t in graph.outputs)
     found: dict[int, list[Match]] = {}
     for node in graph.nodes:
         if node.op != "Cast":

@@ -1,18 +1,20 @@
 // Attention of one query token per sequence over the paged KV cache.
 //
-// The heads that share a KV head are the rows of one 16-row tile (larger groups are cut into several). A unit is such a
-// tile of a sequence; its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are dealt out to
-// the blocks in equal runs, so that one long context and many short ones fill the machine alike; the dealing depends on
-// sequence_lengths only and is done on the device, so the grid is fixed under a CUDA graph.
+// The heads that share a KV head are the rows of one 16-row product (larger groups are cut into several). A unit is such
+// a group of heads of a sequence; its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are
+// dealt out to the blocks in equal runs, so that one long context and many short ones fill the machine alike; a unit
+// counts as `unit_cost` tiles more than it has, for its merge takes time too. The dealing depends on sequence_lengths
+// only and is done on the device, so the grid is fixed under a CUDA graph.
 // Inside a block the warps take tiles in turn and know nothing of each other: each warp has its own ring of slots that
 // TMA fills with K and V tiles in turn, running ahead into the next unit, and its own running maximum, sum and output.
-// At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results, and
-// the last block to arrive joins them in the order of the context, so results do not depend on timing.
+// At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results,
+// and the last block to arrive joins them in the order of the context, so results do not depend on timing.
 // The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of the output, and of q and the cache if not FP8), QUANT_OUT,
 // SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
 #include "fp8/cp_async.cuh"
+#include "fp8/ex2.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/mma.cuh"
 #include "fp8/rows.cuh"
@@ -32,7 +34,8 @@ constexpr int K_STEPS = HEAD_DIM * BYTES / 32; // products over the head dimensi
 constexpr int S_TILES = TILE / 8, O_TILES = HEAD_DIM / 8;
 constexpr int SPAN = HEAD_DIM * BYTES < 128 ? HEAD_DIM * BYTES : 128;  // bytes of a swizzled row of keys
 // Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory.
-constexpr int COLUMNS = (ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32) < HEAD_DIM ? (ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32) : HEAD_DIM;
+constexpr int WIDEST = ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32;
+constexpr int COLUMNS = WIDEST < HEAD_DIM ? WIDEST : HEAD_DIM;
 constexpr int PITCH = COLUMNS + 8;             // floats; the padding spreads rows over the banks
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
 
@@ -44,11 +47,11 @@ struct Partial {
 struct Problem {
   const u8* q;
   const int *block_tables, *starts;
-  int sequences, max_blocks;
+  int sequences, max_blocks, unit_cost;
   int end;  // of this block's run of tiles
 };
 
-// A place in the line of tiles.
+// A place in the line of tiles. Behind its tiles a unit has `unit_cost` places of nothing.
 struct Cursor {
   int index, sequence, unit, tile;
 
@@ -62,22 +65,27 @@ struct Cursor {
       if (p.starts[middle] * UNITS <= place) sequence = middle;
       else high = middle;
     }
-    const int inside = place - p.starts[sequence] * UNITS, count = tiles(p);
+    const int inside = place - p.starts[sequence] * UNITS, count = places(p);
     unit = inside / count;
     tile = inside - unit * count;
   }
-  __device__ __forceinline__ int tiles(const Problem& p) const { return p.starts[sequence + 1] - p.starts[sequence]; }
+  __device__ __forceinline__ int places(const Problem& p) const { return p.starts[sequence + 1] - p.starts[sequence]; }
+  __device__ __forceinline__ int tiles(const Problem& p) const { return places(p) - p.unit_cost; }
   __device__ __forceinline__ void advance(const Problem& p, int count) {
     index += count;
     tile += count;
     if (index >= p.end) return;
-    while (tile >= tiles(p)) {
-      tile -= tiles(p);
+    while (tile >= places(p)) {
+      tile -= places(p);
       if (++unit < UNITS) continue;
       unit = 0;
       do sequence++;
-      while (tiles(p) == 0);
+      while (places(p) == 0);
     }
+  }
+  // On to the next tile, in steps of `step`, if there is none at this place.
+  __device__ __forceinline__ void skip_nothing(const Problem& p, int step) {
+    while (index < p.end && tile >= tiles(p)) advance(p, step);
   }
 };
 
@@ -89,6 +97,7 @@ struct Producer {
 
   __device__ __forceinline__ void start(const Problem& p, int first) {
     at.seek(p, first);
+    at.skip_nothing(p, WARPS);
     values = 0;
     look_up(p);
   }
@@ -96,7 +105,8 @@ struct Producer {
     if (at.index >= p.end) return;
     cp_async_4(shared_address(&page), p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
   }
-  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot, u32 full) {
+  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot,
+                                       u32 full) {
     if (at.index >= p.end) return;
     if (!values) cp_async_wait_all();
     const int head = page * KV_HEADS + at.unit / PARTS;
@@ -112,6 +122,7 @@ struct Producer {
     }
     if (values) {
       at.advance(p, WARPS);
+      at.skip_nothing(p, WARPS);
       look_up(p);
     }
     values = !values;
@@ -125,7 +136,7 @@ struct Shared {
   alignas(8) u64 full[WARPS * SLOTS];
   Producer producers[WARPS];  // here, not in registers: only one lane of a warp needs them
   int last, run;
-  int starts[1];  // [sequences + 1]: tiles of one unit in the sequences before
+  int starts[1];  // [sequences + 1]: places of one unit in the sequences before
 };
 
 // Where TMA's swizzle has put 16-byte unit `chunk` of a row of Span bytes, row < 8; the pattern repeats every 8 rows.
@@ -235,7 +246,7 @@ struct State {
       for (int j = 0; j < S_TILES; j++)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; i++) {
-          asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(s[j][i]) : "f"(fmaf(s[j][i], scale, shift)));
+          s[j][i] = ex2_approx(fmaf(s[j][i], scale, shift));
           l[half] += s[j][i];
         }
     }
@@ -253,6 +264,7 @@ DEVICE int rows_of(int unit) { return GROUP % ROWS == 0 ? ROWS : min(ROWS, GROUP
 DEVICE int first_head(int unit) { return unit / PARTS * GROUP + unit % PARTS * ROWS; }
 
 DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Problem& p, const Cursor& at) {
+  if (at.index >= p.end) return;
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;  // bytes
   const u8* first = p.q + (u64)(at.sequence * HEADS + first_head(at.unit)) * HEAD_DIM * BYTES + column;
 #pragma unroll
@@ -387,9 +399,12 @@ DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
   return shared.last;
 }
 
-// starts[i] = tiles in a unit's context, over the sequences before i.
-DEVICE void count_tiles(Shared& shared, const int* sequence_lengths, int sequences) {
-  for (int i = threadIdx.x; i < sequences; i += THREADS) shared.starts[i + 1] = (sequence_lengths[i] + TILE - 1) / TILE;
+// starts[i] = places in a unit, over the sequences before i.
+DEVICE void count_places(Shared& shared, const int* sequence_lengths, int sequences, int unit_cost) {
+  for (int i = threadIdx.x; i < sequences; i += THREADS) {
+    const int tiles = (sequence_lengths[i] + TILE - 1) / TILE;
+    shared.starts[i + 1] = tiles ? tiles + unit_cost : 0;
+  }
   if (threadIdx.x == 0) shared.starts[0] = 0;
   __syncthreads();
   if (threadIdx.x >= 32) return;
@@ -418,7 +433,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const u8* q,
        const int* block_tables, const int* sequence_lengths, const float* q_scale, const float* k_scale,
        const float* v_scale, const float* out_scale, void* y, int* counters, Partial* partials, int sequences,
-       int max_blocks) {
+       int max_blocks, int unit_cost) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
   griddepcontrol_launch_dependents();
@@ -432,14 +447,18 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (FP8_CACHE ? *q_scale * *k_scale : 1.0f);
   griddepcontrol_wait();
 
-  count_tiles(shared, sequence_lengths, sequences);
+  count_places(shared, sequence_lengths, sequences, unit_cost);
   __syncthreads();
   clear_empty(shared.starts, sequences, y);
   const int total = shared.starts[sequences] * UNITS;
-  const int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
+  int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
+  const int unit = shared.starts[1], whole = unit ? (run + unit - 1) / unit * unit : run;
+  // Contexts of one length: no unit is cut, if little is lost by it.
+  if (unit * sequences == shared.starts[sequences] && whole - run <= run / 8) run = whole;
   const int begin = min(total, (int)blockIdx.x * run);
-  const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, min(total, begin + run)};
-  if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit
+  const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, unit_cost, min(total, begin + run)};
+  if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
+  __syncthreads();
 
   Producer& producer = shared.producers[warp];
   u32 slot = warp * SLOTS, parity = 0;  // the slot to read next, of all the block's
@@ -467,10 +486,11 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   u32 queries[K_STEPS][4];
   Cursor at;
   at.seek(p, begin);
+  at.skip_nothing(p, 1);
+  load_queries(queries, p, at);
   while (at.index < p.end) {
     const int stop = min(at.tiles(p), at.tile + p.end - at.index);
     const int length = sequence_lengths[at.sequence];
-    load_queries(queries, p, at);
     state.clear();
     for (int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS; tile < stop; tile += WARPS) {
       float s[S_TILES][4];
@@ -480,14 +500,16 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
       multiply_values(state.o, s, wait());
       release();
     }
-    const u64 first = (u64)(at.sequence * HEADS + first_head(at.unit)) * HEAD_DIM;
-    const int rows = rows_of(at.unit);
-    const int origin = at.index - at.tile;  // of the unit, in the line of tiles
-    const int block = origin / shared.run, count = (origin + at.tiles(p) - 1) / shared.run - block + 1;
+    const Cursor done = at;
+    at.advance(p, min(at.places(p) - at.tile, p.end - at.index));
+    load_queries(queries, p, at);  // of the next unit, to arrive during the merge of this one
+    const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
+    const int rows = rows_of(done.unit);
+    const int origin = done.index - done.tile;  // of the unit, in the line of tiles
+    const int block = origin / shared.run, count = (origin + done.tiles(p) - 1) / shared.run - block + 1;
     Partial* partial = partials + 2 * blockIdx.x + (block == (int)blockIdx.x);
     merge(shared, state, rows, count == 1, output, first, partial);
-    if (count > 1 && last_to_arrive(shared, counters + at.sequence * UNITS + at.unit, count))
+    if (count > 1 && last_to_arrive(shared, counters + done.sequence * UNITS + done.unit, count))
       combine(partials, block, count, rows, output, first);
-    at.advance(p, stop - at.tile);
   }
 }

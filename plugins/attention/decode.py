@@ -20,15 +20,26 @@ E4M3 = "float8_e4m3fn"
 MULTIPROCESSORS = 132
 SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and keeps 1 KB of each block's
 TILE_ROWS = 16  # of a product
+UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
+MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Warps in a block, slots in each warp's ring, blocks on a multiprocessor."""
+    """Warps in a block, slots in each warp's ring, blocks on a multiprocessor: for many units, where small blocks merge
+    cheaply. Few units are cut among the blocks, and larger blocks make fewer partial results: `few` is for those."""
 
-    decode_warps: int = 4
+    decode_warps: int = 2
     decode_slots: int = 3
-    decode_blocks: int = 2
+    decode_blocks: int = 4
+
+    def few(self) -> Decode:
+        """What runs a step of few units, with as many slots on a multiprocessor."""
+        return Decode(4, max(2, self.decode_warps * self.decode_slots * self.decode_blocks // 8), 2)
+
+    @property
+    def grid(self) -> int:
+        return MULTIPROCESSORS * self.decode_blocks
 
 
 @dataclass(frozen=True)
@@ -87,15 +98,20 @@ def shape(plugin: Attention, inputs: Sequence[Tensor | None]) -> Shape:
 
 
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decode]:
-    """Two blocks of four warps, four of two, one of eight: rings of up to 192 KB on a multiprocessor in each."""
-    sequences = 256  # the tables of more of them still fit, in most shapes with a slot less
+    """Four blocks of two warps, two of four, one of eight: rings of up to 192 KB on a multiprocessor in each."""
+    sequences = 256  # the tables of more of them fit too, with fewer blocks on a multiprocessor
     of = shape(plugin, inputs)
     slots = 24576 // of.slot_bytes
-    wanted = [Decode(4, slots, 2), Decode(4, max(2, slots - 1), 2), Decode(2, slots, 4), Decode(8, slots, 1)]
+    wanted = [Decode(2, slots, 4), Decode(4, slots, 2), Decode(8, slots, 1), Decode(2, max(2, slots - 1), 4)]
     return [tactic for tactic in dict.fromkeys(wanted) if of.fits(tactic, sequences)]
 
 
 def kernels(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    """For many units, and for few."""
+    return kernel(plugin, tactic, inputs), kernel(plugin, tactic.few(), inputs)
+
+
+def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> Kernel:
     of, qkv = shape(plugin, inputs), inputs[0]
     assert qkv is not None
     constants = (
@@ -110,7 +126,7 @@ def kernels(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) 
         ("SLOTS", tactic.decode_slots),
         ("BLOCKS_PER_SM", tactic.decode_blocks),
     )
-    return (Kernel("attention", "decode.cu", "decode", constants),)
+    return Kernel("attention", "decode.cu", "decode", constants)
 
 
 def counter_bytes(of: Shape, max_sequences: int) -> int:
@@ -122,7 +138,7 @@ def workspace(
 ) -> int:
     """A counter for each unit, zero between launches, then two partial results for each block."""
     of = shape(plugin, inputs)
-    return counter_bytes(of, max_sequences) + 2 * MULTIPROCESSORS * tactic.decode_blocks * of.partial_bytes
+    return counter_bytes(of, max_sequences) + 2 * max(tactic.grid, tactic.few().grid) * of.partial_bytes
 
 
 def bind(
@@ -145,16 +161,23 @@ def bind(
     else:
         maps = [matrix_map(t, 64, of.tile, 128) for t in (keys, values)]
     start = counter_bytes(of, len(lengths))
-    sequences = ctypes.c_int()
+    sequences, unit_cost = ctypes.c_int(), ctypes.c_int()
     scales = tensors[10:14]  # q, k, v, out
     partials, width = workspace[start:], ctypes.c_int(tables.shape[1])
-    args = [*maps, q, tables, lengths, *scales, tensors[14], workspace, partials, sequences, width]
-    shared = of.shared_bytes(tactic, len(lengths))
-    launch = Launch(functions[0], 32 * tactic.decode_warps, args, shared)
+    args = [*maps, q, tables, lengths, *scales, tensors[14], workspace, partials, sequences, width, unit_cost]
+    many, few = (
+        Launch(function, 32 * t.decode_warps, args, of.shared_bytes(t, len(lengths)))
+        for function, t in zip(functions, (tactic, tactic.few()), strict=True)
+    )
 
     def run(step: StepShape) -> None:
+        units = step.decode_sequences * of.units
         sequences.value = step.decode_sequences
-        tiles = step.decode_sequences * of.units * -(-step.max_context // of.tile)  # at most
-        launch(max(1, min(MULTIPROCESSORS * tactic.decode_blocks, -(-tiles // tactic.decode_warps))))
+        unit_cost.value = UNIT_COST if units >= MANY else 0
+        if units >= MANY:
+            many(tactic.grid)
+        else:
+            tiles = units * -(-step.max_context // of.tile)  # at most
+            few(max(1, min(tactic.few().grid, -(-tiles // tactic.few().decode_warps))))
 
     return run

@@ -9,6 +9,7 @@
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), STAGES.
 // e4m3 products are summed by wgmma with about 14 bits of fraction, so every tile's P V is added up in float32.
 #include "fp8/convert.cuh"
+#include "fp8/ex2.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
@@ -58,12 +59,6 @@ template <int N> struct Ring {
     if (++stage == N) stage = 0, phase ^= 1;
   }
 };
-
-DEVICE float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // K-major operand of SWIZZLE-byte rows: q, k.
 DEVICE u64 row_descriptor(u32 address) {
@@ -124,14 +119,14 @@ DEVICE void softmax(float (&s)[TILE_KV / 2], Softmax& state, float scale, float 
     m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1));
     m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
     const float maximum = fmaxf(state.maximum[r], ceilf(m0 * scale));
-    rescale[r] = exp2_approx(state.maximum[r] - maximum);
+    rescale[r] = ex2_approx(state.maximum[r] - maximum);
     state.maximum[r] = maximum;
     const float bias = P_LOG2_SCALE - maximum;
     float l0 = 0, l1 = 0;
 #pragma unroll
     for (int i = 0; i < TILE_KV / 2; i += 4) {
-      s[i + 2 * r] = exp2_approx(fmaf(s[i + 2 * r], scale, bias));
-      s[i + 2 * r + 1] = exp2_approx(fmaf(s[i + 2 * r + 1], scale, bias));
+      s[i + 2 * r] = ex2_approx(fmaf(s[i + 2 * r], scale, bias));
+      s[i + 2 * r + 1] = ex2_approx(fmaf(s[i + 2 * r + 1], scale, bias));
       l0 += s[i + 2 * r], l1 += s[i + 2 * r + 1];
     }
     state.sum[r] = state.sum[r] * rescale[r] + (l0 + l1);
@@ -303,34 +298,11 @@ struct Consumer {
   }
 };
 
-// O / l to y. The item and the scales are read here, for the main loop has no registers left to keep them.
-DEVICE void finish(const Item& shared_item, u32 empty, float (&o)[HEAD_DIM / 2], const Softmax& state, u8* y,
-                   const float* v_scale, const float* out_scale, int row_of_tile) {
-  const Item item = shared_item;
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
-  const float v_factor = FP8_CACHE ? *v_scale : 1.f;
-  const Divisor out_factor = divisor(QUANT_OUT ? *out_scale : 1.f);
-  float factor[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    float l = state.sum[r];
-    l += __shfl_xor_sync(~0u, l, 1);
-    l += __shfl_xor_sync(~0u, l, 2);
-    factor[r] = l > 0.f ? v_factor / l : 0.f;  // a sequence of length 0 has no sum
-  }
-  scale_rows(o, factor);
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const int row = row_of_tile + 8 * r;
-    u8* to = y + ((u64)(item.row + row) * NUM_HEADS + item.head) * HEAD_DIM * OUT_BYTES;
-    store_row(to, o, r, threadIdx.x % 4, out_factor, row < item.rows);
-  }
-}
-
 DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
                     Shared& b, u32 q_smem, u32 k_smem, u32 v_smem, int group) {
   const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  const float v_factor = FP8_CACHE ? *v_scale : 1.f;
+  const Divisor out_factor = divisor(QUANT_OUT ? *out_scale : 1.f);
   Consumer my{b, k_smem, v_smem, {}, {}, FP8_CACHE ? (float)SCALE_LOG2 * *q_scale * *k_scale : (float)SCALE_LOG2, lane};
   Ring<Q_STAGES> q_ring;
 #pragma unroll 1
@@ -380,18 +352,38 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
       wgmma_wait_group<0>();
       my.release_v();
     }
+    int row = item.row, rows = item.rows, head = item.head;
+    if constexpr (FP8_CACHE && !QUANT_OUT) {  // read anew: here ptxas would spill them over the main loop
+      row = b.items[q_ring.stage].row, rows = b.items[q_ring.stage].rows, head = b.items[q_ring.stage].head;
+      __syncwarp();
+    }
+    if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
+    q_ring.next();
     for (int j = mine; j < all; j++) {  // tiles for the other warpgroup alone
       my.wait_k();
       my.release_k();
       my.wait_v();
       my.release_v();
     }
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float l = state.sum[r];
+      l += __shfl_xor_sync(~0u, l, 1);
+      l += __shfl_xor_sync(~0u, l, 2);
+      factor[r] = l > 0.f ? v_factor / l : 0.f;  // a sequence of length 0 has no sum
+    }
     if constexpr (FP8_CACHE) {
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; i++) o[i] += total[i];
     }
-    finish(b.items[q_ring.stage], shared_address(&b.q_empty[q_ring.stage]), o, state, y, v_scale, out_scale, row_of_tile);
-    q_ring.next();
+    scale_rows(o, factor);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int place = row_of_tile + 8 * r;
+      u8* to = y + ((u64)(row + place) * NUM_HEADS + head) * HEAD_DIM * OUT_BYTES;
+      store_row(to, o, r, c, out_factor, place < rows);
+    }
   }
 }
 

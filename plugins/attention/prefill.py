@@ -49,7 +49,7 @@ TILE_ENTRY = 16  # bytes of the work list: tiles.cuh
 
 @dataclass(frozen=True)
 class Prefill:
-    """Depth of the rings of K and V tiles."""
+    """Depth of the rings of K and V tiles, a power of two."""
 
     prefill_stages: int = 4
 
@@ -67,7 +67,7 @@ def shared_bytes(row: int, stages: int) -> int:
 
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Prefill]:
     row = row_bytes(plugin, inputs)
-    return [Prefill(stages) for stages in (4, 3, 2) if shared_bytes(row, stages) <= SHARED_LIMIT][:2]
+    return [Prefill(stages) for stages in (4, 2) if shared_bytes(row, stages) <= SHARED_LIMIT]
 
 
 def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:

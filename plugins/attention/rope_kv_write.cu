@@ -1,8 +1,9 @@
 // Rotary embedding of q and k in float32, quantization of q, k and v (or rounding to the cache's 16-bit type), and the
-// write of k and v into the paged cache by slot. One thread takes VEC rotation pairs of HEADS heads of one token; e4m3
-// values go through threads that take VALUE_DIMS dimensions of one token, so that a warp of consecutive tokens writes
-// the transposed, permuted page rows in whole 32-byte sectors. All loads of a thread are in flight at once. The last
-// block writes the work list of the prefill kernel.
+// write of k and v into the paged cache by slot. One thread takes VEC rotation pairs of HEADS heads of one token. e4m3
+// values of prefill rows go through threads that take VALUE_DIMS dimensions of one token, so that a warp of consecutive
+// tokens writes the transposed, permuted page rows in whole 32-byte sectors; those of decode rows, each of which is a
+// sector of its own, through threads of two dimensions, spread over the multiprocessors. All loads of a thread are in
+// flight at once. The last block writes the work list of the prefill kernel.
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM (0 = none), VEC (divides ROTARY_DIM / 2), FP8_CACHE,
 // QUANT_OUT, DTYPE.
@@ -125,6 +126,26 @@ DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_
   }
 }
 
+// Where dimension 0 of a token's value head is in the cache; the next dimension is 64 bytes further.
+DEVICE u8* value_place(u8* value_cache, int slot, int kv_head) {
+  const int offset = slot % 64;
+  const int place = (offset & 48) | (offset & 6) << 1 | (offset & 8) >> 2 | (offset & 1);  // layout.py: PERMUTATION
+  return value_cache + ((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM * 64 + place;
+}
+
+// Two dimensions of one token's value head, to e4m3.
+DEVICE void scatter_values(const u16* qkv, const int* slot_mapping, u8* value_cache, Divisor v_scale, int token, int kv_head, int dim) {
+  Raw<2> raw;
+  raw.load(qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim);
+  const int slot = slot_mapping[token];
+  if (slot < 0) return;
+  float x[2];
+  raw.convert(x);
+  const u16 codes = e4m3x2(divide(x[0], v_scale), divide(x[1], v_scale));
+  u8* to = value_place(value_cache, slot, kv_head) + dim * 64;
+  to[0] = (u8)codes, to[64] = codes >> 8;
+}
+
 // VALUE_DIMS dimensions of one token's value head, to e4m3, transposed. Lanes are consecutive tokens.
 DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_cache, Divisor v_scale, int token, int kv_head, int dim) {
   const int slot = slot_mapping[token];
@@ -133,9 +154,7 @@ DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_
   Raw<8> raw[VALUE_DIMS / 8];
 #pragma unroll
   for (int i = 0; i < VALUE_DIMS / 8; i++) raw[i].load(from + 8 * i);
-  const int offset = slot % 64;
-  const int place = (offset & 48) | (offset & 6) << 1 | (offset & 8) >> 2 | (offset & 1);  // layout.py: PERMUTATION
-  u8* to = value_cache + (((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim) * 64 + place;
+  u8* to = value_place(value_cache, slot, kv_head) + dim * 64;
 #pragma unroll
   for (int i = 0; i < VALUE_DIMS / 8; i++) {
     float x[8];
@@ -155,7 +174,8 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const int pair_blocks = ((u64)tokens * GROUPS * PIECES + 255) / 256;
-  const int value_blocks = FP8_CACHE ? ((tokens + 31) / 32 * NUM_KV_HEADS * (HEAD_DIM / VALUE_DIMS) + 7) / 8 : 0;
+  const int scatter_blocks = FP8_CACHE ? ((u64)decode_sequences * (NUM_KV_HEADS * HEAD_DIM / 2) + 255) / 256 : 0;
+  const int value_blocks = FP8_CACHE ? ((tokens - decode_sequences + 31) / 32 * (NUM_KV_HEADS * HEAD_DIM / VALUE_DIMS) + 7) / 8 : 0;
   const int block = blockIdx.x;
   if (block < pair_blocks) {
     const u32 unit = block * 256 + threadIdx.x;
@@ -163,10 +183,15 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
     if (token >= tokens) return;
     move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, divisor(FP8_CACHE ? *q_scale : 1.f),
                divisor(FP8_CACHE ? *k_scale : 1.f), query_start[sequences], token, unit / PIECES % GROUPS, unit % PIECES);
-  } else if (block < pair_blocks + value_blocks) {
-    const u32 warp = (block - pair_blocks) * 8 + threadIdx.x / 32;
+  } else if (block < pair_blocks + scatter_blocks) {
+    const u32 unit = (block - pair_blocks) * 256 + threadIdx.x;
+    const u32 dim = unit % (HEAD_DIM / 2) * 2, rest = unit / (HEAD_DIM / 2);
+    const u32 token = rest / NUM_KV_HEADS;
+    if (token < decode_sequences) scatter_values(qkv, slot_mapping, value_cache, divisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
+  } else if (block < pair_blocks + scatter_blocks + value_blocks) {
+    const u32 warp = (block - pair_blocks - scatter_blocks) * 8 + threadIdx.x / 32;
     const u32 dim = warp % (HEAD_DIM / VALUE_DIMS) * VALUE_DIMS, rest = warp / (HEAD_DIM / VALUE_DIMS);
-    const u32 token = rest / NUM_KV_HEADS * 32 + threadIdx.x % 32;
+    const u32 token = decode_sequences + rest / NUM_KV_HEADS * 32 + threadIdx.x % 32;
     if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, divisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
   } else {
     write_tiles(tiles, query_start, sequence_lengths, decode_sequences, sequences);

@@ -70,9 +70,10 @@ def bind(
     def run(step: StepShape) -> None:
         tokens.value, sequences.value, decode_sequences.value = step.tokens, step.sequences, step.decode_sequences
         blocks = -(-step.tokens * units // THREADS)
-        if fp8:  # warps of 32 tokens
-            warps = (step.tokens + 31) // 32 * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS)
-            blocks += (warps + 7) // 8
+        if fp8:  # two dimensions a thread for decode rows, warps of 32 tokens for the rest
+            blocks += -(-step.decode_sequences * plugin.num_kv_heads * plugin.head_dim // (2 * THREADS))
+            groups = (step.tokens - step.decode_sequences + 31) // 32
+            blocks += -(-groups * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS) // 8)
         launch(blocks + (step.sequences > step.decode_sequences))
 
     return run

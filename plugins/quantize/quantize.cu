@@ -1,6 +1,6 @@
-// y = quantize(activation(x)), of plugins quantize (no activation) and act_quant. A block takes THREADS * HELD vectors of
-// 8 values of one row (blockIdx.y picks which); per token it takes the whole row, and computes it twice if it is too long
-// for the registers (the second reading comes from L2).
+// y = quantize(activation(x)), of plugins quantize (no activation) and act_quant. A block takes THREADS * HELD vectors
+// of 8 values of one row (blockIdx.y picks which); per token it takes the whole row, and computes it twice if it is too
+// long for the registers (the second reading comes from L2).
 // Constants: WIDTH (F or K), THREADS, HELD, DTYPE, ACTIVATION, GATED, QUANT, SCALE_UB.
 #include "fp8/rows.cuh"
 #include "fp8/sync.cuh"
@@ -31,7 +31,8 @@ DEVICE void activate(uint4 raw, uint4 raw_up, float (&h)[8]) {
   for (int j = 0; j < 8; j++) h[j] = GATED ? activation(h[j]) * up[j] : activation(h[j]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) quantize(const uint4* x, const float* scale, void* y, float* y_scale) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+quantize(const uint4* x, const float* scale, void* y, float* y_scale) {
   __shared__ float2 scratch[32];
   griddepcontrol_launch_dependents();
   float s = QUANT == QUANT_STATIC ? *scale : 1.0f;

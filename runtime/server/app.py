@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -89,9 +89,7 @@ class Server:
             made = []
             for i, prompt in enumerate(prompts):
                 for k in range(order.n):
-                    seed = order.params.seed
-                    params = order.params if seed is None else replace(order.params, seed=(seed + k) % 2**63)
-                    made.append(self.llm.request(prompt, params, i, order.priority, order.user))
+                    made.append(self.llm.request(prompt, order.params, i, k, order.priority, order.user))
                     self.llm.worker.scheduler.check(made[-1])
             return made
         except (RequestError, EngineError) as error:

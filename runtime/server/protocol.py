@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fp8.runtime.request import RequestError, SamplingParams
+from fp8.runtime.sampling_params import RequestError, SamplingParams
 
 MAX_CHOICES = 128  # prompts times n
-# Values of fields that mean nothing was asked for; where SamplingParams has no such field, others are refused.
+# Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
-    "top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "presence_penalty": 0, "frequency_penalty": 0,
-    "repetition_penalty": 1, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "stop": [], "best_of": 1,
-    "echo": False, "suffix": "", "tools": [], "response_format": {"type": "text"},
+    "logprobs": False, "top_logprobs": 0, "prompt_logprobs": 0, "best_of": 1, "echo": False, "suffix": "", "tools": [],
+    "response_format": {"type": "text"},
 }  # fmt: skip
-SAMPLING = {field.name for field in fields(SamplingParams)} - {"max_tokens"}
+SAMPLING = {field.name for field in fields(SamplingParams)} - {"max_tokens", "n", "logprobs", "prompt_logprobs"}
 NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
 
 
@@ -120,7 +119,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 def _params(data: dict[str, Any], chat: bool) -> SamplingParams:
     for name, neutral in NEUTRAL.items():
         value = data.get(name)
-        if name not in SAMPLING and value is not None and value != neutral:
+        if value is not None and value != neutral:
             raise ClientError(400, f"{name} is {_short(value)}; this server does not support it", param=name)
     limit = _field(data, "max_completion_tokens", int, None) if chat else None
     limit = _field(data, "max_tokens", int, 2**31 if chat else 16) if limit is None else limit
@@ -145,9 +144,20 @@ def _sampling_value(name: str, value: Any) -> Any:
         raise ClientError(400, f"{name} is {_short(value)}; it must be a list of token ids", param=name)
     if name == "ignore_eos" and not isinstance(value, bool):
         raise ClientError(400, f"{name} is {_short(value)}; it must be true or false", param=name)
+    if name == "logit_bias":
+        return _logit_bias(value)
     if name == "stop" and isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in value.items()}  # JSON has no keys but texts
+    except (AttributeError, ValueError) as error:
+        raise ClientError(
+            400, f"logit_bias is {_short(value)}; it must map token ids to numbers", param="logit_bias"
+        ) from error
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,8 @@ DEVICE void ldmatrix_x4_trans(u32 address, u32 (&r)[4]) {
 // d += a b^T. d: rows t / 4 (d[0], d[1]) and t / 4 + 8 (d[2], d[3]), columns 2 (t % 4) + {0, 1}.
 // a: rows t / 4 (a[0], a[2]) and t / 4 + 8 (a[1], a[3]); b: row t / 4. One register holds the summed index
 // 4 (t % 4) .. + 3 (+ 16 in a[2], a[3], b1) in e4m3, 2 (t % 4) + {0, 1} (+ 8) in 16 bits.
+// Hopper's mma.sync has no FP8 form: ptxas converts the operands to f16, exactly, and multiplies those (only wgmma is
+// native), so it is no faster than 16 bits, and its sums are float32.
 DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -1,0 +1,201 @@
+"""Sampling beyond greedy and temperature: a step's rows that ask for it, packed on the host, applied on the device.
+
+Rows that ask for nothing are not touched, and a step without any costs nothing. The tokens that penalties look back on
+stay on the device, in a table [slots, max_seq_len] made at the first penalty: the host has not seen the newest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fp8.builder.engine import Limits
+from fp8.runtime.logits import keep_likely, keep_near_best, keep_typical, penalize
+from fp8.runtime.logprobs import LogprobTable, logprob_table
+from fp8.runtime.request import Request
+from fp8.runtime.scheduler import Row
+
+if TYPE_CHECKING:
+    import torch
+
+Choose = Callable[["torch.Tensor"], "torch.Tensor"]  # logits [L, V] -> tokens int32 [L]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step's rows ask for. Numbers below are places among the rows that sample, and thereby rows of the logits;
+    `arrays` holds them again, with all values, to be uploaded as one."""
+
+    arrays: dict[str, np.ndarray]
+    changed: int  # rows whose logits change
+    penalized: Sequence[Row]
+    truncated: bool
+    ordered: bool  # some row has top_k or top_p
+    typical: bool
+    logprob_rows: tuple[int, ...]
+    logprobs: tuple[int, ...]  # how many alternatives each of them wants
+
+
+def options_of(rows: Sequence[Row]) -> Options | None:
+    """The options of a step's rows; None if the sampling kernel alone will do."""
+    sampling = [row for row in rows if row.samples]
+    if all(r.request.params.plain and r.index >= r.request.params.min_tokens for r in sampling):
+        return None
+    params = [row.request.params for row in sampling]
+    stops = [_masked(row) for row in sampling]
+    penalized = [i for i, p in enumerate(params) if p.penalizes]
+    truncated = [i for i, p in enumerate(params) if p.truncates]
+    biases = [(i, t, b) for i, p in enumerate(params) for t, b in p.logit_bias.items()]
+    masks = [(i, t) for i, tokens in enumerate(stops) for t in tokens]
+    arrays = {
+        "bias_row": _int(i for i, _, _ in biases), "bias_token": _int(t for _, t, _ in biases),
+        "bias": _float(b for _, _, b in biases), "mask_row": _int(i for i, _ in masks),
+        "mask_token": _int(t for _, t in masks), "penalized": _int(penalized), "truncated": _int(truncated),
+    }  # fmt: skip
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        arrays[name] = _float(getattr(params[i], name) for i in penalized)
+    arrays["slot"] = _int(sampling[i].request.slot for i in penalized)
+    arrays["prompt"] = _int(len(sampling[i].request.prompt) for i in penalized)
+    arrays["length"] = _int(_length(sampling[i]) for i in penalized)
+    for name in ("temperature", "top_p", "min_p", "typical_p"):
+        arrays[name] = _float(getattr(params[i], name) for i in truncated)
+    arrays["top_k"] = _int(min(params[i].top_k, 2**31 - 1) or 2**31 - 1 for i in truncated)
+    listed = [i for i, p in enumerate(params) if p.logprobs is not None]
+    arrays["logprob_rows"] = _int(listed)
+    return Options(
+        arrays,
+        changed=len({*penalized, *truncated, *(i for i, _, _ in biases), *(i for i, _ in masks)}),
+        penalized=[sampling[i] for i in penalized],
+        truncated=bool(truncated),
+        ordered=any(params[i].top_k or params[i].top_p < 1 for i in truncated),
+        typical=any(params[i].typical_p < 1 for i in truncated),
+        logprob_rows=tuple(listed),
+        logprobs=tuple(params[i].logprobs or 0 for i in listed),
+    )
+
+
+class OptionSampler:
+    """Applies options around the draw, on one device."""
+
+    def __init__(self, limits: Limits, device: torch.device) -> None:
+        self._limits, self._device = limits, device
+        self._history: torch.Tensor | None = None
+        self._held: dict[int, tuple[Request, int, int]] = {}  # slot -> whose, its preemptions, how many tokens
+
+    def sample(
+        self, options: Options, logits: torch.Tensor, choose: Choose
+    ) -> tuple[torch.Tensor, LogprobTable | None]:
+        """Changes `logits` [L, V] in place and lets `choose` take the tokens; returns these and the log-probabilities
+        that rows want, of the logits as they came."""
+        fresh = self._fresh(options.penalized)
+        on_device = _upload(options.arrays | {"fresh": _int(t for r in fresh for t in r.tokens)}, logits)
+        listed = on_device["logprob_rows"]
+        log_p = logits.index_select(0, listed).log_softmax(1) if options.logprobs else None
+        if options.penalized:
+            self._write_history(fresh, on_device["fresh"])
+        if options.changed:
+            self._change(options, on_device, logits)
+        tokens = choose(logits)
+        if options.penalized:
+            self._history_table().index_put_(
+                (on_device["slot"], on_device["length"]), tokens.index_select(0, on_device["penalized"])
+            )
+        if log_p is None:
+            return tokens, None
+        return tokens, logprob_table(log_p, tokens.index_select(0, listed), options.logprobs)
+
+    def _change(self, options: Options, on_device: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+        import torch
+
+        at, bias = (on_device["bias_row"], on_device["bias_token"]), on_device["bias"]
+        logits.index_put_(at, logits[at] + bias)
+        if options.penalized:
+            rows, slots = on_device["penalized"], on_device["slot"]
+            longest = max(_length(row) for row in options.penalized)
+            history = self._history_table()[:, :longest].index_select(0, slots)
+            penalties = [on_device[f"{name}_penalty"] for name in ("repetition", "presence", "frequency")]
+            changed = penalize(
+                logits.index_select(0, rows), history, on_device["prompt"], on_device["length"], *penalties
+            )
+            logits.index_copy_(0, rows, changed)
+        at = (on_device["mask_row"], on_device["mask_token"])
+        logits.index_put_(at, torch.full_like(on_device["mask_row"], -torch.inf, dtype=logits.dtype))
+        if options.truncated:
+            rows = on_device["truncated"]
+            taken = logits.index_select(0, rows)
+            kept = self._truncate(options, on_device, taken / on_device["temperature"][:, None])
+            logits.index_copy_(0, rows, torch.where(kept > -torch.inf, taken, -torch.inf))
+
+    @staticmethod
+    def _truncate(options: Options, on_device: dict[str, torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scores = torch.where(scores.isnan(), -torch.inf, scores)
+        if options.ordered:
+            scores = keep_likely(scores, on_device["top_k"], on_device["top_p"])
+        scores = keep_near_best(scores, on_device["min_p"])
+        return keep_typical(scores, on_device["typical_p"]) if options.typical else scores
+
+    def _fresh(self, rows: Sequence[Row]) -> list[Request]:
+        """The requests among `rows` whose tokens are not in the table: new ones, and those that come back to a slot
+        after a preemption. All their tokens are known to the host then."""
+        fresh = []
+        for row in rows:
+            request, length = row.request, _length(row)
+            if self._held.get(request.slot) != (request, request.preemptions, length):
+                assert length == len(request.tokens), "a request starts with nothing in flight"
+                fresh.append(request)
+            self._held[request.slot] = (request, request.preemptions, length + 1)
+        return fresh
+
+    def _write_history(self, requests: Sequence[Request], tokens: torch.Tensor) -> None:
+        table, begin = self._history_table(), 0
+        for request in requests:
+            end = begin + len(request.tokens)
+            table[request.slot, : end - begin] = tokens[begin:end]
+            begin = end
+
+    def _history_table(self) -> torch.Tensor:
+        import torch
+
+        if self._history is None:
+            shape = (self._limits.max_batch_size, self._limits.max_seq_len)
+            self._history = torch.zeros(shape, dtype=torch.int32, device=self._device)
+        return self._history
+
+
+def _masked(row: Row) -> Sequence[int]:
+    """Tokens that cannot come yet."""
+    return sorted(row.request.stop_tokens) if row.index < row.request.params.min_tokens else ()
+
+
+def _length(row: Row) -> int:
+    """Tokens of the row's sequence before the one that it samples."""
+    return row.start + row.count
+
+
+def _int(values: object) -> np.ndarray:
+    return np.fromiter(values, np.int64)  # type: ignore[call-overload, no-any-return]
+
+
+def _float(values: object) -> np.ndarray:
+    return np.fromiter(values, np.float32)  # type: ignore[call-overload, no-any-return]
+
+
+def _upload(arrays: dict[str, np.ndarray], like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The arrays where `like` is, by one copy. The pinned memory is torch's, which reuses it after the copy only."""
+    import torch
+
+    padded = [np.resize(a.view(np.uint8), -(-a.nbytes // 8) * 8) for a in arrays.values()]  # int64 views are aligned
+    data = torch.from_numpy(np.concatenate(padded))
+    if like.is_cuda:
+        data = data.pin_memory().to(like.device, non_blocking=True)
+    out, at = {}, 0
+    for name, array in arrays.items():
+        dtype = getattr(torch, array.dtype.name)
+        out[name] = data[at : at + array.nbytes].view(dtype)
+        at += -(-array.nbytes // 8) * 8
+    return out
