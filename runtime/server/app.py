@@ -50,7 +50,7 @@ class Server:
 
     async def answer(self, http: Request, chat: bool) -> Response:
         """A completion or a chat completion, whole or as a stream of events."""
-        self._authorize(http)
+        self.authorize(http)
         order = parse_order(await self._body(http), self.model, chat)
         generations = await asyncio.to_thread(self._generations, order)
         self._reserve(len(generations))
@@ -61,7 +61,8 @@ class Server:
         finally:
             self._release(len(generations))
 
-    def _authorize(self, http: Request) -> None:
+    def authorize(self, http: Request) -> None:
+        """Raises ClientError unless the request carries the API key, if there is one."""
         given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if self.api_key is not None and not hmac.compare_digest(given, self.api_key.encode()):
             raise ClientError(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
@@ -207,12 +208,12 @@ def _add_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models(http: Request) -> Response:
-        server._authorize(http)
+        server.authorize(http)
         return JSONResponse({"object": "list", "data": [card]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(http: Request, name: str) -> Response:
-        server._authorize(http)
+        server.authorize(http)
         if name != server.model:
             raise ClientError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
         return JSONResponse(card)

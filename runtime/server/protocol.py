@@ -14,7 +14,7 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 MAX_CHOICES = 128  # prompts times n
 # Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
-    "logprobs": False, "top_logprobs": 0, "prompt_logprobs": 0, "best_of": 1, "echo": False, "suffix": "", "tools": [],
+    "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None, "best_of": 1, "echo": False, "suffix": "", "tools": [],
     "response_format": {"type": "text"},
 }  # fmt: skip
 SAMPLING = {field.name for field in fields(SamplingParams)} - {"max_tokens", "n", "logprobs", "prompt_logprobs"}
@@ -86,7 +86,9 @@ def _field(data: dict[str, Any], name: str, kind: type, default: Any) -> Any:
 
 def _prompts(data: dict[str, Any]) -> list[str | list[int]]:
     prompt = data.get("prompt")
-    if isinstance(prompt, str) or _token_ids(prompt):
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and _token_ids(prompt):
         return [prompt]
     if isinstance(prompt, list) and prompt and all(isinstance(p, str) or _token_ids(p) for p in prompt):
         return prompt
@@ -119,7 +121,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 def _params(data: dict[str, Any], chat: bool) -> SamplingParams:
     for name, neutral in NEUTRAL.items():
         value = data.get(name)
-        if value is not None and value != neutral:
+        if value is not None and (value != neutral or type(value) is not type(neutral)):  # 0 is not False here
             raise ClientError(400, f"{name} is {_short(value)}; this server does not support it", param=name)
     limit = _field(data, "max_completion_tokens", int, None) if chat else None
     limit = _field(data, "max_tokens", int, 2**31 if chat else 16) if limit is None else limit
