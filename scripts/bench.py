@@ -22,7 +22,7 @@ from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.scripts.provenance import add_argument, provenance
-from fp8.scripts.run import ERRORS, add_session_arguments, open_llm, positive
+from fp8.scripts.run import ERRORS, add_session_arguments, positive
 
 # What one H200 sustains in large operations, measured: the yardstick of "fraction of the bound", not a data sheet.
 BYTES_PER_SECOND = 4.3e12
@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
 
 def latency(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per batch size."""
-    llm = open_llm(args)
+    # Prompts are random, but a batch size draws the same ones as the one before: none may come from the cache.
+    memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
+    llm = LLM(args.engine_dir, args.device, *memory, reuse_prefixes=False)
     _check_latency(args, llm.session)
     return [_latency(llm, args, batch) for batch in args.batch_size]
 
