@@ -14,8 +14,8 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 MAX_CHOICES = 128  # prompts times n
 # Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
-    "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None, "best_of": 1, "echo": False, "suffix": "", "tools": [],
-    "response_format": {"type": "text"},
+    "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None, "best_of": 1, "echo": False, "suffix": "",
+    "tools": [], "response_format": {"type": "text"},
 }  # fmt: skip
 SAMPLING = {field.name for field in fields(SamplingParams)} - {"max_tokens", "n", "logprobs", "prompt_logprobs"}
 NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
