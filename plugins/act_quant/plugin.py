@@ -83,7 +83,6 @@ class ActQuant(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-
         given = len(tensors) - (2 if self.quant == "per_token" else 1)  # the scale may be left out
         x, scale = (*tensors[:given], None)[:2]
         width = x.shape[1] // 2 if self.gated else x.shape[1]

@@ -59,6 +59,5 @@ class Embedding(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-
         parts = -(-tensors[1].shape[1] // (VECTOR * tactic.threads))
         return row_launch(functions[0], tactic.threads, tensors, lambda step: step.tokens, parts)

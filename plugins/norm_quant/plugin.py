@@ -111,7 +111,6 @@ class NormQuant(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-
         scaled, summed = self.quant == "per_token", self.residual and not self.gather
         given = len(tensors) - (1 + scaled + summed)  # trailing inputs may be left out
         inputs, outputs = self._padded(tensors[:given]), list(tensors[given:])

@@ -68,7 +68,6 @@ class Quantize(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-
         given = len(tensors) - (2 if self.quant == "per_token" else 1)  # the scale may be left out
         x, scale = (*tensors[:given], None)[:2]
         return quantize_launch(tactic, functions[0], x.shape[1], x, scale, tensors[given:])
