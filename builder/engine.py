@@ -80,6 +80,11 @@ class Limits:
     max_num_tokens: int
     block_size: int = 64
 
+    @property
+    def logits_rows(self) -> int:
+        """L at most; fp8-eval takes the logits of so many tokens in one step, however small the batch."""
+        return max(self.max_batch_size, 256)
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -230,14 +235,18 @@ def load(directory: str | Path, rank: int = 0, verify_weights: bool = True) -> E
     if not engine.weights_path.is_file():
         raise EngineError(f"{engine.weights_path} is missing; it holds the weights of {path}")
     if verify_weights:
-        found = file_sha256(engine.weights_path)
-        if found != engine.plan.weights_sha256:
-            raise EngineError(
-                f"{engine.weights_path} is not the weights file that {path.name} was built with "
-                f"(sha256 {found[:12]}, expected {engine.plan.weights_sha256[:12]}): damaged or exchanged; "
-                "build it again"
-            )
+        check_weights(engine, file_sha256(engine.weights_path))
     return engine
+
+
+def check_weights(engine: Engine, found: str) -> None:
+    """Raises EngineError if `found`, the sha256 of the weights file, is not the one that the plan was built with."""
+    expected = engine.plan.weights_sha256
+    if found != expected:
+        raise EngineError(
+            f"{engine.weights_path} is not the weights file that the engine was built with (sha256 {found[:12]}, "
+            f"expected {expected[:12]}): damaged or exchanged; build it again"
+        )
 
 
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -9,18 +9,12 @@ from fp8.builder.dtypes import BYTES
 from fp8.builder.engine import Buffer, Limits, Plan, Step
 
 ALIGNMENT = 256  # bytes; TMA wants 16, a full L2 sector line is 128, cudaMalloc gives 256
-MIN_LOGITS_ROWS = 256  # fp8-eval takes the logits of this many tokens in one step
-
-
-def logits_rows(limits: Limits) -> int:
-    """Rows of every buffer with "L" rows."""
-    return max(limits.max_batch_size, MIN_LOGITS_ROWS)
 
 
 def buffer_bytes(buffer: Buffer, limits: Limits) -> int:
     """Size for the maximal step."""
     batch = limits.max_batch_size
-    sizes = {"T": limits.max_num_tokens, "B": batch, "B+1": batch + 1, "L": logits_rows(limits), "blocks": 1}
+    sizes = {"T": limits.max_num_tokens, "B": batch, "B+1": batch + 1, "L": limits.logits_rows, "blocks": 1}
     count = 1
     for dim in buffer.shape:
         count *= sizes[dim] if isinstance(dim, str) else dim

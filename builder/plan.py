@@ -117,7 +117,7 @@ class Tactics:
         self.nodes = found
         self.limits = limits
         self.sites = {n.name: [tune.Site(n.plugin, n.types, rows, n.name) for rows in self._buckets(n)] for n in found}
-        self.sampler = tune.Site(load("sampling")(), self._sampler_types(), memory.logits_rows(limits), "sampler")
+        self.sampler = tune.Site(load("sampling")(), self._sampler_types(), limits.logits_rows, "sampler")
         self.choices: dict[tune.Site, tune.Choice] = {}
         self._regions: dict[Any, int] = {}
         self.workspace_bytes = 0
@@ -159,7 +159,7 @@ class Tactics:
         return self._regions[owner]
 
     def _buckets(self, node: Node) -> list[int]:
-        rows = memory.logits_rows(self.limits) if node.rows == "L" else self.limits.max_num_tokens
+        rows = self.limits.logits_rows if node.rows == "L" else self.limits.max_num_tokens
         return node.plugin.buckets(rows)
 
     def _sampler_types(self) -> tuple[Tensor | None, ...]:

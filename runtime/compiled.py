@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
-from fp8.runtime.step_inputs import StepInputs, logits_rows
+from fp8.runtime.step_inputs import StepInputs
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def check_device(plan: Plan, device: torch.device) -> None:
 def sizes(plan: Plan) -> dict[str, int]:
     """What the symbolic dimensions are at most."""
     limits = plan.limits
-    return {"T": limits.max_num_tokens, "B": limits.max_batch_size, "L": logits_rows(limits)}
+    return {"T": limits.max_num_tokens, "B": limits.max_batch_size, "L": limits.logits_rows}
 
 
 def buffer_bytes(plan: Plan, buffer: Buffer) -> int:

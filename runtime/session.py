@@ -19,7 +19,7 @@ from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
 from fp8.runtime.sampling_options import Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
-from fp8.runtime.step_inputs import Packer, StepInputs, logits_rows
+from fp8.runtime.step_inputs import Packer, StepInputs
 
 if TYPE_CHECKING:
     import torch
@@ -93,13 +93,13 @@ class Session:
             self._open_on_cpu(engine, max_kv_blocks)
         pinned = self.device.type == "cuda"
         self._tokens = [
-            torch.zeros(logits_rows(self.limits), dtype=torch.int32, pin_memory=pinned) for _ in range(STAGES)
+            torch.zeros(self.limits.logits_rows, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGES)
         ]
 
     def _open_on_cpu(self, engine: Engine, max_kv_blocks: int | None) -> None:
         import torch
 
-        engine_format.load(engine.directory)  # verifies the weights' hash
+        engine_format.check_weights(engine, engine_format.file_sha256(engine.weights_path))
         self.num_blocks = max_kv_blocks or _blocks_in_host_memory(self.plan)
         self._inputs = StepInputs(self.limits, self.device, STAGES)
         self.executor: ReferenceExecutor | CompiledExecutor = ReferenceExecutor(engine, self._inputs, self.num_blocks)
@@ -201,7 +201,7 @@ class Session:
 
     @property
     def max_logits_rows(self) -> int:
-        return min(logits_rows(self.limits), self.limits.max_num_tokens)
+        return min(self.limits.logits_rows, self.limits.max_num_tokens)
 
     @property
     def max_kv_tokens(self) -> int:

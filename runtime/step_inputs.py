@@ -20,17 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 128  # bytes
-MIN_LOGITS_ROWS = 256  # a step that wants every row's logits (perplexity) may be this long in any engine
-
-
-def logits_rows(limits: Limits) -> int:
-    """L's upper end."""
-    return max(limits.max_batch_size, MIN_LOGITS_ROWS)
 
 
 def layout(limits: Limits) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """Fields uploaded every step, in order: dtype and maximal shape."""
-    tokens, sequences, rows = limits.max_num_tokens, limits.max_batch_size, logits_rows(limits)
+    tokens, sequences, rows = limits.max_num_tokens, limits.max_batch_size, limits.logits_rows
     int32, int64, float32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
     return {
         "token_ids": (int32, (tokens,)),

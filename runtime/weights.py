@@ -8,7 +8,7 @@ import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO
 
-from fp8.builder.engine import Engine, EngineError
+from fp8.builder.engine import Engine, EngineError, check_weights
 from fp8.runtime.reference import check_weight
 
 if TYPE_CHECKING:
@@ -34,11 +34,7 @@ def load_to_gpu(engine: Engine, device: torch.device) -> dict[str, torch.Tensor]
         places, size = _places(entries)
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         found = _stream(file, header, entries, places, memory)
-    if found != engine.plan.weights_sha256:
-        raise EngineError(
-            f"{engine.weights_path} is not the weights file that the engine was built with (sha256 {found[:12]}, "
-            f"expected {engine.plan.weights_sha256[:12]}): damaged or exchanged; build it again"
-        )
+    check_weights(engine, found)
     weights = {}
     for name, entry in entries.items():
         dtype = getattr(torch, DTYPES[entry["dtype"]])

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8.builder.engine import write_atomically
+from fp8.builder.verify import sqnr
 from fp8.runtime.kv_cache import blocks_for
 from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.scheduler import Row
@@ -47,12 +48,6 @@ COLUMNS = {
     "perplexity CPU": ("perplexity_cpu", 4),
     "GPU": ("perplexity_gpu", 4),
 }
-
-
-def sqnr(reference: torch.Tensor, found: torch.Tensor) -> float:
-    """Signal to quantization-noise ratio in dB, in float64."""
-    noise = (reference.double() - found.double()).pow(2).sum().item()
-    return math.inf if noise == 0 else 10 * math.log10(reference.double().pow(2).sum().item() / noise)
 
 
 def logits(session: Session, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +87,9 @@ def compare(directory: Path, base: tuple[torch.Tensor, torch.Tensor], tokens: li
     fp8 = cpu.model.format.startswith("fp8") or cpu.model.kv_cache_dtype == "float8_e4m3fn"
     row: dict[str, Any] = {"engine": str(directory), "format": cpu.model.format}
     row["kv_cache_dtype"] = cpu.model.kv_cache_dtype
-    row["prefill_db"], row["decode_db"] = (sqnr(e, f) for e, f in zip(expected, found, strict=True))
+    row["prefill_db"], row["decode_db"] = (sqnr(f, e) for e, f in zip(expected, found, strict=True))
     row["needed_db"] = FP8_DB if fp8 else HIGH_PRECISION_DB
-    row["own_db"] = sqnr(torch.cat(base), torch.cat(expected)) if fp8 else None
+    row["own_db"] = sqnr(torch.cat(expected), torch.cat(base)) if fp8 else None
     row["perplexity_cpu"], row["perplexity_gpu"] = perplexity(cpu, tokens), perplexity(gpu, tokens)
     row["finite"] = all(bool(torch.isfinite(f).all()) for f in found)
     close = abs(row["perplexity_gpu"] / row["perplexity_cpu"] - 1) <= PERPLEXITY
