@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fp8.runtime.detokenizer import Detokenizer
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.policy import POLICIES
 from fp8.runtime.request import Request
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.service import Service, ServiceError
 from fp8.runtime.session import Session
-from fp8.runtime.text_stream import TextStream, may_begin
+from fp8.runtime.text_stream import TextStream
 from fp8.runtime.tokenizer import ChatTemplate, load_tokenizer
 from fp8.runtime.worker import Worker
 
@@ -69,11 +68,10 @@ class DeltaSource:
 
     def __init__(self, llm: LLM, request: Request) -> None:
         self.request = request
-        self._text = None if llm.tokenizer is None else TextStream(llm.tokenizer)
+        params = request.params
+        self._text = None if llm.tokenizer is None else TextStream(llm.tokenizer, params.stop, params.min_tokens)
         self._service = llm.service
         self._seen = 0
-        self._held = ""  # text that is not handed out yet
-        self._given = 0  # characters that are
 
     def take(self, output: list[int], finish_reason: str | None) -> Delta:
         """The part of `output` (all tokens so far) that is new. Raises ServiceError if the request was dropped."""
@@ -82,22 +80,8 @@ class DeltaSource:
         new, self._seen = output[self._seen :], len(output)
         if self._text is None:
             return Delta(new, None, finish_reason)
-        self._held += self._text.add(new)
-        return Delta(new, self._last() if finish_reason else self._certain(), finish_reason)
-
-    def _certain(self) -> str:
-        """What is held, without an end that may become a stop string."""
-        keep = len(self._held) - may_begin(self._held, self.request.params.stop)
-        text, self._held = self._held[:keep], self._held[keep:]
-        self._given += len(text)
-        return text
-
-    def _last(self) -> str:
-        assert self._text is not None
-        detokenizer = self.request.detokenizer
-        if detokenizer is not None and isinstance(self.request.stop_reason, str):
-            return detokenizer.text[self._given :]  # it ends before the stop string
-        return self._held + self._text.finish()
+        text = self._text.add(new)
+        return Delta(new, text + self._text.finish() if finish_reason else text, finish_reason)
 
 
 class LLM:
@@ -220,7 +204,7 @@ class LLM:
             stop_tokens=stop,
             priority=priority,
             user=user,
-            detokenizer=Detokenizer(self.tokenizer, params.stop) if self.tokenizer and params.stop else None,
+            text=TextStream(self.tokenizer, params.stop, params.min_tokens) if self.tokenizer and params.stop else None,
             reuse_prefix=params.prompt_logprobs is None,
         )
 
@@ -244,8 +228,8 @@ class LLM:
 
     def completion(self, prompt: Prompt, request: Request, sample: int = 0) -> Completion:
         text = None if self.tokenizer is None else self.tokenizer.decode(request.output)
-        if request.detokenizer is not None and isinstance(request.stop_reason, str):
-            text = request.detokenizer.text
+        if request.text is not None and request.text.found:
+            text = request.text.text
         timing = Timing(
             request.started - request.arrived, request.first_token - request.arrived, request.finished - request.arrived
         )

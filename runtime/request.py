@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fp8.runtime.detokenizer import Detokenizer
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.sampling_params import RequestError, SamplingParams
+from fp8.runtime.text_stream import TextStream
 
 __all__ = ["Request", "RequestError", "SamplingParams"]
 
@@ -37,7 +37,7 @@ class Request:
     slot: int = -1  # its place in the table of sampled tokens while it runs
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None  # the stop token or stop string that ended it
-    detokenizer: Detokenizer | None = None  # where stop strings are to be looked for
+    text: TextStream | None = None  # where stop strings are to be looked for
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens accepted, if asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # None: not asked for, or not yet known
     preemptions: int = 0
@@ -77,7 +77,10 @@ class Request:
         enough = generated > self.params.min_tokens
         if token in self.stop_tokens and enough:
             self.finish_reason, self.stop_reason = "stop", token
-        elif self.detokenizer is not None and (found := self.detokenizer.append(token, enough)):
-            self.finish_reason, self.stop_reason = "stop", found
+            return
+        if self.text is not None:
+            self.text.add([token])
+        if self.text is not None and self.text.found:
+            self.finish_reason, self.stop_reason = "stop", self.text.found
         elif generated >= self.max_new_tokens:
             self.finish_reason = "length"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from transformers.generation import logits_process as hf
 
 from fp8.builder.engine import Limits
 from fp8.plugins.sampling.reference import sample
-from fp8.runtime.detokenizer import Detokenizer
 from fp8.runtime.llm import LLM, sample_seed
 from fp8.runtime.logits import keep_likely, keep_near_best, keep_typical
 from fp8.runtime.request import Request
 from fp8.runtime.sampling_options import OptionSampler, options_of
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
+from fp8.runtime.text_stream import TextStream
 from fp8.scripts import build
 
 V, ROWS = 211, 8
@@ -267,17 +268,18 @@ class Pieces:
 def test_text_grows_token_by_token_to_what_decoding_all_gives() -> None:
     tokenizer = Pieces(b" a", b" bc", b"\xe2\x82", b"\xac", b" d")
     tokens = [0, 1, 2, 3, 4, 4, 1]
-    detokenizer = Detokenizer(tokenizer)
-    seen = [detokenizer.append(t) or detokenizer.text for t in tokens]
+    stream = TextStream(tokenizer)
+    seen = list(accumulate(stream.add([t]) for t in tokens))
     assert seen == ["a", "a bc", "a bc", "a bc\u20ac", "a bc\u20ac d", "a bc\u20ac d d", tokenizer.decode(tokens)]
 
 
 def test_the_earliest_stop_string_counts_and_none_before_min_tokens() -> None:
-    detokenizer = Detokenizer(Pieces(b"ab", b"cd", b"ef"), ["cde", "bc", "abc"])
-    assert (detokenizer.append(0), detokenizer.append(1)) == (None, "abc") and detokenizer.text == ""
-    late = Detokenizer(Pieces(b"ab", b"cd", b"ef"), ["bc"])
-    assert [late.append(0, False), late.append(1, False), late.append(0)] == [None, None, None]
-    assert late.append(1) == "bc" and late.text == "abcda"
+    stream = TextStream(Pieces(b"ab", b"cd", b"ef"), ["cde", "bc", "abc"])
+    assert stream.add([0]) == "" and stream.found is None
+    assert stream.add([1, 2]) == stream.finish() == stream.text == "" and stream.found == "abc"
+    late = TextStream(Pieces(b"ab", b"cd", b"ef"), ["bc"], min_tokens=2)
+    assert (late.add([0, 1, 0]), late.found) == ("abcda", None)
+    assert late.add([1]) == "" and (late.found, late.text) == ("bc", "abcda")
 
 
 @pytest.mark.parametrize(

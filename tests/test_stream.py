@@ -63,6 +63,25 @@ def test_bytes_that_are_no_text_come_as_the_tokenizer_writes_them(tokenizers, to
     assert "".join([*(stream.add([t]) for t in tokens), stream.finish()])[:3] == tokenizers[0].decode(tokens)[:3]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab\u20ac", max_size=30), st.lists(st.text("ab\u20ac", min_size=1, max_size=4), max_size=3),
+       st.integers(0, 5), st.integers(1, 3))  # fmt: skip
+def test_a_stop_string_is_found_however_the_tokens_come(
+    tokenizers, text: str, stop: list[str], early: int, step: int
+) -> None:
+    tokens = tokenizers[1].encode(text)
+    one, several = TextStream(tokenizers[1], stop, early), TextStream(tokenizers[1], stop, early)
+    pieces = [several.add(tokens[i : i + step]) for i in range(0, len(tokens), step)]
+    for token in tokens:
+        one.add([token])
+    assert one.finish() is not None and "".join([*pieces, several.finish()]) == several.text == one.text
+    assert one.found == several.found
+    begun = len(tokenizers[1].decode(tokens[:early]).rstrip("\ufffd"))
+    places = [at for s in stop if (at := text.find(s, begun)) >= 0]
+    assert (one.found is not None) == bool(places)
+    assert text.startswith(one.text) and (one.found is not None or one.text == text)
+
+
 def test_requests_arriving_at_random_on_a_small_pool_give_what_they_give_alone(engine_dir: Path) -> None:
     source = random.Random(5)
     shared = [source.randrange(tiny_engine.VOCAB) for _ in range(130)]
