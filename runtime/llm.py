@@ -47,7 +47,7 @@ class Completion:
     index: int = 0  # which of the prompt's n samples
     stop_reason: int | str | None = None  # the stop token or stop string that ended it
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
-    prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None, repr=False)  # None for the first token
+    prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None, repr=False)  # None before their start
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -205,7 +205,7 @@ class LLM:
             priority=priority,
             user=user,
             text=TextStream(self.tokenizer, params.stop, params.min_tokens) if self.tokenizer and params.stop else None,
-            reuse_prefix=params.prompt_logprobs is None,
+            shareable=None if params.prompt_logprobs is None else params.prompt_logprobs_start - 1,
         )
 
     @cached_property
@@ -264,8 +264,8 @@ def check_prompt(tokens: Sequence[int], index: int, max_seq_len: int, vocab_size
 
 def check_tokens(params: SamplingParams, index: int, vocab_size: int) -> None:
     """Raises RequestError if a parameter names a token that there is not."""
-    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        for token in tokens:
+    for name in ("stop_token_ids", "logit_bias", "logprob_token_ids"):
+        for token in getattr(params, name):
             if token >= vocab_size:
                 raise RequestError(
                     f"prompt {index}: {name} holds token {token}, outside the vocabulary (0 to {vocab_size - 1})"

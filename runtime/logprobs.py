@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,65 +11,95 @@ if TYPE_CHECKING:
     import torch
 
     from fp8.runtime.request import Request
+    from fp8.runtime.scheduler import Row
     from fp8.runtime.session import Session
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """ln p of a token, natural and by the model alone, and of the likeliest tokens, best first."""
+    """ln p of a token, natural and by the model alone, of the likeliest tokens, best first, and of those asked about, in
+    their order."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    asked: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class LogprobTable:
-    """`rows` tokens' log-probabilities, perhaps still on their way from the device: values f32 [S, 1 + k] and tokens
-    int32 [S, 1 + k], the chosen token first. `wanted`: how many of the k each row asked for."""
+    """Tokens' log-probabilities, perhaps still on their way from the device: values f32 [S, 1 + k + m] and tokens
+    int32 [S, 1 + k + m], the chosen token first, then the k likeliest, then those asked about. `wanted`: how many of
+    the k, and of the m, each row asked for."""
 
     values: torch.Tensor
     tokens: torch.Tensor
-    wanted: Sequence[int]
+    wanted: Sequence[tuple[int, int]]
 
     def entries(self) -> list[TokenLogprobs]:
         out = []
-        for values, tokens, k in zip(self.values.tolist(), self.tokens.tolist(), self.wanted, strict=True):
-            top = tuple(zip(tokens[1 : k + 1], values[1 : k + 1], strict=True))
-            out.append(TokenLogprobs(tokens[0], values[0], top))
+        first_asked = self.tokens.shape[1] - max((m for _, m in self.wanted), default=0)
+        for values, tokens, (k, m) in zip(self.values.tolist(), self.tokens.tolist(), self.wanted, strict=True):
+            pairs = list(zip(tokens, values, strict=True))
+            out.append(TokenLogprobs(*pairs[0], tuple(pairs[1 : k + 1]), tuple(pairs[first_asked : first_asked + m])))
         return out
 
 
-def logprob_table(log_p: torch.Tensor, chosen: torch.Tensor, wanted: Sequence[int]) -> LogprobTable:
-    """The table of `chosen` int [S] in log_p f32 [S, V], copied to the host without a wait for the device."""
+def logprob_table(
+    log_p: torch.Tensor, chosen: torch.Tensor, wanted: Sequence[tuple[int, int]], asked: torch.Tensor | None = None
+) -> LogprobTable:
+    """The table of `chosen` int [S], of the likeliest and of `asked` int64 [S, m] in log_p f32 [S, V], copied to the host
+    without a wait for the device."""
     import torch
 
-    top = log_p.topk(min(max(wanted), log_p.shape[1]), 1)
-    index = chosen.long()[:, None]
-    values = torch.cat([log_p.gather(1, index), top.values], 1)
-    tokens = torch.cat([index, top.indices], 1).int()
+    top = log_p.topk(min(max(k for k, _ in wanted), log_p.shape[1]), 1)
+    index = chosen.long()[:, None] if asked is None else torch.cat([chosen.long()[:, None], asked], 1)
+    values = log_p.gather(1, index)
+    values = torch.cat([values[:, :1], top.values, values[:, 1:]], 1)
+    tokens = torch.cat([index[:, :1], top.indices, index[:, 1:]], 1).int()
     return LogprobTable(_to_host(values), _to_host(tokens), wanted)
 
 
-def prompt_logprobs(session: Session, request: Request) -> list[TokenLogprobs | None]:
-    """One entry per prompt token, None for the first. The prompt passes through the request's own blocks once more, in
-    chunks of `session.max_logits_rows`; waits for the device."""
+def prompt_logprobs(session: Session, requests: Sequence[Request]) -> list[list[TokenLogprobs | None]]:
+    """One entry per prompt token of every request, None before its `prompt_logprobs_start`. These tokens pass through
+    the requests' own blocks once more, those of several requests together; waits for the device."""
     import torch
 
-    from fp8.runtime.scheduler import Row
-
-    prompt, k = request.prompt, request.params.prompt_logprobs
-    assert k is not None
-    out: list[TokenLogprobs | None] = [None]
-    for start in range(0, len(prompt) - 1, session.max_logits_rows):
-        size = min(session.max_logits_rows, len(prompt) - 1 - start)
-        log_p = session.token_logits([Row(request, start, size, False, 0)]).log_softmax(1)
-        targets = torch.tensor(list(prompt[start + 1 : start + 1 + size]), device=log_p.device)
-        table = logprob_table(log_p, targets, [k] * size)
+    out: list[list[TokenLogprobs | None]] = [
+        [None] * min(r.params.prompt_logprobs_start, len(r.prompt)) for r in requests
+    ]
+    at = {request: i for i, request in enumerate(requests)}
+    for rows in _scoring_steps(requests, session.max_logits_rows, session.limits.max_batch_size):
+        log_p = session.token_logits(rows).log_softmax(1)
+        targets = [t for row in rows for t in row.request.prompt[row.start + 1 : row.start + 1 + row.count]]
+        wanted = [(row.request.params.prompt_logprobs or 0, 0) for row in rows for _ in range(row.count)]
+        table = logprob_table(log_p, torch.tensor(targets, device=log_p.device), wanted)
         if log_p.is_cuda:
             torch.cuda.synchronize(log_p.device)
-        out += table.entries()
+        entries = iter(table.entries())
+        for row in rows:
+            out[at[row.request]] += itertools.islice(entries, row.count)
     return out
+
+
+def _scoring_steps(requests: Sequence[Request], max_tokens: int, max_rows: int) -> Iterator[list[Row]]:
+    """Steps of at most `max_tokens` tokens over all tokens before those that are wanted, in order for every request;
+    single tokens come first in a step."""
+    from fp8.runtime.scheduler import Row
+
+    rows: list[Row] = []
+    room = max_tokens
+    for request in requests:
+        start, end = request.params.prompt_logprobs_start - 1, len(request.prompt) - 1
+        while start < end:
+            if not room or len(rows) == max_rows:
+                yield sorted(rows, key=lambda row: row.count > 1)
+                rows, room = [], max_tokens
+            count = min(end - start, room)
+            rows.append(Row(request, start, count, False, 0))
+            start, room = start + count, room - count
+    if rows:
+        yield sorted(rows, key=lambda row: row.count > 1)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     priority: int = 0  # the higher, the earlier
     user: str = ""  # whom the fair policy counts it for
-    reuse_prefix: bool = True  # False: every token's logits are wanted
+    shareable: int | None = None  # of its first tokens, those whose K and V others may have computed; None: all
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0

@@ -36,7 +36,7 @@ class Options:
     ordered: bool  # some row has top_k or top_p
     typical: bool
     logprob_rows: tuple[int, ...]
-    logprobs: tuple[int, ...]  # how many alternatives each of them wants
+    logprobs: tuple[tuple[int, int], ...]  # how many likeliest tokens, and how many given ones, each of them wants
 
 
 def options_of(rows: Sequence[Row]) -> Options | None:
@@ -65,6 +65,9 @@ def options_of(rows: Sequence[Row]) -> Options | None:
     arrays["top_k"] = _int(min(params[i].top_k, 2**31 - 1) or 2**31 - 1 for i in truncated)
     listed = [i for i, p in enumerate(params) if p.logprobs is not None]
     arrays["logprob_rows"] = _int(listed)
+    asked = [params[i].logprob_token_ids for i in listed]
+    width = max(map(len, asked), default=0)
+    arrays["asked"] = _int(t for tokens in asked for t in (*tokens, *[0] * (width - len(tokens))))
     return Options(
         arrays,
         changed=len({*penalized, *truncated, *(i for i, _, _ in biases), *(i for i, _ in masks)}),
@@ -73,7 +76,7 @@ def options_of(rows: Sequence[Row]) -> Options | None:
         ordered=any(params[i].top_k or params[i].top_p < 1 for i in truncated),
         typical=any(params[i].typical_p < 1 for i in truncated),
         logprob_rows=tuple(listed),
-        logprobs=tuple(params[i].logprobs or 0 for i in listed),
+        logprobs=tuple((params[i].logprobs or 0, len(params[i].logprob_token_ids)) for i in listed),
     )
 
 
@@ -105,7 +108,8 @@ class OptionSampler:
             )
         if log_p is None:
             return tokens, None
-        return tokens, logprob_table(log_p, tokens.index_select(0, listed), options.logprobs)
+        asked = on_device["asked"].view(len(options.logprobs), -1)
+        return tokens, logprob_table(log_p, tokens.index_select(0, listed), options.logprobs, asked)
 
     def _change(self, options: Options, on_device: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
         import torch

@@ -31,7 +31,8 @@ class SamplingParams:
     times the likeliest, and what is less typical than the rest (typical_p). A greedy request leaves nothing out.
 
     `n` samples are drawn with seeds that follow from `seed`. `logprobs` and `prompt_logprobs`: log-probabilities (the
-    model's own, before any of the above) of every output or prompt token and of that many likeliest ones beside it.
+    model's own, before any of the above) of every output or prompt token and of that many likeliest ones beside it; of
+    prompt tokens from number `prompt_logprobs_start` on. `logprob_token_ids`: at every output token, of these tokens too.
 
     Raises RequestError for a value out of its range.
     """
@@ -54,9 +55,11 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 1  # the first token has no log-probability
+    logprob_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "logprob_token_ids"):
             object.__setattr__(self, name, _listed(name, getattr(self, name)))
         self._check_length()
         self._check_choice()
@@ -100,6 +103,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        _integer("prompt_logprobs_start", self.prompt_logprobs_start, 1)
+        for token in self.logprob_token_ids:
+            _integer("a token of logprob_token_ids", token, 0)
+        if self.logprob_token_ids and self.logprobs is None:
+            raise RequestError("logprob_token_ids are reported with the output's log-probabilities; set logprobs, to 0")
 
     @cached_property
     def penalizes(self) -> bool:

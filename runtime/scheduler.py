@@ -166,9 +166,10 @@ class Scheduler:
 
     def _cached(self, request: Request) -> list[int]:
         """Blocks in the pool that hold its first tokens. Its last token is always computed: that gives the logits."""
-        if not (self.reuse_prefixes and request.reuse_prefix):
+        if not self.reuse_prefixes:
             return []
-        full = (request.length - 1) // self.pool.block_size
+        shareable = request.length if request.shareable is None else request.shareable
+        full = min(request.length - 1, shareable) // self.pool.block_size
         extend_keys(request.keys, request.tokens, self.pool.block_size, full)
         return self.pool.find(request.keys[:full])
 

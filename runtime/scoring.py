@@ -1,19 +1,23 @@
-"""How well an engine predicts a text: negative log-likelihoods of given tokens, for perplexity."""
+"""How well an engine predicts given tokens: those of a text, for perplexity; continuations of contexts, for choices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fp8.runtime.kv_cache import KVCacheError, blocks_for
-from fp8.runtime.request import Request, SamplingParams
+from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 
 if TYPE_CHECKING:
     import torch
+
+    from fp8.runtime.llm import LLM, Completion
+
+GROUP = 1024  # requests in the queue at a time: the scheduler looks through all that wait
 
 
 class Window(NamedTuple):
@@ -68,3 +72,56 @@ def logit_losses(logits: torch.Tensor, targets: Sequence[int]) -> tuple[np.ndarr
     wide = logits.double()
     losses = wide.logsumexp(1) - wide.gather(1, wanted[:, None])[:, 0]
     return losses.cpu().numpy(), logits.argmax(1).cpu().numpy()
+
+
+class Score(NamedTuple):
+    """ln p of a continuation, and whether each of its tokens was the likeliest."""
+
+    logprob: float
+    greedy: bool
+
+
+def score_continuations(
+    llm: LLM, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Callable[[int], None] | None = None
+) -> list[Score]:
+    """How likely each continuation is after its context, in order; both at least one token long, together at most
+    max_seq_len. All run through the scheduler, beside each other and on shared prefixes.
+
+    The last token is looked up in what the rest of the sequence predicts, so continuations that differ in it alone, as
+    one-token choices do, cost one pass together. `progress` is told how many are done. Raises RequestError for a
+    sequence that is too long or holds a token outside the vocabulary.
+    """
+    scores: list[Score | None] = [None] * len(pairs)
+    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for i, (context, continuation) in enumerate(pairs):
+        if not context or not continuation:
+            raise RequestError(f"pair {i}: the context has {len(context)} tokens, the continuation {len(continuation)}")
+        groups.setdefault(((*context, *continuation[:-1]), len(context)), []).append(i)
+    for part in _parts(list(groups.items())):
+        wanted = [tuple(dict.fromkeys(pairs[i][1][-1] for i in members)) for _, members in part]
+        params = [
+            SamplingParams(
+                max_tokens=1, ignore_eos=True, logprobs=0, logprob_token_ids=last,
+                prompt_logprobs=1 if start < len(prompt) else None, prompt_logprobs_start=start,
+            ) for ((prompt, start), _), last in zip(part, wanted, strict=True)
+        ]  # fmt: skip
+        completions = llm.generate([list(prompt) for (prompt, _), _ in part], params)
+        for ((_, start), members), completion in zip(part, completions, strict=True):
+            for i in members:
+                scores[i] = _score(completion, start, pairs[i][1][-1])
+        if progress:
+            progress(sum(len(members) for _, members in part))
+    return [score for score in scores if score is not None]
+
+
+def _parts(items: list) -> Iterator[list]:
+    yield from (items[i : i + GROUP] for i in range(0, len(items), GROUP))
+
+
+def _score(completion: Completion, start: int, last: int) -> Score:
+    """Of the prompt's tokens from `start` on and the token `last` after them."""
+    known = [entry for entry in (completion.prompt_logprobs or [])[start:] if entry is not None]
+    assert completion.logprobs is not None
+    final = completion.logprobs[0]
+    logprob = sum(entry.logprob for entry in known) + dict(final.asked)[last]
+    return Score(logprob, final.token == last and all(entry.top[0][0] == entry.token for entry in known))

@@ -93,10 +93,10 @@ class Worker:
 
     def _score_prompts(self, rows: Sequence[Row]) -> None:
         """Log-probabilities of prompts just taken in: their blocks are still held, whatever the next step does."""
-        for row in rows:
-            request = row.request
-            if row.samples and request.params.prompt_logprobs is not None and request.prompt_logprobs is None:
-                request.prompt_logprobs = prompt_logprobs(self.session, request)
+        ended = [row.request for row in rows if row.samples]
+        wanted = [r for r in ended if r.params.prompt_logprobs is not None and r.prompt_logprobs is None]
+        for request, entries in zip(wanted, prompt_logprobs(self.session, wanted), strict=True):
+            request.prompt_logprobs = entries
 
     def _keep_logprobs(self, ticket: Ticket) -> None:
         """A token that came after its request's end has no place among its output."""

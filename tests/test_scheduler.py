@@ -255,7 +255,7 @@ def test_a_request_that_wants_all_logits_reuses_nothing() -> None:
     scheduler = Scheduler(BlockPool(20, BLOCK), 2, 64)
     for number in range(2):
         request = make(number, 12, 1, text=7)
-        request.reuse_prefix = False
+        request.shareable = 0
         scheduler.add(request)
         (row,) = scheduler.schedule()
         scheduler.update([row], [0])

@@ -17,7 +17,7 @@ NEUTRAL: dict[str, Any] = {
     "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None, "best_of": 1, "echo": False, "suffix": "",
     "tools": [], "response_format": {"type": "text"},
 }  # fmt: skip
-SAMPLING = {field.name for field in fields(SamplingParams)} - {"max_tokens", "n", "logprobs", "prompt_logprobs"}
+SAMPLING = {f.name for f in fields(SamplingParams) if "logprob" not in f.name} - {"max_tokens", "n"}
 NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
 
 
