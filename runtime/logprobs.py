@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """ln p of a token, natural and by the model alone, of the likeliest tokens, best first, and of those asked about, in
-    their order."""
+    """ln p of a token, natural and by the model alone, of the likeliest tokens, best first, and of those asked about,
+    in their order."""
 
     token: int
     logprob: float
@@ -48,8 +48,8 @@ class LogprobTable:
 def logprob_table(
     log_p: torch.Tensor, chosen: torch.Tensor, wanted: Sequence[tuple[int, int]], asked: torch.Tensor | None = None
 ) -> LogprobTable:
-    """The table of `chosen` int [S], of the likeliest and of `asked` int64 [S, m] in log_p f32 [S, V], copied to the host
-    without a wait for the device."""
+    """The table of `chosen` int [S], of the likeliest and of `asked` int64 [S, m] in log_p f32 [S, V], copied to the
+    host without a wait for the device."""
     import torch
 
     top = log_p.topk(min(max(k for k, _ in wanted), log_p.shape[1]), 1)

@@ -32,7 +32,7 @@ class SamplingParams:
 
     `n` samples are drawn with seeds that follow from `seed`. `logprobs` and `prompt_logprobs`: log-probabilities (the
     model's own, before any of the above) of every output or prompt token and of that many likeliest ones beside it; of
-    prompt tokens from number `prompt_logprobs_start` on. `logprob_token_ids`: at every output token, of these tokens too.
+    prompt tokens from number `prompt_logprobs_start` on. `logprob_token_ids`: at every output token, of these too.
 
     Raises RequestError for a value out of its range.
     """

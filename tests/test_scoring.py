@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens through the scheduler, against one pass of the whole sequence through the engine."""
+"""Log-probabilities of given tokens through the scheduler, against one pass of the whole sequence."""
 
 from __future__ import annotations
 
