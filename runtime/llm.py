@@ -61,6 +61,7 @@ class Delta:
     token_ids: list[int]
     text: str | None  # None where the engine has no tokenizer
     finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None = None  # of `token_ids`, if asked for
 
 
 class DeltaSource:
@@ -77,11 +78,13 @@ class DeltaSource:
         """The part of `output` (all tokens so far) that is new. Raises ServiceError if the request was dropped."""
         if finish_reason == "abort":
             raise ServiceError(f"the request was dropped: {self._service.failure or 'it was cancelled'}")
-        new, self._seen = output[self._seen :], len(output)
+        new, begin, self._seen = output[self._seen :], self._seen, len(output)
+        wanted = self.request.params.logprobs is not None
+        logprobs = self.request.logprobs[begin : len(output)] if wanted else None
         if self._text is None:
-            return Delta(new, None, finish_reason)
+            return Delta(new, None, finish_reason, logprobs)
         text = self._text.add(new)
-        return Delta(new, text + self._text.finish() if finish_reason else text, finish_reason)
+        return Delta(new, text + self._text.finish() if finish_reason else text, finish_reason, logprobs)
 
 
 class LLM:

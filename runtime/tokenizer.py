@@ -17,6 +17,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
 
+    def piece(self, token: int) -> str:
+        """What a token adds to a text that goes before it; a special token's name."""
+
 
 class ChatTemplate:
     """A model's way to write a conversation, from the tokenizer files beside the engine, through transformers."""
@@ -72,6 +75,9 @@ class FastTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    def piece(self, token: int) -> str:
+        return _piece(self._tokenizer, self._tokenizer.encode("a", add_special_tokens=False).ids, token)
+
 
 class SlowTokenizer:
     """Other formats (SentencePiece) through transformers."""
@@ -86,3 +92,12 @@ class SlowTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def piece(self, token: int) -> str:
+        return _piece(self._tokenizer, self._tokenizer("a", add_special_tokens=False)["input_ids"], token)
+
+
+def _piece(tokenizer: Any, before: list[int], token: int) -> str:
+    """Some decoders treat the beginning of a text in another way, so the token is read behind others."""
+    text = tokenizer.decode([*before, token], skip_special_tokens=False)
+    return str(text.removeprefix(tokenizer.decode(before, skip_special_tokens=False)))

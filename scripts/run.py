@@ -120,8 +120,11 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 def stream(args: argparse.Namespace) -> None:
     """Prints texts piece by piece; with `--output jsonl` an object per piece, `index` telling the prompt."""
     given, params = read_input(args), sampling_params(args)
-    if params.n > 1 or params.logprobs is not None or params.prompt_logprobs is not None:
-        raise RequestError("--streaming prints one text per prompt as it comes; leave out --n and log-probabilities")
+    if params.n > 1 or params.prompt_logprobs is not None or (params.logprobs is not None and args.output == "text"):
+        raise RequestError(
+            "--streaming prints one text per prompt as it comes; leave out --n and log-probabilities "
+            "(those of the output come with --output jsonl)"
+        )
     llm = open_llm(args)
     _record(llm, args)
     for index, item in enumerate(given):

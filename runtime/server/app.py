@@ -21,6 +21,7 @@ from fp8.runtime.async_llm import AsyncLLM
 from fp8.runtime.llm import Delta
 from fp8.runtime.request import Request as Generation
 from fp8.runtime.request import RequestError
+from fp8.runtime.server.choice import Choice, joined
 from fp8.runtime.server.metrics import exposition
 from fp8.runtime.server.protocol import Answer, ClientError, Order, parse_order, usage
 from fp8.runtime.service import ServiceError
@@ -110,16 +111,21 @@ class Server:
         self.reserved -= count
 
     async def _whole(self, order: Order, generations: list[Generation]) -> Response:
-        texts, reasons, count = [""] * len(generations), [""] * len(generations), 0
+        found: list[list[Delta]] = [[] for _ in generations]
         try:
             async with asyncio.timeout(self.limits.request_seconds), self._deltas(generations) as deltas:
                 async for i, delta in deltas:
-                    texts[i] += delta.text or ""
-                    count += len(delta.token_ids)
-                    reasons[i] = delta.finish_reason or ""
+                    found[i].append(delta)
         except (TimeoutError, ServiceError) as error:
             raise self._failure(error) from error
-        return JSONResponse(Answer(order).whole(texts, reasons, usage(_prompt_tokens(order, generations), count)))
+        whole = [joined(deltas) for deltas in found]
+        outputs = [choice.take(delta) for choice, delta in zip(self._choices(order, generations), whole, strict=True)]
+        used = usage(_prompt_tokens(order, generations), sum(len(delta.token_ids) for delta in whole))
+        return JSONResponse(Answer(order).whole(outputs, [delta.finish_reason for delta in whole], used))
+
+    def _choices(self, order: Order, generations: list[Generation]) -> list[Choice]:
+        echoed = [order.prompts[i // order.n] if order.echo else None for i in range(len(generations))]
+        return [Choice(g, self.llm.tokenizer, order.chat, p) for g, p in zip(generations, echoed, strict=True)]
 
     def _deltas(self, generations: list[Generation]) -> aclosing[AsyncGenerator[tuple[int, Delta], None]]:
         return aclosing(_merge([self.engine.run(g) for g in generations]))
@@ -143,13 +149,13 @@ class Server:
 
     async def _events(self, order: Order, generations: list[Generation]) -> AsyncGenerator[str, None]:
         """Server-sent events; those of several choices come as they are made."""
-        answer, begun, count = Answer(order), set(), 0
+        answer, choices, begun, count = Answer(order), self._choices(order, generations), set(), 0
         try:
             async with asyncio.timeout(self.limits.request_seconds), self._deltas(generations) as deltas:
                 async for i, delta in deltas:
                     count += len(delta.token_ids)
-                    if delta.text or delta.finish_reason or i not in begun:
-                        chunk = answer.chunk(i, delta.text or "", delta.finish_reason, i not in begun)
+                    if delta.text or delta.logprobs or delta.finish_reason or i not in begun:
+                        chunk = answer.chunk(i, choices[i].take(delta), delta.finish_reason, i not in begun)
                         begun.add(i)
                         yield _event(chunk)
             if order.include_usage:

@@ -14,11 +14,13 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 MAX_CHOICES = 128  # prompts times n
 # Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
-    "logprobs": False, "top_logprobs": 0, "prompt_logprobs": None, "best_of": 1, "echo": False, "suffix": "",
-    "tools": [], "response_format": {"type": "text"},
+    "prompt_logprobs": None, "best_of": 1, "suffix": "", "tools": [], "response_format": {"type": "text"},
 }  # fmt: skip
 SAMPLING = {f.name for f in fields(SamplingParams) if "logprob" not in f.name} - {"max_tokens", "n"}
 NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
+
+
+Output = tuple[str, dict[str, Any] | None]  # a choice's text and its field `logprobs`
 
 
 class ClientError(Exception):
@@ -46,6 +48,7 @@ class Order:
     include_usage: bool
     priority: int
     user: str
+    echo: bool = False
 
     @property
     def chat(self) -> bool:
@@ -68,9 +71,13 @@ def parse_order(body: bytes, model: str, chat: bool) -> Order:
     if not 1 <= n * max(1, len(prompts)) <= MAX_CHOICES:
         raise ClientError(400, f"n is {n}; prompts times n must lie between 1 and {MAX_CHOICES}", param="n")
     options = _field(data, "stream_options", dict, {})
+    echo = _field(data, "echo", bool, False)
+    if echo and chat:
+        raise ClientError(400, "echo is true; a chat has no prompt to echo: leave it out", param="echo")
     return Order(
         model, prompts, _messages(data) if chat else None, _params(data, chat), n, _field(data, "stream", bool, False),
         bool(options.get("include_usage")), _field(data, "priority", int, 0), _field(data, "user", str, ""),
+        echo,
     )  # fmt: skip
 
 
@@ -125,7 +132,9 @@ def _params(data: dict[str, Any], chat: bool) -> SamplingParams:
             raise ClientError(400, f"{name} is {_short(value)}; this server does not support it", param=name)
     limit = _field(data, "max_completion_tokens", int, None) if chat else None
     limit = _field(data, "max_tokens", int, 2**31 if chat else 16) if limit is None else limit
-    values: dict[str, Any] = {"temperature": 1.0}
+    values: dict[str, Any] = {"temperature": 1.0, "logprobs": _logprobs(data, chat)}
+    if data.get("echo"):
+        values["prompt_logprobs"] = values["logprobs"]
     for name in SAMPLING & data.keys():
         if data[name] is not None:
             values[name] = _sampling_value(name, data[name])
@@ -135,6 +144,16 @@ def _params(data: dict[str, Any], chat: bool) -> SamplingParams:
         raise ClientError(400, str(error)) from error
     except (TypeError, ValueError, OverflowError) as error:
         raise ClientError(400, f"a sampling value is of the wrong type: {error}") from error
+
+
+def _logprobs(data: dict[str, Any], chat: bool) -> int | None:
+    """How many likeliest tokens are wanted beside each one, None for no log-probabilities."""
+    if not chat:
+        return _field(data, "logprobs", int, None)
+    wanted, top = _field(data, "logprobs", bool, False), _field(data, "top_logprobs", int, None)
+    if top is not None and not wanted:
+        raise ClientError(400, f"top_logprobs is {top}; it needs logprobs to be true", param="top_logprobs")
+    return (top or 0) if wanted else None
 
 
 def _sampling_value(name: str, value: Any) -> Any:
@@ -179,18 +198,19 @@ class Answer:
         }  # fmt: skip
         self._kind, self._chunk_kind = kind, "chat.completion.chunk" if order.chat else kind
 
-    def whole(self, texts: Sequence[str], reasons: Sequence[str], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, outputs: Sequence[Output], reasons: Sequence[str | None], usage: dict[str, int]) -> dict[str, Any]:
         choices = [
-            {"index": i, "logprobs": None, "finish_reason": reason, **self._content(text, "message")}
-            for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+            {"index": i, "logprobs": logprobs, "finish_reason": reason, **self._content(text, "message")}
+            for i, ((text, logprobs), reason) in enumerate(zip(outputs, reasons, strict=True))
         ]
         return {**self._head, "object": self._kind, "choices": choices, "usage": usage}
 
-    def chunk(self, index: int, text: str, reason: str | None, first: bool) -> dict[str, Any]:
+    def chunk(self, index: int, output: Output, reason: str | None, first: bool) -> dict[str, Any]:
+        text, logprobs = output
         content = self._content(text, "delta")
         if self._order.chat and not first:
             del content["delta"]["role"]
-        choice = {"index": index, "logprobs": None, "finish_reason": reason, **content}
+        choice = {"index": index, "logprobs": logprobs, "finish_reason": reason, **content}
         return {**self._head, "object": self._chunk_kind, "choices": [choice]}
 
     def last_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
