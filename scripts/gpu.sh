@@ -6,6 +6,7 @@
 #     sanitizer   compute-sanitizer memcheck and racecheck over the small cases                 sanitizer.log
 #     example     quantize, build, run, evaluate the example; its engines against themselves
 #                 interpreted on the CPU                                                        example.txt engines.json
+#     service     random arrivals, sampling, prefixes, streaming, debug tensors on the example   service.json
 #     llama-7b    random weights in FP8 with FP8 KV: build, latency, profile of a decode step   llama-7b.json ...
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -18,8 +19,8 @@ while [ $# -gt 0 ]; do
   case $1 in
     --no-venv) no_venv=1 ;;
     --commit) commit=$2; shift ;;
-    kernels | sanitizer | example | llama-7b) parts="$parts $1" ;;
-    *) fail "unknown argument $1; known: --no-venv, --commit HASH, kernels, sanitizer, example, llama-7b" ;;
+    kernels | sanitizer | example | service | llama-7b) parts="$parts $1" ;;
+    *) fail "unknown argument $1; known: --no-venv, --commit HASH, kernels, sanitizer, example, service, llama-7b" ;;
   esac
   shift
 done
@@ -27,7 +28,7 @@ prepare "" "$no_venv"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
-for part in ${parts:-kernels sanitizer example llama-7b}; do
+for part in ${parts:-kernels sanitizer example service llama-7b}; do
   say "$part"
   begin=$SECONDS
   case $part in
@@ -41,6 +42,8 @@ for part in ${parts:-kernels sanitizer example llama-7b}; do
       "$PYTHON" -m fp8.scripts.quickstart --work_dir "$work/example" | tee "$out/example.txt" || failed=1
       (cd "$work/example" && "$PYTHON" -m fp8.scripts.gpu_engines --base BF16/engine --data "$OLDPWD/examples/heldout.txt" \
         --commit "$commit" --output "$out/engines.json" */engine) || failed=1 ;;
+    service)
+      "$PYTHON" -m fp8.scripts.gpu_service --work_dir "$work/service" --commit "$commit" --output "$out/service.json" || failed=1 ;;
     llama-7b)
       "$PYTHON" -m fp8.scripts.random_checkpoint --model llama-7b --qformat fp8 --kv_cache_dtype fp8 --output_dir "$work/checkpoint"
       "$PYTHON" -m fp8.scripts.build --checkpoint_dir "$work/checkpoint" --output_dir "$work/engine" --max_batch_size 64 \
