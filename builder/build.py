@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import errno
 import importlib.metadata
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,9 @@ from fp8.builder.checkpoint import Checkpoint, read_json
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
+from fp8.builder.parallel import tensor
+from fp8.builder.parallel.pipeline import Place
+from fp8.builder.parallel.tensor import TensorParallel
 from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
 from fp8.builder.quantize import COPIED, Model
@@ -30,10 +30,12 @@ from fp8.builder.rewrite import apart
 from fp8.builder.taps import Taps
 from fp8.builder.target import TARGETS, Journal, Target
 from fp8.builder.verify import Verifier
+from fp8.builder.workplace import BuildError, check_output, workplace
+
+__all__ = ["BuildError", "check_output"]  # used through this module
 
 
-class BuildError(ValueError):
-    """A flag or a directory with which no engine can be built: what was found, what is expected."""
+ALONE = Place()
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,20 @@ class Request:
     dump_passes: Path | None = None
     explain: str | None = None
     debug_tensors: tuple[str, ...] | None = None  # globs; None: no debug output
+    tp_size: int = 1
+    pp_size: int = 1
+    pp_layers: tuple[int, ...] = ()  # layers of each pipeline stage; empty: as even as they go
+    dtype: str | None = None  # of the activations: the checkpoint's, or "float32", which only references execute
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise BuildError(f"target {self.target!r} is not known; expected {' or '.join(TARGETS)}")
-        for name in ("max_batch_size", "max_seq_len", "max_num_tokens"):
+        if self.dtype not in (None, "float32") or (self.dtype and self.target != "cpu"):
+            raise BuildError(
+                f"dtype is {self.dtype!r} for target {self.target}; only float32 for target cpu can be chosen, as the "
+                "kernels' activations have the checkpoint's 16-bit type"
+            )
+        for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "tp_size", "pp_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}, expected at least 1")
@@ -71,6 +82,19 @@ class Request:
                 f"max_num_tokens {self.max_num_tokens} is below max_batch_size {self.max_batch_size}: a step of one "
                 "token per sequence would not fit"
             )
+
+    @property
+    def places(self) -> list[Place]:
+        """Of all ranks."""
+        return [self.place(rank) for rank in range(self.tp_size * self.pp_size)]
+
+    def place(self, rank: int = 0) -> Place:
+        """Raises BuildError if there is no such rank."""
+        if not 0 <= rank < self.tp_size * self.pp_size:
+            raise BuildError(
+                f"rank is {rank}, expected 0 to {self.tp_size * self.pp_size - 1} (tp_size x pp_size ranks)"
+            )
+        return Place(rank, self.tp_size, self.pp_size, self.pp_layers)
 
 
 @dataclass
@@ -100,18 +124,32 @@ class Source:
             )
         return Limits(request.max_batch_size, wanted, request.max_num_tokens)
 
-    def emit(self, limits: Limits) -> Graph:
-        return self.model.emit(self.config, self.checkpoint, self.format, self.dtype, max_positions=limits.max_seq_len)
+    def emit(self, limits: Limits, place: Place = ALONE) -> Graph:
+        """The layers of a rank's stage, not yet divided among the ranks of the stage."""
+        layers = place.layers(self.config.num_layers)
+        return self.model.emit(
+            self.config, self.checkpoint, self.format, self.dtype, layers=layers, max_positions=limits.max_seq_len
+        )
 
-    def info(self) -> ModelInfo:
+    def passes_target(
+        self, request: Request, place: Place, journal: Journal | None = None, kept: frozenset[str] = frozenset()
+    ) -> Target:
+        """What the passes are told."""
+        parallel = TensorParallel(self.info(), place.tp_rank, place.tp_size) if place.tp_size > 1 else None
+        limits = self.limits(request)
+        return Target(request.target, limits, journal or Journal(), kept, parallel, request.dtype)
+
+    def info(self, dtype: str | None = None) -> ModelInfo:
+        """`dtype`: of the activations, if not the checkpoint's."""
         c, raw = self.config, self.checkpoint.config
         path = self.checkpoint.directory / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
         eos = generation.get("eos_token_id", raw.get("eos_token_id"))
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        kv_dtype = "float8_e4m3fn" if self.format.fp8_kv_cache else self.dtype
+        dtype = dtype or self.dtype
+        kv_dtype = "float8_e4m3fn" if self.format.fp8_kv_cache else dtype
         return ModelInfo(
-            raw["model_type"], self.dtype, self.format.name, c.vocab_size, c.num_layers, c.num_heads, c.num_kv_heads,
+            raw["model_type"], dtype, self.format.name, c.vocab_size, c.num_layers, c.num_heads, c.num_kv_heads,
             c.head_dim, c.hidden_size, c.max_position_embeddings, kv_dtype, raw.get("bos_token_id"), tuple(ids),
         )  # fmt: skip
 
@@ -128,7 +166,7 @@ class Compiled:
     taps: Taps = field(default_factory=Taps)
 
 
-def choose_taps(source: Source, request: Request) -> tuple[Taps, frozenset[str]]:
+def choose_taps(source: Source, request: Request, place: Place = ALONE) -> tuple[Taps, frozenset[str]]:
     """The debug taps that the request asks for, and the tensors that no fusion may swallow. Raises TapError."""
     if request.debug_tensors is None:
         return Taps(), frozenset()
@@ -136,37 +174,41 @@ def choose_taps(source: Source, request: Request) -> tuple[Taps, frozenset[str]]
 
     def fused(kept: frozenset[str]) -> tuple[gs.Graph, dict[str, tuple[str, int, int]]]:
         parts: dict[str, tuple[str, int, int]] = {}
-        graph = source.emit(limits)
-        pipeline.run(
-            graph, Target(request.target, limits, kept=kept), lambda *done: parts.update(taps.columns(done[2]))
-        )
+        graph = source.emit(limits, place)
+        target = source.passes_target(request, place, kept=kept)
+        pipeline.run(graph, target, lambda *done: parts.update(taps.columns(done[2])))
         return graph, parts
 
-    return taps.plan(source.emit(limits), request.debug_tensors, fused)
+    emitted = source.emit(limits, place)
+    if place.tp_size > 1:
+        pipeline.tensor_parallel(emitted, source.passes_target(request, place))
+    return taps.plan(emitted, request.debug_tensors, fused)
 
 
 def fuse(
-    source: Source, request: Request, reporter: Reporter, kept: frozenset[str] = frozenset()
+    source: Source, request: Request, reporter: Reporter, kept: frozenset[str] = frozenset(), place: Place = ALONE
 ) -> tuple[Graph, Journal, list[report.Pair]]:
     """Emits the graph and runs the passes, dumping and verifying as asked."""
     limits = source.limits(request)
-    graph = source.emit(limits)
+    graph = source.emit(limits, place)
     pairs = report.pairs(graph)
-    target = Target(request.target, limits, Journal(explain=request.explain), kept)
+    target = source.passes_target(request, place, Journal(explain=request.explain), kept)
     if request.explain:
         _check_explained(graph, request.explain)
     quantized = source.format.scheme is not None or source.format.fp8_kv_cache
-    verifier = Verifier(graph, source.config.vocab_size, limits, quantized) if request.verify else None
+    alone = place.world_size == 1  # several ranks are verified together: `fp8.builder.parallel.verify`
+    verifier = Verifier(graph, source.config.vocab_size, limits, quantized) if request.verify and alone else None
+    folder = request.dump_passes and (request.dump_passes if alone else request.dump_passes / f"rank{place.rank}")
     stages = itertools.count(1)
 
     def after(name: str, count: int, graph: gs.Graph) -> None:
-        if request.dump_passes:
-            pipeline.dump(graph, request.dump_passes, next(stages), name)
+        if folder:
+            pipeline.dump(graph, folder, next(stages), name)
         text = f"pass {name}: {count} rewritten, {len(graph.nodes)} nodes left"
         reporter.remark(f"{text}, SQNR {verifier.check(name, graph):.1f} dB" if verifier else text)
 
-    if request.dump_passes:
-        pipeline.dump(graph, request.dump_passes, 0, "emit")
+    if folder:
+        pipeline.dump(graph, folder, 0, "emit")
     pipeline.run(graph, target, after)
     return graph, target.journal, pairs
 
@@ -178,9 +220,9 @@ def _check_explained(graph: gs.Graph, name: str) -> None:
         raise BuildError(f"no node is named {name!r}" + (f"; there are {', '.join(near)}" if near else ""))
 
 
-def explain(source: Source, request: Request) -> list[str]:
+def explain(source: Source, request: Request, place: Place = ALONE) -> list[str]:
     """Per pattern, one sentence: why it did or did not match at the node `request.explain`."""
-    _, journal, _ = fuse(source, request, Reporter())
+    _, journal, _ = fuse(source, request, Reporter(), place=place)
     assert request.explain is not None
     lines = [f"{pattern}: {sentence}" for pattern, (_, sentence) in sorted(journal.attempts.items())]
     starts: dict[str, set[str]] = {}
@@ -196,10 +238,12 @@ def _named(node: str, wanted: str) -> bool:
     return any(n == wanted or n.startswith((f"{wanted}/", f"{wanted}.")) for n in apart(node))
 
 
-def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool = False) -> Compiled:
+def compile(
+    source: Source, request: Request, reporter: Reporter, dry_run: bool = False, place: Place = ALONE
+) -> Compiled:
     """Everything but writing. Raises LegalityError before any kernel is compiled; a dry run stops there."""
-    tapped, kept = choose_taps(source, request)
-    graph, journal, pairs = fuse(source, request, reporter, kept)
+    tapped, kept = choose_taps(source, request, place)
+    graph, journal, pairs = fuse(source, request, reporter, kept, place)
     limits = source.limits(request)
     nodes = plan.nodes(graph)
     found = plan.buffers(graph)
@@ -220,10 +264,13 @@ def compile(source: Source, request: Request, reporter: Reporter, dry_run: bool 
         workspace = tactics.workspace_bytes
     buffers, arena = plan.place(found, steps, limits)
     version = importlib.metadata.version("fp8-engine")
+    compatibility = Compatibility(
+        engine.FORMAT_VERSION, version, request.target, place.rank, place.world_size, place.tp_size, place.pp_size
+    )
     built = Plan(
-        Compatibility(engine.FORMAT_VERSION, version, request.target), source.info(), limits, buffers, tuple(steps),
-        arena, workspace, "", {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())},
-        report.report(pairs, journal), tuple(tapped.taken),
+        compatibility, source.info(request.dtype), limits, buffers, tuple(steps), arena, workspace, "",
+        {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())}, report.report(pairs, journal),
+        tuple(tapped.taken), _share(source, graph, place),
     )  # fmt: skip
     return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal, tapped)
 
@@ -232,63 +279,55 @@ def _stage(reporter: Reporter, name: str) -> Callable[[int, int], None]:
     return lambda done, total: reporter.progress(name, done, total)
 
 
+def _share(source: Source, graph: Graph, place: Place) -> engine.Share | None:
+    if place.world_size == 1:
+        return None
+    layers = place.layers(source.config.num_layers)
+    columns: dict[str, int] = {}
+    for name, axes in graph.axes.items():
+        columns |= dict(zip(axes, source.checkpoint.entry(name).shape, strict=True))
+    if place.stage < place.pp_size - 1:
+        columns.pop("vocab", None)  # lm_head is in the last stage; the table of embeddings is on every rank whole
+    parallel = TensorParallel(source.info(), place.tp_rank, place.tp_size)
+    return engine.Share((layers.start, layers.stop), tensor.shares(columns, parallel))
+
+
 def write(compiled: Compiled, source: Source, output: Path, reporter: Reporter) -> Plan:
-    """Writes the engine directory, all of it or nothing. Raises BuildError if `output` is something else already."""
-    with _workplace(output) as partial:
-        total = sum(weights.size(c) for c in compiled.constants.values())
-        done = 0
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            reporter.progress("weights", done, total)
-
-        digest = weights.write(partial / "rank0.safetensors", compiled.constants.values(), progress)
-        built = dataclasses.replace(compiled.plan, weights_sha256=digest)
-        engine.write_atomically(partial / "rank0.engine", [engine.engine_bytes(built, compiled.cubins)])
-        facts = {k: dataclasses.asdict(getattr(built, k)) for k in ("compatibility", "model", "limits")}
-        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
-        engine.write_atomically(partial / "config.json", [text.encode()])
-        for name in COPIED:
-            if (source.checkpoint.directory / name).is_file():
-                shutil.copyfile(source.checkpoint.directory / name, partial / name)
+    """Writes the directory of a one-rank engine, all of it or nothing. Raises BuildError if `output` is something else
+    already."""
+    with workplace(output) as partial:
+        built = write_rank(compiled, partial, reporter)
+        write_common([built], source, partial)
     return built
 
 
-def check_output(output: Path) -> None:
-    """Raises BuildError unless `output` is new, empty, or an engine directory, which is replaced."""
-    if output.is_dir() and (not any(output.iterdir()) or (output / "rank0.engine").is_file()):
-        return
-    if output.exists():
-        raise BuildError(f"{output} exists and is no engine directory; remove it, or choose another --output_dir")
+def write_rank(compiled: Compiled, directory: Path, reporter: Reporter) -> Plan:
+    """Writes one rank's two files."""
+    total = sum(weights.size(c) for c in compiled.constants.values())
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        reporter.progress("weights", done, total)
+
+    name = f"rank{compiled.plan.compatibility.rank}"
+    digest = weights.write(directory / f"{name}.safetensors", compiled.constants.values(), progress)
+    built = dataclasses.replace(compiled.plan, weights_sha256=digest)
+    engine.write_atomically(directory / f"{name}.engine", [engine.engine_bytes(built, compiled.cubins)])
+    return built
 
 
-@contextlib.contextmanager
-def _workplace(output: Path) -> Iterator[Path]:
-    """`<output>.partial`, renamed to `output` on success, removed on any failure."""
-    check_output(output)
-    partial, replaced = (output.with_name(f"{output.name}.{end}") for end in ("partial", "replaced"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            os.replace(output, replaced)
-        os.replace(partial, output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        _undo(output, partial, replaced)
-        full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
-        raise BuildError(f"{output} cannot be written: {error.strerror or error}{full}") from error
-    except BaseException:
-        _undo(output, partial, replaced)
-        raise
-
-
-def _undo(output: Path, partial: Path, replaced: Path) -> None:
-    if replaced.exists() and not output.exists():  # stopped between the two renames
-        os.replace(replaced, output)
-    shutil.rmtree(partial, ignore_errors=True)
+def write_common(plans: Sequence[Plan], source: Source, directory: Path) -> None:
+    """Writes what all ranks share: config.json, which says how the model is divided, and the tokenizer."""
+    facts: dict[str, Any] = {k: dataclasses.asdict(getattr(plans[0], k)) for k in ("compatibility", "model", "limits")}
+    if len(plans) > 1:
+        facts["ranks"] = [dataclasses.asdict(p.share) for p in plans if p.share]
+    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    engine.write_atomically(directory / "config.json", [text.encode()])
+    for name in COPIED:
+        if (source.checkpoint.directory / name).is_file():
+            shutil.copyfile(source.checkpoint.directory / name, directory / name)
 
 
 def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:

@@ -2,8 +2,8 @@
 
 engine_dir/
   config.json          what the model is, its limits, the compatibility record (for people and tools)
-  rank0.engine         a safetensors container: the plan as JSON in the metadata, cubins as byte tensors
-  rank0.safetensors    weights in the layout that the kernels read; tied to the plan by hash
+  rank{r}.engine       a safetensors container: the plan as JSON in the metadata, cubins as byte tensors
+  rank{r}.safetensors  weights in the layout that the kernels read; tied to the plan by hash
   tokenizer files      copied from the checkpoint
 """
 
@@ -117,6 +117,14 @@ class Compatibility:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one of several ranks holds of the model: ranges [start, stop)."""
+
+    layers: tuple[int, int]
+    axes: dict[str, tuple[int, int]]  # "heads", "kv_heads", "mlp" and "vocab" columns
+
+
+@dataclass(frozen=True)
 class Plan:
     compatibility: Compatibility
     model: ModelInfo
@@ -129,6 +137,7 @@ class Plan:
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # hash -> source, entry, constants, registers, ...
     fusion_report: list[dict[str, Any]] = field(default_factory=list)  # one entry per Q/DQ pair
     taps: tuple[Tap, ...] = ()
+    share: Share | None = None  # what of the model it is; None: all of it
 
     def buffer(self, name: str) -> Buffer:
         return self._index[name]
@@ -142,7 +151,10 @@ class Plan:
         return index
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        facts = dataclasses.asdict(self)
+        if self.share is None:
+            del facts["share"]
+        return json.dumps(facts, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -156,10 +168,13 @@ class Plan:
         )  # fmt: skip
         buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"]), b["kind"], b["offset"]) for b in d["buffers"])
         taps = tuple(Tap(t["name"], t["buffer"], t["columns"] and tuple(t["columns"])) for t in d.get("taps", ()))
+        share = d.get("share") and Share(
+            tuple(d["share"]["layers"]), {axis: tuple(part) for axis, part in d["share"]["axes"].items()}
+        )
         model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
         return Plan(
             Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
-            d["workspace_bytes"], d["weights_sha256"], d["kernels"], d["fusion_report"], taps,
+            d["workspace_bytes"], d["weights_sha256"], d["kernels"], d["fusion_report"], taps, share,
         )  # fmt: skip
 
 

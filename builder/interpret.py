@@ -49,10 +49,13 @@ def torch_dtype(onnx_type: int) -> torch.dtype:
 
 
 class Interpreter:
-    """Runs a graph. Constants stay on `device` between calls."""
+    """Runs a graph. Constants stay on `device` between calls. The graph of one of several ranks needs `comm`."""
 
-    def __init__(self, graph: gs.Graph, device: str | torch.device = "cpu"):
+    def __init__(
+        self, graph: gs.Graph, device: str | torch.device = "cpu", comm: base.Communicator | None = None
+    ) -> None:
         self.graph = graph
+        self.comm = comm
         self.device = torch.device(device)
         self._constants: dict[str, torch.Tensor] = {}
         self._folded: set[str] = set()  # computed tensors that depend on constants only
@@ -137,7 +140,7 @@ class Interpreter:
     def _run(self, node: gs.Node, values: dict[str, torch.Tensor], step: StepShape, observe: Observer | None) -> None:
         inputs = [self._input(t, values) for t in node.inputs]
         if node.domain == PLUGIN_DOMAIN:
-            results = self._plugin(node).reference(*inputs, step=step)
+            results = base.run_reference(self._plugin(node), inputs, step, self.comm)
         else:
             result = self._standard(node, inputs)
             results = result if isinstance(result, tuple) else (result,)

@@ -11,10 +11,16 @@ from fp8.builder.passes.fold import fold
 from fp8.builder.passes.fuse import fuse
 from fp8.builder.passes.lower_attention import lower_attention
 from fp8.builder.passes.merge_linears import merge_linears
+from fp8.builder.passes.tensor_parallel import tensor_parallel
+from fp8.builder.passes.widen import widen
 from fp8.builder.rewrite import tensor_type
 from fp8.builder.target import Target
 
 Pass = Callable[[gs.Graph, Target], int]  # rewrites the graph, returns how many places it changed
+BEFORE: tuple[Pass, ...] = (  # where asked for
+    tensor_parallel,  # a model -> the part of one rank, with all-reduces
+    widen,  # activations in float32
+)
 PASSES: tuple[Pass, ...] = (
     fold,  # stored weights in the model's dtype; dead nodes
     merge_linears,  # q, k, v -> one linear and a split; gate, up alike
@@ -23,9 +29,14 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+def passes(target: Target) -> tuple[Pass, ...]:
+    wanted = {tensor_parallel: target.parallel is not None, widen: target.dtype == "float32"}
+    return (*(p for p in BEFORE if wanted[p]), *PASSES)
+
+
 def run(graph: gs.Graph, target: Target, after: Callable[[str, int, gs.Graph], None] = lambda *_: None) -> gs.Graph:
     """Runs all passes in place; `after(pass name, changes, graph)` is called once per pass."""
-    for rewrite in PASSES:
+    for rewrite in passes(target):
         count = rewrite(graph, target)
         after(rewrite.__name__, count, graph)
     return graph

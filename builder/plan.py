@@ -117,7 +117,7 @@ class Tactics:
         self.nodes = found
         self.limits = limits
         self.sites = {n.name: [tune.Site(n.plugin, n.types, rows, n.name) for rows in self._buckets(n)] for n in found}
-        self.sampler = tune.Site(load("sampling")(), self._sampler_types(), limits.logits_rows, "sampler")
+        self.samplers = self._samplers()
         self.choices: dict[tune.Site, tune.Choice] = {}
         self._regions: dict[Any, int] = {}
         self.workspace_bytes = 0
@@ -127,7 +127,7 @@ class Tactics:
     ) -> None:
         """Compiles; see `tune.choose`. The sampler's kernel is embedded too: serving needs no compiler."""
         every = [site for sites in self.sites.values() for site in sites]
-        self.choices = tune.choose([*every, self.sampler], measured, progress, warn)
+        self.choices = tune.choose([*every, *self.samplers], measured, progress, warn)
 
     def assume(self) -> None:
         """Takes every favourite uncompiled: enough for a memory budget."""
@@ -162,7 +162,11 @@ class Tactics:
         rows = self.limits.logits_rows if node.rows == "L" else self.limits.max_num_tokens
         return node.plugin.buckets(rows)
 
-    def _sampler_types(self) -> tuple[Tensor | None, ...]:
-        logits = self.nodes[-1].plugin.infer(self.nodes[-1].types)[0]
+    def _samplers(self) -> list[tune.Site]:
+        """One where the engine yields logits; an inner stage of a pipeline samples nothing."""
+        head = next((n for n in self.nodes if "logits" in n.outputs), None)
+        if head is None:
+            return []
         kinds = ("float32", "int64", "int32")  # temperature, seed, counter
-        return (logits, *(Tensor(kind, ("L",)) for kind in kinds))
+        types = (head.plugin.infer(head.types)[0], *(Tensor(kind, ("L",)) for kind in kinds))
+        return [tune.Site(load("sampling")(), types, self.limits.logits_rows, "sampler")]

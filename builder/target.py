@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fp8.builder.engine import Limits
+from fp8.builder.parallel.tensor import TensorParallel
 from fp8.builder.pattern import Mismatch, Variant
 
 TARGETS = ("sm_90a", "cpu")  # cpu: the references run it, so no kernel's limit applies
@@ -32,3 +33,5 @@ class Target:
     limits: Limits
     journal: Journal = field(default_factory=Journal)
     kept: frozenset[str] = frozenset()  # tensors that no fusion may swallow, because they are tapped
+    parallel: TensorParallel | None = None  # which rank's graph it is to become, if its layers are shared
+    dtype: str | None = None  # of the activations, if not the graph's own: "float32"

@@ -41,6 +41,25 @@ def prepared(name: str, parts: Sequence[gs.Constant], function: Function) -> gs.
     return gs.Constant(name, Prepared(parts, function))
 
 
+class Sliced(LazyValues):
+    """A box of a constant: of a stored one, only that part of the file is read."""
+
+    def __init__(self, whole: gs.Constant, box: Sequence[tuple[int, int] | None]) -> None:
+        self.whole = whole
+        self.box = tuple(slice(None) if r is None else slice(*r) for r in box)
+        self.shape = [d if r is None else r[1] - r[0] for d, r in zip(whole.shape, box, strict=True)]
+        self.dtype = whole.dtype
+        self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def load(self) -> np.ndarray:
+        values = self.whole._values
+        return (values.load() if isinstance(values, LazyValues) else values)[self.box]
+
+
+def sliced(name: str, whole: gs.Constant, box: Sequence[tuple[int, int] | None]) -> gs.Constant:
+    return gs.Constant(name, Sliced(whole, box))
+
+
 def concatenate(*parts: torch.Tensor) -> torch.Tensor:
     """Along the first dimension. (torch.cat on meta tensors would import torch's compiler: a second of every build.)"""
     if parts[0].is_meta:

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,36 @@ class Kernel:
 Launcher = Callable[[StepShape], None]
 
 
+class Communicator(Protocol):
+    """The ranks that share the layers of one engine (one pipeline stage), in order. Handed in, never global.
+
+    Every rank must call the same collectives in the same order; a call returns when all have come.
+    """
+
+    rank: int
+    world: int
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in rank order; dtypes are equal, shapes may differ."""
+
+
+class Alone:
+    """The communicator of a single rank."""
+
+    rank, world = 0, 1
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor]
+
+
 class Plugin:
     """Base of all plugins. A subclass is a frozen dataclass; `tensors` below are its inputs, then its outputs;
-    an absent optional input is None."""
+    an absent optional input is None.
+
+    A `collective` plugin speaks to the other ranks: its `reference` and `bind` take a further argument `comm`."""
 
     name: ClassVar[str]
+    collective: ClassVar[bool] = False
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Types of the outputs. Raises PluginError where the inputs cannot be what the op takes."""
@@ -117,6 +142,20 @@ class Plugin:
 
     def attributes(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def run_reference(
+    plugin: Plugin, inputs: Sequence[torch.Tensor | None], step: StepShape, comm: Communicator | None
+) -> tuple[torch.Tensor, ...]:
+    """The plugin's reference, which gets `comm` if it is a collective. Raises PluginError if there is none then."""
+    if not plugin.collective:
+        return plugin.reference(*inputs, step=step)
+    if comm is None:
+        raise PluginError(
+            f"{plugin.name} speaks to other ranks, and there are none: this engine is one of several ranks'; start all "
+            "of them, with mpirun"
+        )
+    return plugin.reference(*inputs, step=step, comm=comm)  # type: ignore[call-arg]
 
 
 def names() -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan
-from fp8.plugins.base import Plugin, StepShape, load
+from fp8.plugins.base import Communicator, Plugin, StepShape, load, run_reference
 from fp8.runtime.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ def kv_block_bytes(plan: Plan) -> int:
 
 
 class ReferenceExecutor:
-    """Weights mapped from the engine's file, caches as [num_blocks, 64, KVH, D]."""
+    """Weights mapped from the engine's file, caches as [num_blocks, 64, KVH, D]. `comm` are the ranks that share the
+    layers, None for one rank."""
 
-    def __init__(self, engine: Engine, inputs: StepInputs, num_blocks: int) -> None:
+    def __init__(self, engine: Engine, inputs: StepInputs, num_blocks: int, comm: Communicator | None = None) -> None:
         import torch
 
+        self._comm = comm
         self._plan = engine.plan
         self._plugins = load_plugins(engine.plan)
         self._inputs = inputs
@@ -48,21 +50,27 @@ class ReferenceExecutor:
                 math.prod(shape) * dtype.itemsize, dtype=torch.uint8
             )  # bytes: untouched pages cost nothing
             self._constants[buffer.name] = nothing.view(dtype).view(shape)
+        self._result = next(b.name for b in engine.plan.buffers if b.kind == "output")
         self._dead_after = _dead_after(engine.plan)
 
-    def run(self, shape: StepShape, observe: Observer | None = None) -> torch.Tensor:
-        """The step whose inputs lie in the input buffer: logits f32 [L, V]."""
+    def run(
+        self, shape: StepShape, observe: Observer | None = None, hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The step whose inputs lie in the input buffer: logits f32 [L, V], or what the next pipeline stage takes as
+        `hidden_states` DT [T, H]."""
         values = {**self._constants, **self._live_inputs(shape)}
+        if hidden_states is not None:
+            values["hidden_states"] = hidden_states
         for step, plugin, dead in zip(self._plan.steps, self._plugins, self._dead_after, strict=True):
             tensors = [values[name] if name else None for name in step.inputs]
-            out = plugin.reference(*tensors, step=shape)
+            out = run_reference(plugin, tensors, shape, self._comm)
             values.update((name, t) for name, t in zip(step.outputs, out, strict=True) if name)
             if observe:
                 for name in filter(None, step.outputs):
                     observe(name, values[name])
             for name in dead:
                 del values[name]
-        return values["logits"]
+        return values[self._result]
 
     def weight(self, name: str) -> torch.Tensor:
         return self._constants[name]

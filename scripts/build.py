@@ -19,6 +19,8 @@ from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.export import ExportError, export
 from fp8.builder.formats.base import FormatError
 from fp8.builder.measure import TuneError
+from fp8.builder.parallel.ranks import build_ranks
+from fp8.builder.parallel.split import SplitError
 from fp8.builder.plan import LegalityError
 from fp8.builder.taps import TapError
 from fp8.builder.target import TARGETS
@@ -28,8 +30,8 @@ from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
 
 ERRORS = (
-    BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, TapError, TuneError,
-    VerificationError,
+    BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, SplitError,
+    TapError, TuneError, VerificationError,
 )  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LOG_LEVELS = ("error", "warning", "info", "verbose")
@@ -47,6 +49,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_batch_size", type=int, default=64, help="sequences in flight")
     parser.add_argument("--max_seq_len", type=int, help="tokens per sequence, prompt included (default: the model's)")
     parser.add_argument("--max_num_tokens", type=int, default=8192, help="tokens per step")
+    parser.add_argument("--tp_size", type=int, default=1, help="ranks that share every layer (tensor parallelism)")
+    parser.add_argument("--pp_size", type=int, default=1, help="stages of layers, one after the other (pipeline)")
     parser.add_argument(
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
     )
@@ -93,7 +97,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     request = Request(
         options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
         options.tune, options.dump_passes, options.explain,
-        tuple(options.debug_tensors) if options.enable_debug_output else None,
+        tuple(options.debug_tensors) if options.enable_debug_output else None, options.tp_size, options.pp_size,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
     checkpoint = Checkpoint(options.checkpoint_dir)
@@ -130,6 +134,9 @@ def _build(options: argparse.Namespace, source: Source, request: Request, card: 
             (lambda text: bars.console.print(text, markup=False)) if talkative and level >= 2 else lambda text: None,
             (lambda text: bars.console.print(f"warning: {text}", markup=False)) if level >= 1 else lambda text: None,
         )
+        if len(request.places) > 1:
+            build_ranks(source, request, options.output_dir, reporter)
+            return
         compiled = build.compile(source, request, reporter, options.dry_run)
         if not options.dry_run:
             build.write(compiled, source, options.output_dir, reporter)

@@ -44,7 +44,7 @@ def test_reference_gives_what_infer_says(pair: tuple[str, Case]) -> None:
     case = pair[1]
     inputs = case.make(torch.Generator().manual_seed(1), "cpu")
     inferred = case.plugin.infer(gpu_round.types(inputs))
-    assert tuple(gpu_round.types(case.plugin.reference(*inputs, step=case.step))) == inferred
+    assert tuple(gpu_round.types(base.run_reference(case.plugin, inputs, case.step, base.Alone()))) == inferred
 
 
 @pytest.mark.parametrize("name", base.names())
@@ -60,7 +60,7 @@ def test_shipped_tactics_compile_without_serialization_or_many_spills(name: str)
     cubins = compile.compile_all(kernels).values()
     print(*(f"{kernels[c.kernel]}: {c.spill_bytes} bytes of spills" for c in cubins if c.spill_bytes), sep="\n")
     bad = [(kernels[c.kernel], c.kernel, c.spill_bytes) for c in cubins if c.serialized or c.spill_bytes > SPILLS]
-    assert cubins and not bad
+    assert (cubins or base.load(name).collective) and not bad
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")

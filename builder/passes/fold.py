@@ -17,12 +17,13 @@ def fold(graph: gs.Graph, target: Target) -> int:
     """Returns how many nodes it removed."""
     for node in graph.nodes:
         if node.op == "Cast" and isinstance(node.inputs[0], gs.Constant) and dtype_name(node.attrs["to"]) in HALF:
-            _fold_conversion(node, node.inputs[0], node.outputs[0])
+            fold_conversion(node, getattr(torch, dtype_name(node.attrs["to"])))
     return remove_dead(graph)
 
 
-def _fold_conversion(node: gs.Node, stored: gs.Constant, converted: gs.Tensor) -> None:
-    dtype = getattr(torch, dtype_name(node.attrs["to"]))
+def fold_conversion(node: gs.Node, dtype: torch.dtype) -> None:
+    """Gives the readers of a converted constant that constant in `dtype`."""
+    stored, converted = node.inputs[0], node.outputs[0]
     constant = prepared(stored.name, [stored], lambda weight: weight.to(dtype))
     for reader in list(converted.outputs):
         reader.inputs = [constant if t is converted else t for t in reader.inputs]

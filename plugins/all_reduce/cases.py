@@ -1,0 +1,25 @@
+"""Cases of all_reduce with one rank, for types and shapes; what several ranks make of it needs several processes."""
+
+from __future__ import annotations
+
+import torch
+
+from fp8.plugins.all_reduce.plugin import AllReduce
+from fp8.plugins.base import Case, StepShape
+
+
+def case(operation: str, dtype: torch.dtype, *shape: int) -> Case:
+    def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
+        return [torch.randn(shape, dtype=dtype, device=device, generator=generator)]
+
+    name = f"{operation} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+    why = "one rank's sum is its part"
+    return Case(name, AllReduce(operation), make, StepShape.prefill(shape[0]), 0.0, why)
+
+
+CASES = [
+    case("sum", torch.bfloat16, 3, 64),
+    case("sum", torch.float16, 1, 4096),
+    case("sum", torch.float32, 5, 60),
+    case("max", torch.float32, 7),
+]
