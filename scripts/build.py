@@ -52,6 +52,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tp_size", type=int, default=1, help="ranks that share every layer (tensor parallelism)")
     parser.add_argument("--pp_size", type=int, default=1, help="stages of layers, one after the other (pipeline)")
     parser.add_argument(
+        "--pp_layers", type=layer_counts, default=(), metavar="N,N,...",
+        help="layers of each stage, such as 20,20,24,16 (default: as even as they go)",
+    )  # fmt: skip
+    parser.add_argument(
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
     )
     parser.add_argument(
@@ -84,6 +88,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def layer_counts(text: str) -> tuple[int, ...]:
+    """`20,20,24,16`."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def memory_size(text: str) -> int:
     """Bytes of `80G`, `141GiB`, `1024`."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text)
@@ -98,6 +107,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
         options.tune, options.dump_passes, options.explain,
         tuple(options.debug_tensors) if options.enable_debug_output else None, options.tp_size, options.pp_size,
+        options.pp_layers,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
     checkpoint = Checkpoint(options.checkpoint_dir)

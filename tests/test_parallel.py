@@ -34,3 +34,22 @@ def test_ranks_compute_what_one_does(tmp_path, tp, format, kv):
     one, many = logits(source, request()), logits(source, request(tp))
     for a, b in zip(one, many, strict=True):
         assert sqnr(b, a) >= (100 if (format, kv) == ("bf16", "auto") else 45)
+
+
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+@pytest.mark.parametrize("format", ["bf16", "fp8", "fp8_rowwise"])
+def test_stages_compute_the_same_bits(tmp_path, format, kv):
+    """Also fused, in bfloat16: the cut changes no rounding."""
+    source = tiny.source(tmp_path, tiny.qformat(format, kv), num_hidden_layers=3)
+    for fused in (False, True):
+        one = logits(source, request(), fused)
+        for layers in ((), (1, 2)):
+            many = logits(source, request(pp=2, pp_layers=layers), fused)
+            assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_stages_and_ranks_together(tmp_path):
+    source = tiny.source(tmp_path, tiny.qformat("fp8", "fp8"))
+    for fused in (False, True):
+        two, four = logits(source, request(2), fused), logits(source, request(2, 2), fused)
+        assert all(torch.equal(a, b) for a, b in zip(two, four, strict=True))
