@@ -56,7 +56,7 @@ def test_texts_that_part_without_a_near_tie_are_noticed(engine: checks.Engine) -
     llm, prompt = engine.open(), engine.tokens[:9]
     (alone,) = llm.generate([prompt], checks.greedy(8))
     wrong = [*alone.token_ids[:5], (alone.token_ids[5] + 1) % tiny_engine.VOCAB]
-    texts = checks.Texts()
+    texts = engine.texts()
     texts.add(alone, alone.token_ids)
     texts.add(alone, alone.token_ids[:3], whole=False)
     assert texts.without_cause == 0
