@@ -195,9 +195,12 @@ def fuse(
     target = source.passes_target(request, place, Journal(explain=request.explain), kept)
     if request.explain:
         _check_explained(graph, request.explain)
-    quantized = source.format.scheme is not None or source.format.fp8_kv_cache
-    alone = place.world_size == 1  # several ranks are verified together: `fp8.builder.parallel.verify`
-    verifier = Verifier(graph, source.config.vocab_size, limits, quantized) if request.verify and alone else None
+    alone = place.world_size == 1  # several are verified together: `fp8.builder.parallel.ranks`
+    verifier = (
+        Verifier(graph, source.config.vocab_size, limits, source.format.rounds_to_fp8)
+        if request.verify and alone
+        else None
+    )
     folder = request.dump_passes and (request.dump_passes if alone else request.dump_passes / f"rank{place.rank}")
     stages = itertools.count(1)
 

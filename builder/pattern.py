@@ -127,6 +127,10 @@ class Op:
         """A value that other nodes may read as well: cheap to compute again, or computed once for all layers."""
         return Result(dataclasses.replace(value.call, shared=True), value.index)
 
+    def alone(self, value: Result) -> Result:
+        """The contrary of `shared`, which is the rule: where a pattern chooses between the two."""
+        return value
+
     def module(self, value: Result) -> Result:
         """The plugin's node bears the module name of the node that yields this value."""
         return Result(dataclasses.replace(value.call, module=True), value.index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -9,7 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fp8.builder.engine import Limits
-from fp8.builder.interpret import Interpreter, empty_caches, next_caches, step_inputs
+from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
+from fp8.builder.parallel.lockstep import Ranks
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,21 +29,23 @@ def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
 
 
+@contextlib.contextmanager
+def float64_by_default() -> Iterator[None]:
+    """The default type is the process's, not a thread's: set it around all ranks."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 class Exact(TorchFunctionMode):
-    """Every float type but e4m3 becomes float64, in plugins' references too.
+    """Every float type but e4m3 becomes float64 in this thread, in plugins' references too.
 
     Two equal graphs then agree to 1e-15, so that no code flips between them: in float32 a last-bit difference flips one
     code in 10^4 to 10^6, the flip disturbs its row, and after a few layers the logits differ by 30 to 40 dB.
     """
-
-    def __enter__(self) -> Exact:
-        self.default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self.default)
-        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.Tensor.float:
@@ -60,6 +65,10 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 
 
 class ExactInterpreter(Interpreter):
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        with Exact():
+            return super().__call__(*args, **kwargs)
+
     def _constant_value(self, tensor: gs.Tensor) -> torch.Tensor:
         return exact(super()._constant_value(tensor))
 
@@ -81,11 +90,12 @@ class Verifier:
             [(tokens(min(n, self.context - past)), past) for n, past in zip((1, 1, 3), lengths, strict=True)],
         ]
         self.bound = QUANTIZED_SQNR if quantized else PLAIN_SQNR
-        self.before = self._logits(graph)
+        self.before = self._logits([graph], 1)
 
-    def check(self, name: str, graph: gs.Graph) -> float:
-        """SQNR in dB of the graph after the pass `name` against before it. Raises VerificationError below the bound."""
-        after = self._logits(graph)
+    def check(self, name: str, *graphs: gs.Graph, tp_size: int = 1) -> float:
+        """SQNR in dB of the graph (of all ranks' graphs, in order) after the pass `name` against before it. Raises
+        VerificationError below the bound."""
+        after = self._logits(graphs, tp_size)
         found = sqnr(after, self.before)
         if not found >= self.bound:
             raise VerificationError(
@@ -95,13 +105,12 @@ class Verifier:
         self.before = after
         return found
 
-    def _logits(self, graph: gs.Graph) -> torch.Tensor:
-        interpreter, logits, caches = ExactInterpreter(graph), [], None
+    def _logits(self, graphs: Sequence[gs.Graph], tp_size: int) -> torch.Tensor:
+        ranks, logits = Ranks(graphs, tp_size, ExactInterpreter), []
         for sequences in self.steps:
             feeds = step_inputs(sequences, self.context)
-            caches = caches or {name: exact(cache) for name, cache in empty_caches(graph, feeds).items()}
-            with Exact():
-                results = interpreter({**feeds, **caches})
-            caches = next_caches(caches, results)
-            logits.append(results["logits"])
+            if not logits:
+                ranks.caches = [{n: exact(c) for n, c in empty_caches(g, feeds).items()} for g in graphs]
+            with float64_by_default():
+                logits.append(ranks(feeds))
         return torch.cat(logits)

@@ -23,7 +23,7 @@ def logits(source, wanted: Request, fused: bool = False, dtype: str = "float32")
         graphs = [rank_group.fused(source, wanted, place) for place in places]
     else:
         graphs = [rank_group.emitted(source, wanted, place, dtype) for place in places]
-    return rank_group.run(graphs, places, STEPS)
+    return rank_group.run(graphs, wanted.tp_size, STEPS)
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])

@@ -53,6 +53,11 @@ class Format:
     def fp8_kv_cache(self) -> bool:
         return self.kv_cache_dtype == "fp8"
 
+    @property
+    def rounds_to_fp8(self) -> bool:
+        """Whether anything is quantized, so that a last-bit difference may flip a code."""
+        return self.scheme is not None or self.fp8_kv_cache
+
     def excludes(self, module: str) -> bool:
         return any(
             re.match(pattern[3:], module) if pattern.startswith("re:") else fnmatch.fnmatchcase(module, pattern)

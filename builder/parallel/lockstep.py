@@ -1,54 +1,88 @@
-"""Ranks as threads of one process: what verification and tests run the graphs of all ranks with."""
+"""All ranks in one process: those of a stage are threads in lockstep. What verification and tests run graphs with."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from fp8.plugins.base import Communicator
+import onnx_graphsurgeon as gs
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from fp8.builder.interpret import Interpreter, empty_caches, next_caches
 
 Result = TypeVar("Result")
 
 
-class _Exchange:
-    """Where the ranks of one group leave their tensors."""
+class Member:
+    """One rank's `fp8.plugins.base.Communicator`."""
 
-    def __init__(self, world: int) -> None:
-        self.barrier = threading.Barrier(world)
-        self.parts: list[torch.Tensor | None] = [None] * world
-
-
-class _Member:
-    def __init__(self, rank: int, world: int, exchange: _Exchange) -> None:
-        self.rank, self.world, self._exchange = rank, world, exchange
+    def __init__(self, rank: int, group: Group) -> None:
+        self.rank, self.world, self._group = rank, group.world, group
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        self._exchange.parts[self.rank] = tensor
-        self._exchange.barrier.wait()
-        found = [part for part in self._exchange.parts if part is not None]
-        self._exchange.barrier.wait()  # all have read, so the places may be used again
+        parts, barrier = self._group.parts, self._group.barrier
+        parts[self.rank] = tensor
+        barrier.wait()
+        found = list(parts.values())
+        barrier.wait()  # all have read, so the places may be used again
         return found
 
 
-def run(ranks: Sequence[Callable[[Communicator], Result]]) -> list[Result]:
-    """Runs one function per rank side by side, each with its communicator. Raises what the first failing one raised."""
-    exchange = _Exchange(len(ranks))
+class Group:
+    """Ranks that exchange tensors."""
 
-    def member(rank: int) -> Result:
-        try:
-            return ranks[rank](_Member(rank, len(ranks), exchange))
-        except BaseException:
-            exchange.barrier.abort()  # the others end with BrokenBarrierError instead of waiting for ever
-            raise
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.barrier = threading.Barrier(world)
+        self.parts: dict[int, torch.Tensor] = dict.fromkeys(range(world), torch.empty(0))  # in rank order
+        self.members = [Member(rank, self) for rank in range(world)]
 
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        futures = [pool.submit(member, rank) for rank in range(len(ranks))]
-    errors = [e for f in futures if (e := f.exception())]
-    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-        raise error
-    return [f.result() for f in futures]
+    def run(self, functions: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Runs one function per rank side by side. Raises what the first failing one raised."""
+
+        def guarded(function: Callable[[], Result]) -> Result:
+            try:
+                return function()
+            except BaseException:
+                self.barrier.abort()  # the others end with BrokenBarrierError instead of waiting for ever
+                raise
+
+        with ThreadPoolExecutor(self.world) as pool:
+            futures = [pool.submit(guarded, function) for function in functions]
+        errors = [e for f in futures if (e := f.exception())]
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error
+        return [f.result() for f in futures]
+
+
+class Ranks:
+    """The graphs of all ranks, in order, run step by step; their KV caches are kept from step to step."""
+
+    def __init__(self, graphs: Sequence[gs.Graph], tp_size: int, kind: type[Interpreter] = Interpreter) -> None:
+        self._groups = [Group(tp_size) for _ in range(len(graphs) // tp_size)]
+        members = [member for group in self._groups for member in group.members]
+        self._ranks = [kind(graph, comm=member) for graph, member in zip(graphs, members, strict=True)]
+        self.caches: list[dict[str, torch.Tensor]] = []
+
+    def __call__(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The logits. Raises AssertionError if the ranks of a stage do not agree on what it yields, bit for bit."""
+        if not self.caches:
+            self.caches = [empty_caches(rank.graph, feeds) for rank in self._ranks]
+        result = torch.empty(0)
+        for stage, group in enumerate(self._groups):
+            first = stage * group.world
+            results = group.run([self._run(rank, feeds) for rank in range(first, first + group.world)])
+            result = results[0]
+            assert all(torch.equal(result, other) for other in results[1:]), "ranks differ in what is theirs in common"
+            feeds = {**feeds, "hidden_states": result}
+        return result
+
+    def _run(self, rank: int, feeds: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def function() -> torch.Tensor:
+            results = self._ranks[rank]({**feeds, **self.caches[rank]})
+            self.caches[rank] = next_caches(self.caches[rank], results)
+            return next(value for name, value in results.items() if not name.startswith("kv_cache."))
+
+        return function

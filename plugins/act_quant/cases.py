@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from fp8.plugins.act_quant.plugin import ActQuant
+from fp8.plugins.act_quant.reference import hidden
 from fp8.plugins.base import Case, StepShape
 
 WHY = "exponentials good to a few float32 roundings move a result across a rounding boundary in about one of 10^4"
-TOLERANCE = {"none": 5e-4, "static": 3e-3, "per_token": 3e-3}  # such a step is 2^-8 of a bfloat16, 2^-3 of an e4m3
+STEP = 3e-3  # such a step is 2^-3 of an e4m3, 2^-8 of a bfloat16
+TOLERANCE = {"none": 5e-4, "static": STEP, "per_token": STEP, "from_amax": STEP}
 
 
 def case(
@@ -22,6 +24,9 @@ def case(
 ) -> Case:
     def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
         x = 3 * torch.randn(tokens, width * (2 if gated else 1), dtype=dtype, device=device, generator=generator)
+        if quant == "from_amax":  # other ranks' parts of the row may hold more
+            amax = hidden(x, activation, gated).abs().amax(1)
+            return [x, amax * (1 + torch.rand(tokens, device=device, generator=generator))]
         return [x, torch.tensor([0.021], device=device)] if quant == "static" else [x]
 
     kind = f"{activation}{' gated' if gated else ''} {quant}"
@@ -39,6 +44,9 @@ CASES = [
     case(5, 512, "static", "gelu_tanh", gated=False, dtype=torch.float16),
     case(5, 512, "per_token", "gelu", scale_ub=20.0),
     case(2, 40960, "per_token"),  # longer than the registers
+    case(3, 136, "from_amax"),
+    case(1, 7168, "from_amax"),
+    case(2048, 7168, "from_amax"),
     case(1, 14336, "static"),
     case(1, 14336, "per_token"),
     case(64, 14336, "per_token"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.base import Dim, Kernel, Launcher, Plugin, PluginError, Tensor
 from fp8.plugins.quantize.launch import FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
-from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs
+from fp8.plugins.quantize.types import DTYPES, ROW_QUANTS, check_quant, check_rows, check_tensor, outputs, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 @dataclass(frozen=True)
 class ActQuant(Plugin):
-    """x DT [T, 2F] = [gate | up] (gated) or [T, F], scale f32 [1] (quant "static" only)
-    -> y (e4m3, or DT for quant "none") [T, F], y_scale f32 [T] (quant "per_token" only).
+    """x DT [T, 2F] = [gate | up] (gated) or [T, F], scale f32 [1] (quant "static") or [T] (quant "from_amax")
+    -> y (e4m3, or DT for quant "none") [T, F], y_scale f32 [T] (quant "per_token" and "from_amax").
 
     y = activation(gate) * up or activation(x), in float32, rounded or quantized (see quantize) once.
     """
@@ -37,8 +37,8 @@ class ActQuant(Plugin):
         x = check_tensor("x", x, DTYPES, (None, None))
         if self.activation not in ACTIVATIONS:
             raise PluginError(f"activation is {self.activation!r}, expected {' or '.join(map(repr, ACTIVATIONS))}")
-        check_quant(self.quant, scale)
-        return outputs(self.quant, x.dtype, x.shape[0], self._width(x))
+        check_quant(self.quant, scale, ROW_QUANTS)
+        return outputs(self.quant, x.dtype, x.shape[0], self.width(x))
 
     def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:
         from fp8.plugins.act_quant.reference import act_quant
@@ -51,9 +51,9 @@ class ActQuant(Plugin):
         self.infer(inputs)
         x = inputs[0]
         assert x is not None
-        check_rows("F", x.dtype, self._width(x), 65536)
+        check_rows("F", x.dtype, self.width(x), 65536)
 
-    def _width(self, x: Tensor) -> Dim:
+    def width(self, x: Tensor) -> Dim:
         width = x.shape[1]
         if not self.gated:
             return width
@@ -63,7 +63,7 @@ class ActQuant(Plugin):
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
         self.check(inputs)
-        return quantize_tactics(self._width(inputs[0]), self.quant, tokens)
+        return quantize_tactics(self.width(inputs[0]), self.quant, tokens)
 
     def buckets(self, max_tokens: int) -> list[int]:
         return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
@@ -73,7 +73,7 @@ class ActQuant(Plugin):
 
     def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         x = inputs[0]
-        width = self._width(x)
+        width = self.width(x)
         return (quantize_kernel(tactic, width, x.dtype, self.activation, self.gated, self.quant, self.scale_ub),)
 
     def bind(
@@ -83,7 +83,7 @@ class ActQuant(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-        given = len(tensors) - (2 if self.quant == "per_token" else 1)  # the scale may be left out
+        given = len(tensors) - (2 if scaled(self.quant) else 1)  # the scale may be left out
         x, scale = (*tensors[:given], None)[:2]
         width = x.shape[1] // 2 if self.gated else x.shape[1]
         return quantize_launch(tactic, functions[0], width, x, scale, tensors[given:])

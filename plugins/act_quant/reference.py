@@ -18,10 +18,13 @@ def act_quant(
     x: torch.Tensor, scale: torch.Tensor | None, activation: str, gated: bool, quant: str, scale_ub: float
 ) -> tuple[torch.Tensor, ...]:
     """x: [T, 2F] = [gate | up] -> activation(gate) * up, or [T, F] -> activation(x); then `finish`."""
+    return finish(hidden(x, activation, gated), quant, scale, scale_ub, x.dtype)
+
+
+def hidden(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    """f32 [T, F]."""
     h = x.float()
-    if gated:
-        gate, up = h.chunk(2, 1)
-        h = ACTIVATIONS[activation](gate) * up
-    else:
-        h = ACTIVATIONS[activation](h)
-    return finish(h, quant, scale, scale_ub, x.dtype)
+    if not gated:
+        return ACTIVATIONS[activation](h)
+    gate, up = h.chunk(2, 1)
+    return ACTIVATIONS[activation](gate) * up

@@ -15,10 +15,12 @@ def case(tokens: int, width: int, quant: str, dtype: torch.dtype = torch.bfloat1
         x = 2 * torch.randn(tokens, width, dtype=dtype, device=device, generator=generator)
         x[0] *= 1000  # saturates, or meets scale_ub
         x[-1] *= 0 if tokens > 1 else 1
+        if quant == "from_amax":  # other ranks' parts of the row may hold more
+            return [x, x.float().abs().amax(1) * (1 + torch.rand(tokens, device=device, generator=generator))]
         return [x, torch.tensor([0.0137], device=device)] if quant == "static" else [x]
 
     name = f"{quant} {tokens}x{width} {str(dtype).removeprefix('torch.')}" + (f" ub {scale_ub}" if scale_ub else "")
-    moved = 3 * tokens * width + (4 * tokens if quant == "per_token" else 0)
+    moved = 3 * tokens * width + (4 * tokens if quant != "static" else 0)
     return Case(name, Quantize(quant, scale_ub), make, StepShape.prefill(tokens), 0.0, EXACT, moved)
 
 
@@ -27,6 +29,10 @@ CASES = [
     case(5, 200, "per_token"),
     case(4, 264, "per_token", torch.float16, 3.0),
     case(2, 36864, "per_token"),  # longer than the registers
+    case(3, 8, "from_amax"),
+    case(5, 200, "from_amax", torch.float16, 3.0),
+    case(64, 2048, "from_amax"),
+    case(4096, 2048, "from_amax"),
     case(1, 4096, "static"),
     case(1, 4096, "per_token"),
     case(64, 4096, "per_token"),

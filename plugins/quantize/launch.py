@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8.plugins.base import Kernel, Launcher, StepShape
-from fp8.plugins.quantize.types import QUANTS, VECTOR
+from fp8.plugins.quantize.types import ROW_QUANTS, VECTOR
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DTYPE_CODES = {"bfloat16": 0, "float16": 1}  # convert.cuh
 ACTIVATION_CODES = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # quantize.cu
+AMAX = "amax"  # quantize.cu finds the row's largest magnitude and stops
 FEW_TOKENS = 128  # fewer rows than multiprocessors: latency counts, and a row wants many threads
 
 
@@ -59,7 +60,7 @@ def quantize_kernel(
         ("DTYPE", DTYPE_CODES[dtype]),
         ("ACTIVATION", ACTIVATION_CODES[activation]),
         ("GATED", int(gated)),
-        ("QUANT", QUANTS.index(quant)),
+        ("QUANT", (*ROW_QUANTS, AMAX).index(quant)),
         ("SCALE_UB", scale_ub),
     )
     return Kernel("quantize", "quantize.cu", "quantize", constants)

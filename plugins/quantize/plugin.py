@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
 from fp8.plugins.quantize.launch import FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
-from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs
+from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantize(Plugin):
-    """x DT [T, K], scale f32 [1] (quant "static" only) -> y e4m3 [T, K], y_scale f32 [T] (quant "per_token" only).
+    """x DT [T, K], scale f32 [1] (quant "static") or [T] (quant "from_amax") -> y e4m3 [T, K], y_scale f32 [T] (quant
+    "per_token" and "from_amax").
 
     y = e4m3(clamp(x / scale, +-448)); per token, scale = max(min(amax, scale_ub) / 448, 1 / (448 * 512)), and
-    scale_ub = 0 sets no bound.
+    scale_ub = 0 sets no bound. "from_amax" is the same with amax given in the place of the scale: the amax of rows of
+    which x is a part.
     """
 
     name: ClassVar[str] = "quantize"
@@ -31,7 +33,7 @@ class Quantize(Plugin):
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         x, scale = (*inputs, None)[:2]
         x = check_tensor("x", x, DTYPES, (None, None))
-        check_quant(self.quant, scale, ("static", "per_token"))
+        check_quant(self.quant, scale, ("static", "per_token", "from_amax"))
         return outputs(self.quant, x.dtype, *x.shape)
 
     def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:
@@ -68,6 +70,6 @@ class Quantize(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-        given = len(tensors) - (2 if self.quant == "per_token" else 1)  # the scale may be left out
+        given = len(tensors) - (2 if scaled(self.quant) else 1)  # the scale may be left out
         x, scale = (*tensors[:given], None)[:2]
         return quantize_launch(tactic, functions[0], x.shape[1], x, scale, tensors[given:])

@@ -1,15 +1,17 @@
-// y = quantize(activation(x)), of plugins quantize (no activation) and act_quant. A block takes THREADS * HELD vectors
+// y = quantize(activation(x)), of plugins quantize (no activation) and act_quant; of row_amax, the row's amax alone. A block takes THREADS * HELD vectors
 // of 8 values of one row (blockIdx.y picks which); per token it takes the whole row, and computes it twice if it is too
 // long for the registers (the second reading comes from L2).
 // Constants: WIDTH (F or K), THREADS, HELD, DTYPE, ACTIVATION, GATED, QUANT, SCALE_UB.
 #include "fp8/rows.cuh"
 #include "fp8/sync.cuh"
 
+enum { QUANT_FROM_AMAX = 3, QUANT_AMAX = 4 };  // the scale from a given amax; the amax and nothing else
 enum { IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 constexpr int VECTORS = WIDTH / 8;
 constexpr bool KEEP = HELD <= 4;
 static_assert(WIDTH % 8 == 0, "rows are whole 16-byte units");
-static_assert(QUANT != QUANT_PER_TOKEN || THREADS * HELD >= VECTORS, "a row's scale needs the whole row in one block");
+constexpr bool WHOLE_ROW = QUANT == QUANT_PER_TOKEN || QUANT == QUANT_AMAX;
+static_assert(!WHOLE_ROW || THREADS * HELD >= VECTORS, "a row's scale needs the whole row in one block");
 
 DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 DEVICE float activation(float x) {
@@ -53,7 +55,7 @@ quantize(const uint4* x, const float* scale, void* y, float* y_scale) {
     for (int i = 0; i < HELD; i++) activate(raw[i], raw_up[i], h[KEEP ? i : 0]);
   }
 
-  if (QUANT == QUANT_PER_TOKEN) {
+  if (WHOLE_ROW) {
     float amax = 0.0f;
 #pragma unroll(KEEP ? HELD : 4)
     for (int i = 0; i < HELD; i++) {
@@ -62,8 +64,17 @@ quantize(const uint4* x, const float* scale, void* y, float* y_scale) {
 #pragma unroll
       for (int j = 0; j < 8; j++) amax = fmaxf(amax, fabsf(h[KEEP ? i : 0][j]));
     }
-    s = per_token_scale(block_sum_max<THREADS>({0.0f, amax}, scratch).y, (float)SCALE_UB);
+    amax = block_sum_max<THREADS>({0.0f, amax}, scratch).y;
+    if (QUANT == QUANT_AMAX) {
+      if (threadIdx.x == 0) ((float*)y)[blockIdx.x] = amax;
+      return;
+    }
+    s = per_token_scale(amax, (float)SCALE_UB);
     if (threadIdx.x == 0) y_scale[blockIdx.x] = s;
+  }
+  if (QUANT == QUANT_FROM_AMAX) {
+    s = per_token_scale(scale[blockIdx.x], (float)SCALE_UB);
+    if (threadIdx.x == 0 && blockIdx.y == 0) y_scale[blockIdx.x] = s;
   }
 
   const Divisor divisor(s);

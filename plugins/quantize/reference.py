@@ -16,7 +16,10 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def per_token_scale(x: torch.Tensor, scale_ub: float) -> torch.Tensor:
     """max(min(amax_row, scale_ub) / 448, 1 / (448 * 512)) in float32. x: [T, K] -> [T]; scale_ub 0 = no bound."""
-    amax = x.float().abs().amax(1)
+    return scale_of_amax(x.float().abs().amax(1), scale_ub)
+
+
+def scale_of_amax(amax: torch.Tensor, scale_ub: float) -> torch.Tensor:
     if scale_ub > 0:
         amax = amax.clamp(max=scale_ub)
     return (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=MIN_SCALE)  # by a number, CUDA would multiply by 1 / 448
@@ -35,6 +38,10 @@ def finish(
     if quant == "static":
         assert scale is not None
         return (quantize_static(y, scale),)
+    if quant == "from_amax":
+        assert scale is not None
+        own = scale_of_amax(scale, scale_ub)
+        return quantize_static(y, own[:, None]), own
     if quant == "per_token":
         return quantize_per_token(y, scale_ub)
     return (y.to(dtype),)

@@ -8,6 +8,7 @@ from fp8.plugins.base import Dim, PluginError, Tensor
 
 DTYPES = ("bfloat16", "float16", "float32")  # float32 is for the reference alone
 QUANTS = ("none", "static", "per_token")
+ROW_QUANTS = (*QUANTS, "from_amax")
 VECTOR = 8  # 16-bit values in one 16-byte access
 
 
@@ -29,19 +30,27 @@ def check_absent(name: str, found: Tensor | None, why: str) -> None:
 
 
 def check_quant(quant: str, scale: Tensor | None, allowed: Sequence[str] = QUANTS) -> None:
-    """Raises PluginError unless `quant` is known and the scale is there exactly when it is static."""
+    """Raises PluginError unless `quant` is known and the scale is there exactly when it is static, or the rows' amax in
+    its place."""
     if quant not in allowed:
         raise PluginError(f"quant is {quant!r}, expected {' or '.join(map(repr, allowed))}")
     if quant == "static":
         check_tensor("scale", scale, ("float32",), (1,))
+    elif quant == "from_amax":
+        check_tensor("amax", scale, ("float32",), (None,))
     else:
         check_absent("scale", scale, f"quant is {quant!r}")
 
 
+def scaled(quant: str) -> bool:
+    """Whether scales per token are an output."""
+    return quant in ("per_token", "from_amax")
+
+
 def outputs(quant: str, dtype: str, rows: Dim, width: Dim) -> tuple[Tensor, ...]:
-    """y in e4m3 or (quant "none") `dtype`, then y_scale f32 [rows] for quant "per_token"."""
+    """y in e4m3 or (quant "none") `dtype`, then y_scale f32 [rows] where scales are per token."""
     y = Tensor(dtype if quant == "none" else "float8_e4m3fn", (rows, width))
-    return (y, Tensor("float32", (rows,))) if quant == "per_token" else (y,)
+    return (y, Tensor("float32", (rows,))) if scaled(quant) else (y,)
 
 
 def check_rows(name: str, dtype: str, width: Dim, limit: int) -> int:
