@@ -59,6 +59,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
     )
     parser.add_argument(
+        "--dtype", choices=("float32",), help="type of the activations (default: the checkpoint's). With float32, for "
+        "--target cpu alone, nothing is rounded but to FP8: a reference to compare with",
+    )  # fmt: skip
+    parser.add_argument(
         "--dry_run", action="store_true", help="check and print the memory budget; compile, write nothing"
     )
     parser.add_argument("--verify", action="store_true", help="interpret random steps before and after every pass")
@@ -107,7 +111,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
         options.tune, options.dump_passes, options.explain,
         tuple(options.debug_tensors) if options.enable_debug_output else None, options.tp_size, options.pp_size,
-        options.pp_layers,
+        options.pp_layers, options.dtype,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
     checkpoint = Checkpoint(options.checkpoint_dir)

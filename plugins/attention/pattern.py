@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from fp8.plugins.quantize.pattern import ROUNDED
+
 P_SCALE = 1 / 256
 
 
@@ -31,7 +33,7 @@ def attention(
     if quant_out:
         y = op.QuantizeLinear(o, out_scale, saturate=1, output_dtype="float8_e4m3fn")
     else:
-        y = op.Cast(o, to=op.attribute("out_dtype", "bfloat16", "float16"))
+        y = op.Cast(o, to=op.attribute("out_dtype", *ROUNDED))
     return y, key, value
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from fp8.plugins.quantize.pattern import ROUNDED
+
 
 def gemm(op, x, w, x_scale, w_scale, bias, *, quantized=(True, False), biased=(True, False), rounded=(True, False)):
     y = product(op, x, w, x_scale, w_scale, bias, quantized, biased)
     if rounded:
-        return op.Cast(y, to=op.attribute("out_dtype", "bfloat16", "float16"))
+        return op.Cast(y, to=op.attribute("out_dtype", *ROUNDED))
     op.set(out_dtype="float32")
     return y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+ROUNDED = ("bfloat16", "float16", "float32")  # of float32 to itself in an engine for references alone
 SCALE_FLOOR = 1 / (448 * 512)
 
 
@@ -12,13 +13,13 @@ def quantize(op, x, scale, *, quant=("per_token", "from_amax", "static"), bounde
 
 
 def finish(op, y, scale, quant, bounded):
-    """y f32 [T, K] rounded to 16 bits, or quantized: the outputs of the plugin. None for a variant that is no other.
+    """y f32 [T, K] rounded to the model's type, or quantized: the plugin's outputs. None for a variant like another.
 
     "from_amax": `scale` is the largest magnitude of each row, which somebody else found."""
     if not bounded and quant not in ("per_token", "from_amax"):
         return None
     if quant == "none":
-        return (op.Cast(y, to=op.attribute("dtype", "bfloat16", "float16")),)
+        return (op.Cast(y, to=op.attribute("dtype", *ROUNDED)),)
     if quant == "static":
         return (op.QuantizeLinear(y, scale, saturate=1, output_dtype="float8_e4m3fn"),)
     amax = scale if quant == "from_amax" else row_amax(op, y)
