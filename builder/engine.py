@@ -229,6 +229,9 @@ def load(directory: str | Path, rank: int = 0, verify_weights: bool = True) -> E
     """Reads and checks a rank's engine. Raises EngineError on another format version, a damaged or a foreign file."""
     directory = Path(directory)
     path = directory / f"rank{rank}.engine"
+    if not path.is_file() and (directory / "rank0.engine").is_file():
+        last = len(list(directory.glob("rank*.engine"))) - 1
+        raise EngineError(f"{path} does not exist; the ranks of this engine are 0 to {last}")
     if not path.is_file():
         raise EngineError(f"{path} does not exist; {directory} is not an engine directory (fp8-build writes one)")
     try:

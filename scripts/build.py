@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import signal
 import sys
@@ -14,12 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from fp8.builder import build
-from fp8.builder.build import BuildError, Compiled, Reporter, Request, Source
+from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
+from fp8.builder.engine import Plan
 from fp8.builder.export import ExportError, export
 from fp8.builder.formats.base import FormatError
 from fp8.builder.measure import TuneError
-from fp8.builder.parallel.ranks import build_ranks
+from fp8.builder.parallel import ranks
+from fp8.builder.parallel.ranks import Built
 from fp8.builder.parallel.split import SplitError
 from fp8.builder.plan import LegalityError
 from fp8.builder.taps import TapError
@@ -55,6 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--pp_layers", type=layer_counts, default=(), metavar="N,N,...",
         help="layers of each stage, such as 20,20,24,16 (default: as even as they go)",
     )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=1, help="ranks that are built side by side (default: 1)")
+    parser.add_argument("--rank", type=int, default=0, help="of which --explain tells (default: 0)")
     parser.add_argument(
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
     )
@@ -114,18 +119,22 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.pp_layers, options.dtype,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
-    checkpoint = Checkpoint(options.checkpoint_dir)
-    source = Source(models.load(checkpoint.config), checkpoint)
+    source = open_source(options.checkpoint_dir)
     if options.output_dir:
         build.check_output(options.output_dir)
     if options.explain:
-        print("\n".join(build.explain(source, request)))
+        print("\n".join(build.explain(source, request, request.place(options.rank))))
         return
     if options.export_onnx:
         export(source, options.export_onnx, options.export_dtype, source.limits(request).max_seq_len)
         console.print(f"{options.export_onnx}: the graph as ONNX, activations in {options.export_dtype}")
     if options.output_dir or options.dry_run:
         _build(options, source, request, card, console)
+
+
+def open_source(directory: Path) -> Source:
+    checkpoint = Checkpoint(directory)
+    return Source(models.load(checkpoint.config), checkpoint)
 
 
 def _build(options: argparse.Namespace, source: Source, request: Request, card: int, console: Console) -> None:
@@ -148,30 +157,53 @@ def _build(options: argparse.Namespace, source: Source, request: Request, card: 
             (lambda text: bars.console.print(text, markup=False)) if talkative and level >= 2 else lambda text: None,
             (lambda text: bars.console.print(f"warning: {text}", markup=False)) if level >= 1 else lambda text: None,
         )
-        if len(request.places) > 1:
-            build_ranks(source, request, options.output_dir, reporter)
-            return
+        built = _engines(options, source, request, reporter)
+    if level >= LOG_LEVELS.index("info"):
+        _summary(built, card, console)
+        if not options.dry_run:
+            of = f" of {len(built)} ranks" if len(built) > 1 else ""
+            console.print(f"{options.output_dir}: {source.format.name} engine{of} for {request.target}")
+
+
+def _engines(options: argparse.Namespace, source: Source, request: Request, reporter: Reporter) -> list[Built]:
+    """Of all ranks."""
+    if len(request.places) == 1:
         compiled = build.compile(source, request, reporter, options.dry_run)
         if not options.dry_run:
             build.write(compiled, source, options.output_dir, reporter)
-    if level >= LOG_LEVELS.index("info"):
-        _summary(compiled, card, console)
-        if not options.dry_run:
-            console.print(f"{options.output_dir}: {source.format.name} engine for {request.target}")
+        return [Built(compiled.plan, compiled.taps.lines() if compiled.taps.taken else [])]
+    if options.dry_run:
+        return ranks.dry_run(source, request, reporter)
+    again = functools.partial(open_source, options.checkpoint_dir)
+    return ranks.build_ranks(again, request, options.output_dir, reporter, options.workers, ERRORS)
 
 
-def _summary(compiled: Compiled, card: int, console: Console) -> None:
-    pairs = compiled.plan.fusion_report
+def _summary(built: list[Built], card: int, console: Console) -> None:
+    plan = ranks.largest([b.plan for b in built])
+    pairs = plan.fusion_report
     left = [p for p in pairs if not p["folded"]]
-    console.print(
-        f"{len(compiled.plan.steps)} steps, {len(pairs)} quantize/dequantize pairs, {len(left)} left unfolded"
-    )
-    for line in compiled.taps.lines() if compiled.taps.taken else ():
+    console.print(f"{len(plan.steps)} steps, {len(pairs)} quantize/dequantize pairs, {len(left)} left unfolded")
+    remarks = next(b.remarks for b in built if b.plan is plan)
+    for line in remarks:
         console.print(line, markup=False, soft_wrap=True)
-    table = Table("memory", "size", title=None)
-    for row in build.budget_lines(compiled.plan, card):
+    if len(built) > 1:
+        console.print(_shares([b.plan for b in built]))
+    where = f"memory of rank {plan.compatibility.rank}, the largest" if len(built) > 1 else "memory"
+    table = Table(where, "size", title=None)
+    for row in build.budget_lines(plan, card):
         table.add_row(*row)
     console.print(table)
+
+
+def _shares(plans: Sequence[Plan]) -> Table:
+    """What of the model every rank has."""
+    shares = [(p.compatibility.rank, p.share) for p in plans if p.share]
+    axes = list(dict.fromkeys(axis for _, share in shares for axis in share.axes))
+    table = Table("rank", "layers", *axes)
+    for rank, share in shares:
+        parts = (share.layers, *(share.axes.get(axis) for axis in axes))
+        table.add_row(str(rank), *(f"{p[0]}-{p[1] - 1}" if p else "-" for p in parts))
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -322,10 +322,10 @@ def _count(drawing: Drawing) -> str:
     return f"{boxes} nodes, {green} FP8 edges, {len(drawing.edges) - green} of higher precision"
 
 
-def drawings(directory: Path, layer: int) -> list[Drawing]:
-    """Before and after fusion of a checkpoint; after fusion alone of an engine, which holds no other graph."""
+def drawings(directory: Path, layer: int, rank: int = 0) -> list[Drawing]:
+    """Before and after fusion of a checkpoint; after fusion alone of an engine's rank, which holds no other graph."""
     if (directory / "rank0.engine").is_file():
-        plan = engine.load(directory, verify_weights=False).plan
+        plan = engine.load(directory, rank, verify_weights=False).plan
         return [draw(flow_of_plan(plan), layer, f"layer {layer} after fusion")]
     checkpoint = Checkpoint(directory)
     source = Source(models.load(checkpoint.config), checkpoint)
@@ -351,6 +351,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser("fp8-inspect graph", description=__doc__)
     p.add_argument("directory", type=Path, help="checkpoint (before and after fusion) or engine (after fusion)")
     p.add_argument("--layer", type=int, default=0)
+    p.add_argument("--rank", type=int, default=0, help="of an engine of several ranks")
     p.add_argument("--output", type=Path, metavar="PAGE.html", help="the page")
     p.add_argument("--svg", type=Path, metavar="FILE.svg", help="the drawings alone, as one SVG")
     options = p.parse_args(arguments)
@@ -362,7 +363,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        found = drawings(options.directory, options.layer)
+        found = drawings(options.directory, options.layer, options.rank)
         title = f"{options.directory.resolve().name}: precision flow of layer {options.layer}"
         note = "" if len(found) > 1 else "An engine holds the fused graph alone; give a checkpoint to see both."
         if options.output:

@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="fp8-inspect compare A B and fp8-inspect graph ENGINE_OR_CHECKPOINT have --help of their own",
     )  # fmt: skip
     parser.add_argument("engine_dir", type=Path)
+    parser.add_argument("--rank", type=int, default=0, help="of an engine of several ranks (default: 0)")
     parser.add_argument("--layers", action="store_true", help="every step with its types and shapes")
     parser.add_argument("--tactics", action="store_true", help="every step's tactics, and the kernels with registers")
     parser.add_argument("--fusion", action="store_true", help="every quantize/dequantize pair and who took it")
@@ -55,6 +56,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "types": f"{model.format}, activations {model.dtype}, KV cache {model.kv_cache_dtype}",
         "limits": f"{limits.max_batch_size} sequences of {limits.max_seq_len}, {limits.max_num_tokens} tokens a step",
         "target": f"{c.target}, format version {c.format_version}, package {c.package_version}",
+        **_rank(plan),
         "steps": ", ".join(f"{n} {p}" for p, n in Counter(s.plugin for s in plan.steps).most_common()),
         "Q/DQ pairs": f"{len(pairs)}, {sum(not p['folded'] for p in pairs)} left unfolded",
         "kernels": f"{len(plan.kernels)}, {sum(map(len, loaded.cubins.values())) / 1024:.0f} KiB",
@@ -66,6 +68,17 @@ def overview(loaded: Engine, console: Console) -> None:
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
+
+
+def _rank(plan: Plan) -> dict[str, str]:
+    """What of the model this rank has, if there are others."""
+    c, share = plan.compatibility, plan.share
+    if share is None:
+        return {}
+    parts = ", ".join(
+        f"{axis} {start}-{stop - 1}" for axis, (start, stop) in {"layers": share.layers, **share.axes}.items()
+    )
+    return {f"rank {c.rank} of {c.world_size}": f"{parts} (tp_size {c.tp_size}, pp_size {c.pp_size})"}
 
 
 def layers(plan: Plan, console: Console) -> None:
@@ -161,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
     options = parse(arguments)
     try:
-        loaded = engine.load(options.engine_dir)
+        loaded = engine.load(options.engine_dir, options.rank)
     except EngineError as error:
         print(f"fp8-inspect: {error}", file=sys.stderr)
         return 1

@@ -1,25 +1,118 @@
-"""The engine directory of several ranks, and the verification of all of them together."""
+"""The engine directory of several ranks: built side by side, verified together, written all or nothing."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fp8.builder import build, pipeline
-from fp8.builder.build import Reporter, Request, Source
+from fp8.builder import build, memory, pipeline
+from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.engine import Plan
+from fp8.builder.parallel import workers
+from fp8.builder.parallel.pipeline import Place
+from fp8.builder.parallel.workers import Tell
 from fp8.builder.verify import Verifier
 from fp8.builder.workplace import workplace
+from fp8.plugins import base
+
+Open = Callable[[], Source]  # opens the checkpoint, in whatever process; picklable
 
 
-def build_ranks(source: Source, request: Request, output: Path, reporter: Reporter) -> list[Plan]:
-    """Builds and writes every rank, all of them or nothing."""
+@dataclass(frozen=True)
+class Built:
+    """One rank's engine, on disk but for a dry run."""
+
+    plan: Plan
+    remarks: list[str]  # on debug tensors
+
+
+def build_ranks(
+    open_source: Open,
+    request: Request,
+    output: Path,
+    reporter: Reporter,
+    side_by_side: int = 1,
+    expected: tuple[type, ...] = (),
+) -> list[Built]:
+    """Builds and writes every rank, or nothing; so many at a time, each in a process that reads its own slices of the
+    weights. `expected` are the errors that are told as they are."""
+    if side_by_side < 1:
+        raise BuildError(f"workers is {side_by_side}, expected at least 1")
+    source = open_source()
+    request.place().layers(source.config.num_layers)  # refused here, before any process is started
+    if request.verify:
+        verify_ranks(source, request, reporter)
+        request = dataclasses.replace(request, verify=False)
     with workplace(output) as partial:
-        plans = [
-            build.write_rank(build.compile(source, request, reporter, place=place), partial, reporter)
-            for place in request.places
-        ]
+        tasks = [functools.partial(_build, open_source, request, place, partial) for place in request.places]
+        if side_by_side == 1:
+            built = [task(functools.partial(_hear, reporter, rank)) for rank, task in enumerate(tasks)]
+        else:
+            built = workers.run(tasks, side_by_side, functools.partial(_hear, reporter), expected)
+        plans = [b.plan for b in built]
+        check_collectives(plans, request.tp_size)
         build.write_common(plans, source, partial)
-    return plans
+    return built
+
+
+def dry_run(source: Source, request: Request, reporter: Reporter) -> list[Built]:
+    """Checks and places every rank; compiles and writes nothing."""
+    found = []
+    for done, place in enumerate(request.places, 1):
+        compiled = build.compile(source, request, _of_rank(reporter, place.rank), dry_run=True, place=place)
+        found.append(Built(compiled.plan, compiled.taps.lines() if compiled.taps.taken else []))
+        reporter.progress("ranks", done, len(request.places))
+    return found
+
+
+def largest(plans: Sequence[Plan]) -> Plan:
+    """The rank that needs most memory, with one full sequence for every place of the batch."""
+
+    def need(plan: Plan) -> int:
+        budget, limits = memory.budget(plan), plan.limits
+        blocks = -(-limits.max_seq_len // limits.block_size) * limits.max_batch_size
+        return budget.fixed + budget.kv_block * blocks
+
+    return max(plans, key=need)
+
+
+def _build(open_source: Open, request: Request, place: Place, directory: Path, tell: Tell) -> Built:
+    reporter = Reporter(
+        lambda *values: tell("progress", *values), lambda text: tell("remark", text), lambda text: tell("warn", text)
+    )
+    compiled = build.compile(open_source(), request, reporter, place=place)
+    lines = compiled.taps.lines() if compiled.taps.taken else []
+    return Built(build.write_rank(compiled, directory, reporter), lines)
+
+
+def _hear(reporter: Reporter, rank: int, kind: str, *values: object) -> None:
+    getattr(_of_rank(reporter, rank), kind)(*values)
+
+
+def _of_rank(reporter: Reporter, rank: int) -> Reporter:
+    return Reporter(
+        lambda stage, done, total: reporter.progress(f"rank {rank} {stage}", done, total),
+        lambda text: reporter.remark(f"rank {rank}: {text}"),
+        lambda text: reporter.warn(f"rank {rank}: {text}"),
+    )
+
+
+def check_collectives(plans: Sequence[Plan], tp_size: int) -> None:
+    """Raises BuildError if two ranks of a stage would not meet: all have the same collectives in the same order."""
+
+    def collectives(plan: Plan) -> list[tuple]:
+        return [(s.name, s.plugin, s.attributes) for s in plan.steps if base.load(s.plugin).collective]
+
+    for first in range(0, len(plans), tp_size):
+        wanted = collectives(plans[first])
+        for rank in range(first + 1, first + tp_size):
+            pairs = zip(wanted, collectives(plans[rank]), strict=False)
+            differ = next((a[0] for a, b in pairs if a != b), "the last one")
+            if collectives(plans[rank]) != wanted:
+                raise BuildError(f"ranks {first} and {rank} part at the collective {differ}: please report this")
 
 
 def verify_ranks(source: Source, request: Request, reporter: Reporter) -> None:
