@@ -35,19 +35,19 @@ class AsyncLLM:
     async def run(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The same for a request that `LLM.request` has made."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[list[int], str | None]]()
-
-        def listen(request: Request) -> None:
-            if not loop.is_closed():  # a loop that ended has nobody left to tell
-                loop.call_soon_threadsafe(events.put_nowait, (request.output, request.finish_reason))
-
         service, source = self.llm.service, DeltaSource(self.llm, request)
+
+        def listen(_: Request) -> None:
+            if not loop.is_closed():  # a loop that ended has nobody left to tell
+                loop.call_soon_threadsafe(events.put_nowait, source.news())
+
         service.start()
         service.submit(request, listen)
         try:
             finish_reason = None
             while finish_reason is None:
-                output, finish_reason = await events.get()
-                yield source.take(output, finish_reason)
+                new, finish_reason = await events.get()
+                yield source.take(new, finish_reason)
         finally:
             service.cancel(request)
 

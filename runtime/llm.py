@@ -72,15 +72,22 @@ class DeltaSource:
         params = request.params
         self._text = None if llm.tokenizer is None else TextStream(llm.tokenizer, params.stop, params.min_tokens)
         self._service = llm.service
-        self._seen = 0
+        self._told = self._taken = 0
 
-    def take(self, output: list[int], finish_reason: str | None) -> Delta:
-        """The part of `output` (all tokens so far) that is new. Raises ServiceError if the request was dropped."""
+    def news(self) -> tuple[list[int], str | None]:
+        """Tokens since the last call, and the finish reason: for a listener, at its turn. However much a slow reader
+        lets pile up, it is the output once."""
+        new = self.request.output_from(self._told)
+        self._told += len(new)
+        return new, self.request.finish_reason
+
+    def take(self, new: list[int], finish_reason: str | None) -> Delta:
+        """What `news` told, in its order. Raises ServiceError if the request was dropped."""
         if finish_reason == "abort":
             raise ServiceError(f"the request was dropped: {self._service.failure or 'it was cancelled'}")
-        new, begin, self._seen = output[self._seen :], self._seen, len(output)
+        begin, self._taken = self._taken, self._taken + len(new)
         wanted = self.request.params.logprobs is not None
-        logprobs = self.request.logprobs[begin : len(output)] if wanted else None
+        logprobs = self.request.logprobs[begin : self._taken] if wanted else None
         if self._text is None:
             return Delta(new, None, finish_reason, logprobs)
         text = self._text.add(new)
@@ -168,12 +175,12 @@ class LLM:
         events: queue.SimpleQueue[tuple[list[int], str | None]] = queue.SimpleQueue()
         source = DeltaSource(self, request)
         self.service.start()
-        self.service.submit(request, lambda r: events.put((r.output, r.finish_reason)))
+        self.service.submit(request, lambda _: events.put(source.news()))
         try:
             finish_reason = None
             while finish_reason is None:
-                output, finish_reason = events.get()
-                yield source.take(output, finish_reason)
+                new, finish_reason = events.get()
+                yield source.take(new, finish_reason)
         finally:
             self.service.cancel(request)
 

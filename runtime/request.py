@@ -67,8 +67,12 @@ class Request:
     @property
     def output(self) -> list[int]:
         """The tokens generated so far, without the stop token; those of a stop string belong to them."""
-        out = self.tokens[len(self.prompt) :]
-        return out[:-1] if isinstance(self.stop_reason, int) else out
+        return self.output_from(0)
+
+    def output_from(self, start: int) -> list[int]:
+        """`output` without its first `start` tokens."""
+        end = len(self.tokens) - isinstance(self.stop_reason, int)
+        return self.tokens[len(self.prompt) + start : end]
 
     def accept(self, token: int) -> None:
         """Takes in a token read back and sets `finish_reason` if it ends the output."""

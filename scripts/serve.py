@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--policy", choices=sorted(POLICIES), default="throughput", help="how requests share the engine")
     p.add_argument("--max_requests", type=positive, default=256, help="under way at once; beyond them: 429")
     p.add_argument("--max_body_bytes", type=positive, default=4 << 20)
-    p.add_argument("--body_seconds", type=float, default=30.0, help="a body that takes longer is refused")
+    p.add_argument("--body_seconds", type=float, default=30.0, help="a request that takes longer to arrive is refused")
+    p.add_argument("--stall_seconds", type=float, default=30.0, help="a client that takes nothing so long is cut off")
     p.add_argument("--request_seconds", type=float, default=600.0, help="an answer that takes longer is cut off")
     p.add_argument("--drain_seconds", type=float, default=30.0, help="open requests have that long at a shutdown")
     add_session_arguments(p)
@@ -54,6 +55,7 @@ def server(args: argparse.Namespace) -> Any:
         import uvicorn
 
         from fp8.runtime.server.app import ServerLimits, create_app
+        from fp8.runtime.server.connection import guarded
     except ImportError as error:
         raise EngineError(f"fp8-serve needs {error.name}; install fp8-engine[serve]") from error
 
@@ -73,13 +75,19 @@ def server(args: argparse.Namespace) -> Any:
         policy=args.policy,
     )
     limits = ServerLimits(
-        args.max_requests, args.max_body_bytes, args.body_seconds, args.request_seconds, args.drain_seconds
+        args.max_requests,
+        args.max_body_bytes,
+        args.body_seconds,
+        args.stall_seconds,
+        args.request_seconds,
+        args.drain_seconds,
     )
     name = args.served_model_name or Path(args.engine_dir).resolve().name
     app = create_app(AsyncLLM(llm), name, limits, key)
     config = uvicorn.Config(
         app, args.host, args.port, log_level="info", access_log=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(args.drain_seconds)),
+        http=guarded(limits.body_seconds, limits.stall_seconds),
     )  # fmt: skip
     return DrainingServer(config)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import hf_llama
 import httpx
@@ -269,3 +271,79 @@ def test_the_key_may_lie_in_a_file_or_the_environment(tmp_path: Path, monkeypatc
     monkeypatch.setenv("FP8_API_KEY", "other")
     assert serve.api_key(serve.parser().parse_args(args)) == "other"
     assert serve.parser().parse_args(args).host == "127.0.0.1"
+
+
+def raw(url: str, request: bytes, receive_buffer: int | None = None) -> socket.socket:
+    """A connection that has sent `request` and read nothing."""
+    address = urlsplit(url)
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(20)
+    connection.connect((address.hostname, address.port))
+    connection.sendall(request)
+    return connection
+
+
+def post_request(body: dict[str, Any], *headers: str) -> bytes:
+    text = json.dumps(body)
+    lines = ["POST /v1/completions HTTP/1.1", "Host: x", *headers, f"Content-Length: {len(text)}", "", text]
+    return "\r\n".join(lines).encode()
+
+
+def until(connection: socket.socket, end: bytes) -> bytes:
+    received = b""
+    while not received.endswith(end):
+        received += connection.recv(1000)
+    return received
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: "])
+def test_headers_that_never_end_are_cut_off(engine_dir: Path, start: bytes) -> None:
+    with listening(engine_dir, "--body_seconds", "0.3") as (url, server, _):
+        connection = raw(url, start)
+        begin = time.monotonic()
+        assert connection.recv(100) == b""
+        assert 0.2 < time.monotonic() - begin < 2 and not server.server_state.connections
+
+
+def test_headers_may_take_their_time_once_more_on_a_connection_that_is_kept(engine_dir: Path) -> None:
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with listening(engine_dir, "--body_seconds", "0.5") as (url, _, _):
+        connection = raw(url, whole)
+        assert until(connection, b"}").startswith(b"HTTP/1.1 200")
+        time.sleep(0.8)  # idle is not slow
+        connection.sendall(whole)
+        assert until(connection, b"}").startswith(b"HTTP/1.1 200")
+        connection.sendall(whole[:9])
+        assert connection.recv(1000) == b""
+
+
+def test_a_client_that_stops_reading_is_cut_off_and_holds_no_blocks(engine_dir: Path) -> None:
+    """64 choices of a stream are more than the buffers of two sockets hold."""
+    body = {"prompt": "A", "n": 64, "max_tokens": 200, "temperature": 1, "ignore_eos": True, "stream": True}
+    request = post_request(body)
+    with listening(engine_dir, "--stall_seconds", "0.5") as (url, server, _):
+        state = server.config.app.state.server
+        connection = raw(url, request, receive_buffer=2048)
+        deadline = time.monotonic() + 30
+        while not state.reserved:
+            time.sleep(0.01)
+        while state.reserved and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not state.reserved and not server.server_state.connections
+        assert engine_of(server).worker.statistics.finished["abort"] > 0, "cut off before the answer was complete"
+        asyncio.run(wait_until_free(engine_of(server), 1))
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
+        connection.close()
+
+
+def test_a_client_that_reads_slowly_gets_everything(engine_dir: Path) -> None:
+    body = {"prompt": "A", "n": 8, "max_tokens": 120, "temperature": 1, "ignore_eos": True, "stream": True}
+    request = post_request(body, "Connection: close")
+    with listening(engine_dir, "--stall_seconds", "1") as (url, _, _):
+        connection, received = raw(url, request, receive_buffer=2048), b""
+        while part := connection.recv(4096):
+            received += part
+            time.sleep(0.01)
+        assert received.count(b'"finish_reason": "length"') == 8 and b"[DONE]" in received

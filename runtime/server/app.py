@@ -29,11 +29,13 @@ from fp8.runtime.service import ServiceError
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """`max_requests` may be under way, waiting ones included; beyond them a client is told to come back."""
+    """`max_requests` may be under way, waiting ones included; beyond them a client is told to come back. `body_seconds`
+    are for the headers too; `stall_seconds` for a client that takes nothing (server/connection.py keeps both)."""
 
     max_requests: int = 256
     max_body_bytes: int = 4 << 20
     body_seconds: float = 30.0
+    stall_seconds: float = 30.0
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
 

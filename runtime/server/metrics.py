@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -34,6 +35,17 @@ def _lines(worker: Worker, refused: int) -> Iterator[str]:
     yield from _histogram("queue_seconds", "From arrival to the first step.", s.queue_seconds)
     yield from _histogram("first_token_seconds", "From arrival to the first token.", s.first_token_seconds)
     yield from _histogram("request_seconds", "From arrival to the end.", s.request_seconds)
+    yield from _process()
+
+
+def _process() -> Iterator[str]:
+    """Memory and files, under the names that Prometheus' own clients use."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    values = {"resident_memory_bytes": resident, "open_fds": len(os.listdir("/proc/self/fd"))}
+    for name, value in values.items():
+        yield f"# TYPE process_{name} gauge"
+        yield f"process_{name} {value}"
 
 
 def _head(name: str, kind: str, text: str) -> Iterator[str]:
