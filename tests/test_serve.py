@@ -137,6 +137,19 @@ def test_bad_input_is_answered_with_4xx_in_openais_form_and_nothing_is_held(engi
         ("/v1/completions", {"prompt": "A", "seed": 1.5}, 400, "whole number"),
         ("/v1/completions", {"prompt": "A", "suffix": "b"}, 400, "does not support"),
         ("/v1/completions", {"prompt": "A", "stream": "yes"}, 400, "must be of type bool"),
+        ("/v1/completions", {"prompt": "A", "stream_options": {"include_usage": True}}, 400, "stream is not true"),
+        ("/v1/completions", {"prompt": "A", "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.'x'"),
+        ("/v1/completions", {"prompt": "A", "guided_json": {}}, 400, "'guided_json' is no field of completions"),
+        ("/v1/completions", {"prompt": "A", "messages": []}, 400, "'messages' is no field of completions"),
+        ("/v1/completions", b'{"prompt": "\\ud800"}', 400, "half a surrogate"),
+        ("/v1/completions", b'{"prompt": "\xff"}', 400, "not JSON"),
+        ("/v1/completions", b'{"prompt": "A", "temperature": NaN}', 400, "temperature is nan"),
+        ("/v1/completions", {"prompt": "A", "logit_bias": {"5": 101}}, 400, "at most 100"),
+        ("/v1/completions", {"prompt": "A", "logit_bias": {"500": 1}}, 400, "outside the vocabulary"),
+        ("/v1/completions", {"prompt": "A", "stop": [""]}, 400, "at least one character"),
+        ("/v1/completions", {"prompt": "A", "best_of": 3}, 400, "best_of is 3"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "A"}], "tools": [{}]}, 400, "tools is"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "a text"),
         ("/v1/completions", {"prompt": "A", "model": "gpt-9"}, 404, "'gpt-9' does not exist"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages is missing"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
@@ -332,8 +345,8 @@ def test_a_client_that_stops_reading_is_cut_off_and_holds_no_blocks(engine_dir: 
         while state.reserved and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not state.reserved and not server.server_state.connections
-        assert engine_of(server).worker.statistics.finished["abort"] > 0, "cut off before the answer was complete"
         asyncio.run(wait_until_free(engine_of(server), 1))
+        assert engine_of(server).worker.statistics.finished["abort"] > 0, "cut off before the answer was complete"
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
         connection.close()
 

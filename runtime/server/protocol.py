@@ -14,9 +14,14 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 MAX_CHOICES = 128  # prompts times n
 # Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
-    "prompt_logprobs": None, "best_of": 1, "suffix": "", "tools": [], "response_format": {"type": "text"},
+    "prompt_logprobs": None, "best_of": 1, "suffix": "", "tools": [], "tool_choice": "none", "functions": [],
+    "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "store": False,
+    "service_tier": "auto",
 }  # fmt: skip
+SILENT = {"metadata", "safety_identifier", "prompt_cache_key"}  # for OpenAI's own books: without effect on an answer
 SAMPLING = {f.name for f in fields(SamplingParams) if "logprob" not in f.name} - {"max_tokens", "n"}
+SERVED = {"model", "max_tokens", "stream", "stream_options", "user", "priority", "n", "echo", "logprobs"}
+OF_CHATS, OF_COMPLETIONS = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt"}
 NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
 
 
@@ -66,19 +71,50 @@ def parse_order(body: bytes, model: str, chat: bool) -> Order:
     if _field(data, "model", str, model) != model:
         raise ClientError(404, f"the model {data['model']!r} does not exist; this server has {model!r}", param="model",
                           code="model_not_found")  # fmt: skip
+    _refuse_unknown(data, chat)
     prompts = [] if chat else _prompts(data)
     n = _field(data, "n", int, 1)
     if not 1 <= n * max(1, len(prompts)) <= MAX_CHOICES:
         raise ClientError(400, f"n is {n}; prompts times n must lie between 1 and {MAX_CHOICES}", param="n")
-    options = _field(data, "stream_options", dict, {})
+    stream = _field(data, "stream", bool, False)
     echo = _field(data, "echo", bool, False)
     if echo and chat:
         raise ClientError(400, "echo is true; a chat has no prompt to echo: leave it out", param="echo")
     return Order(
-        model, prompts, _messages(data) if chat else None, _params(data, chat), n, _field(data, "stream", bool, False),
-        bool(options.get("include_usage")), _field(data, "priority", int, 0), _field(data, "user", str, ""),
+        model, prompts, _messages(data) if chat else None, _params(data, chat), n, stream,
+        _include_usage(data, stream), _field(data, "priority", int, 0), _field(data, "user", str, ""),
         echo,
     )  # fmt: skip
+
+
+def _refuse_unknown(data: dict[str, Any], chat: bool) -> None:
+    """A field that would be passed over in silence may be one that the client counts on."""
+    known = SERVED | SAMPLING | SILENT | NEUTRAL.keys() | (OF_CHATS if chat else OF_COMPLETIONS)
+    for name in sorted(data.keys() - known):
+        kind = "chat completions" if chat else "completions"
+        raise ClientError(400, f"{_short(name)} is no field of {kind} here; leave it out", param=name[:60])
+    text = json.dumps(data, ensure_ascii=False)
+    if not _encodable(text):
+        raise ClientError(400, "the body holds half a surrogate pair, which is no character")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _include_usage(data: dict[str, Any], stream: bool) -> bool:
+    options = _field(data, "stream_options", dict, {})
+    if options and not stream:
+        raise ClientError(400, "stream_options is given, and stream is not true", param="stream_options")
+    for name in options.keys() - {"include_usage", "include_obfuscation"}:
+        raise ClientError(400, f"stream_options.{_short(name)} is not supported", param="stream_options")
+    if options.get("include_obfuscation"):
+        raise ClientError(400, "stream_options.include_obfuscation is not supported", param="stream_options")
+    return bool(_field(options, "include_usage", bool, False))
 
 
 def _field(data: dict[str, Any], name: str, kind: type, default: Any) -> Any:
@@ -211,7 +247,8 @@ class Answer:
         if self._order.chat and not first:
             del content["delta"]["role"]
         choice = {"index": index, "logprobs": logprobs, "finish_reason": reason, **content}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+        later = {"usage": None} if self._order.include_usage else {}  # as OpenAI's: the last event has it
+        return {**self._head, "object": self._chunk_kind, "choices": [choice], **later}
 
     def last_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage}
