@@ -1,204 +1,225 @@
-"""fp8-eval: how well an engine predicts a text, alone or against the Hugging Face model in float32."""
+"""fp8-eval: how good an engine is at a task, alone or against the Hugging Face model in float32.
+
+The tasks are in scripts/evaluation/tasks/; here are the flags that they share, the gates and the report. Started by an
+MPI launcher, every process takes a part of the items, and the first one prints.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from fp8.builder.engine import write_atomically
+from fp8.runtime.launcher import Launch, launched
+from fp8.runtime.llm import LLM
 from fp8.runtime.request import RequestError
-from fp8.runtime.scoring import Window, logit_losses, token_losses, windows
-from fp8.runtime.session import Session
-from fp8.runtime.tokenizer import load_tokenizer
-from fp8.scripts.run import ERRORS, add_session_arguments
+from fp8.scripts.evaluation.models import Engine, Model, Reference
+from fp8.scripts.evaluation.statistics import chance_limit
+from fp8.scripts.evaluation.task import Task, modules, task_name
+from fp8.scripts.run import ERRORS, add_session_arguments, fraction, positive
 
-Losses = Callable[[list[int]], tuple[np.ndarray, np.ndarray]]  # tokens -> (loss, argmax) of all but the first
-Z95 = 1.959963984540054  # two-sided 95% of a normal
+SHARED = ("data", "max_items", "skip_long", "max_ppl_increase", "min_accuracy")  # flags that a task's COMMON may name
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fp8-eval", description="Evaluates an engine.")
+    tasks = modules()
+    p = argparse.ArgumentParser(
+        "fp8-eval", description="Evaluates an engine at a task.", epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     p.add_argument("--engine_dir", required=True)
-    p.add_argument("--task", choices=("perplexity",), default="perplexity")
-    p.add_argument("--data", required=True, type=Path, help="a UTF-8 text")
-    p.add_argument("--reference", type=Path, help="Hugging Face model directory, run in float32 on the same windows")
-    p.add_argument(
-        "--window", type=int, help="tokens that the model sees at once; default: the engine's max_seq_len, 2048 at most"
-    )
-    p.add_argument("--stride", type=int, help="tokens between windows; default: half a window")
-    p.add_argument("--max_tokens", type=int, help="take only the beginning of the text")
-    p.add_argument(
-        "--max_ppl_increase", type=float, help="fail if perplexity exceeds the reference's by more; 0.01 is 1%%"
-    )
+    names = ", ".join("/".join((name, *module.ALIASES)) for name, module in tasks.items())
+    p.add_argument("--task", type=task_name, default="perplexity", help=f"{names}; default: perplexity")
+    p.add_argument("--data", type=Path, help="the task's text, file or directory")
+    p.add_argument("--max_items", type=positive, metavar="N", help="take only the first N items (of each subject)")
+    p.add_argument("--skip_long", action="store_true", help="leave out items that are too long, and say how many")
+    p.add_argument("--reference", type=Path, help="Hugging Face model directory, run in float32 on the same prompts")
     p.add_argument("--output", type=Path, help="write the result as JSON")
+    gates = p.add_argument_group(
+        "gates", "A missed gate ends in status 2; the result is printed and written all the same."
+    )
+    gates.add_argument(
+        "--max_ppl_increase", type=float, metavar="X",
+        help="perplexity exceeds the reference's by X at most; 0.01 is 1%%",
+    )  # fmt: skip
+    gates.add_argument(
+        "--min_accuracy", type=fraction, metavar="X", help="accuracy (rouge: F1 of rouge1) is at least X, 0 to 1"
+    )
+    gates.add_argument(
+        "--max_regression", type=fraction, metavar="P",
+        help="the engine is not worse than the reference with p < P (sign test of answers, or paired bootstrap)",
+    )  # fmt: skip
     add_session_arguments(p)
+    for name, module in tasks.items():
+        module.add_arguments(p.add_argument_group(f"--task {name}", " ".join((module.__doc__ or "").split())))
     return p
 
 
-def perplexity(losses: Sequence[np.ndarray]) -> dict[str, Any]:
-    """exp(mean loss) with a 95% interval, the windows taken as independent samples of (sum of losses, tokens)."""
-    mean, error = ratio([float(w.sum()) for w in losses], [len(w) for w in losses])
-    interval = None if error is None else [math.exp(mean - Z95 * error), math.exp(mean + Z95 * error)]
-    return {"perplexity": math.exp(mean), "confidence_interval": interval, "loss": mean}
+def _epilog() -> str:
+    lines = [f"  fp8-eval --engine_dir engine {module.EXAMPLE}" for module in modules().values()]
+    return "\n".join(
+        [
+            "examples:",
+            *lines,
+            "  mpirun -n 8 fp8-eval --engine_dir engine ...",
+            "",
+            "docs/evaluation.md says what is measured.",
+        ]
+    )
 
 
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """sum(sums) / sum(counts) and its standard error (linearized ratio estimator); None for a single sample."""
-    y, n = np.array(sums, np.float64), np.array(counts, np.float64)
-    mean = math.fsum(sums) / n.sum()
-    if len(y) < 2:
-        return mean, None
-    return mean, float(np.sqrt(((y - mean * n) ** 2).sum() * len(y) / (len(y) - 1)) / n.sum())
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises RequestError for a flag that the task does not know, or a gate without what it compares with."""
+    takes = modules()[args.task].COMMON
+    foreign = set(SHARED) - takes
+    for name, module in modules().items():
+        other = argparse.ArgumentParser(add_help=False)
+        module.add_arguments(other)
+        defaults = vars(other.parse_args([]))
+        foreign |= {flag for flag, value in defaults.items() if name != args.task and getattr(args, flag) != value}
+    given = sorted(flag for flag in foreign if getattr(args, flag) not in (None, False))
+    if given:
+        raise RequestError(f"--{given[0]} is not a flag of --task {args.task}; fp8-eval --help lists each task's")
+    if "data" in takes and args.data is None:
+        raise RequestError(f"--task {args.task} needs --data; fp8-eval --help has an example")
+    for gate in ("max_ppl_increase", "max_regression"):
+        if getattr(args, gate) is not None and args.reference is None:
+            raise RequestError(f"--{gate} compares with --reference HF_DIR; give it")
 
 
-def compare(ours: list, reference: list) -> dict[str, Any]:
-    """The reference's own figures, and how far the engine is from them on the same tokens (paired by window)."""
-    pairs = list(zip(ours, reference, strict=True))
-    mean, error = ratio([float((a[0] - b[0]).sum()) for a, b in pairs], [len(a[0]) for a, _ in pairs])
-    interval = None if error is None else [math.expm1(mean - Z95 * error), math.expm1(mean + Z95 * error)]
-    agree = sum(int((a[1] == b[1]).sum()) for a, b in pairs) / sum(len(a[1]) for a, _ in pairs)
-    return {
-        **perplexity([b[0] for b in reference]), "increase": math.expm1(mean), "increase_interval": interval,
-        "greedy_agreement": agree,
-    }  # fmt: skip
-
-
-def score(
-    title: str, losses: Losses, tokens: list[int], spans: Sequence[Window]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(loss, argmax) of the scored tokens of every window."""
-    out = []
-    for begin, scored, end in progress(spans, title):
-        loss, best = losses(tokens[begin:end])
-        out.append((loss[scored - begin - 1 :], best[scored - begin - 1 :]))
-    return out
-
-
-def progress(items: Sequence[Window], title: str) -> Iterable[Window]:
-    return track(items, title, console=Console(stderr=True), transient=True)
-
-
-def reference_losses(directory: Path, device: str) -> Losses:
-    """Hugging Face's own forward pass in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if not (directory / "config.json").is_file():
-        raise RequestError(f"--reference {directory} has no config.json; give a Hugging Face model directory")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    model.to(torch.device(device))
-
-    def losses(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        with torch.inference_mode():
-            logits = model(torch.tensor([tokens[:-1]], device=device), use_cache=False).logits[0]
-            return logit_losses(logits, tokens[1:])
-
-    return losses
-
-
-def read_tokens(args: argparse.Namespace, session: Session) -> tuple[list[int], int]:
-    """The text's tokens, and how many UTF-8 bytes all but the first stand for (its share of the text)."""
-    tokenizer = load_tokenizer(args.engine_dir)
-    if tokenizer is None:
-        raise RequestError(f"{args.engine_dir} holds no tokenizer; perplexity on a text needs one")
-    try:
-        text = args.data.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--data {args.data} is not UTF-8 text ({error})") from error
-    every = tokenizer.encode(text)
-    tokens = every[: args.max_tokens]
-    if len(tokens) < 2:
-        raise RequestError(f"--data {args.data} has {len(tokens)} tokens; at least 2 are needed")
-    if max(tokens) >= session.model.vocab_size:
-        raise RequestError(
-            f"--data {args.data}: the tokenizer gives token {max(tokens)}, the model's vocabulary ends at "
-            f"{session.model.vocab_size - 1}; the tokenizer does not belong to this model"
-        )
-    return tokens, round(len(text.encode()) * (len(tokens) - 1) / len(every))
-
-
-def spans_of(args: argparse.Namespace, session: Session, tokens: int) -> list[Window]:
-    longest = min(session.limits.max_seq_len, session.max_kv_tokens)
-    length = args.window or min(longest, 2048)
-    stride = args.stride or max(length // 2, 1)
-    if not 2 <= length <= longest:
-        raise RequestError(
-            f"--window is {length}; it must lie between 2 and {longest}, what the engine holds of a sequence"
-        )
-    if not 1 <= stride < length:
-        raise RequestError(f"--stride is {stride}; it must lie between 1 and the window less one, {length - 1}")
-    return windows(tokens, length, stride)
-
-
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    if args.max_ppl_increase is not None and args.reference is None:
-        raise RequestError("--max_ppl_increase compares with --reference HF_DIR; give it")
-    session = Session(args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction)
-    tokens, size = read_tokens(args, session)
-    spans = spans_of(args, session, len(tokens))
+def evaluate(args: argparse.Namespace, launch: Launch) -> dict[str, Any] | None:
+    """The result as it is written, on rank 0; None elsewhere."""
+    check_flags(args)
+    device = own_device(args.device, launch)
+    engine = Engine(LLM(args.engine_dir, device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction))
+    task: Task = modules()[args.task].Task(args, engine)
+    session = engine.llm.session
     begin = time.perf_counter()
-    ours = score("engine", lambda t: token_losses(session, t), tokens, spans)
+    ours = outcomes(task, engine, launch, "engine")
     seconds = time.perf_counter() - begin
-    count = sum(len(loss) for loss, _ in ours)
-    result = {
-        "task": args.task, **perplexity([loss for loss, _ in ours]), "tokens": count,
-        "bits_per_byte": math.fsum(x for loss, _ in ours for x in loss) / math.log(2) / size, "bytes": size,
-        "windows": len(spans), "window": spans[0].end - spans[0].begin, "engine_dir": str(args.engine_dir),
-        "format": session.model.format, "kv_cache_dtype": session.model.kv_cache_dtype, "device": str(session.device),
-        "seconds": seconds, "tokens_per_second": count / seconds, "reference": None,
-    }  # fmt: skip
+    theirs = None
     if args.reference:
-        theirs = score("reference", reference_losses(args.reference, str(session.device)), tokens, spans)
-        result["reference"] = {"model": str(args.reference), **compare(ours, theirs)}
-    return result
+        reference = Reference(args.reference, str(session.device), session.model.eos_token_ids)
+        theirs = outcomes(task, reference, launch, "reference")
+    if ours is None:
+        return None
+    figures = task.figures(ours)
+    result = {
+        "task": args.task, **figures, "engine_dir": str(args.engine_dir), "format": session.model.format,
+        "kv_cache_dtype": session.model.kv_cache_dtype, "device": str(session.device), "processes": launch.world,
+        "seconds": seconds, "tokens_per_second": figures["tokens"] / seconds, "reference": None,
+    }  # fmt: skip
+    if theirs is not None:
+        result["reference"] = {"model": str(args.reference), **task.against(ours, theirs)}
+    return result | {"warnings": warnings(args, result)}
 
 
-def report(result: dict[str, Any]) -> str:
-    interval = result["confidence_interval"]
-    between = f" (95%: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
-    lines = [
-        f"perplexity {result['perplexity']:.4f}{between}, {result['bits_per_byte']:.4f} bits per byte, "
-        f"{result['tokens']} tokens, {result['tokens_per_second']:.0f} tokens/s on {result['device']}"
+def outcomes(task: Task, model: Model, launch: Launch, title: str) -> list[Any] | None:
+    """Of all items, in order, on rank 0; every rank runs its share."""
+    share = launch.share(task.items)
+    with progress(f"{title}, {task.unit}", len(share), launch.rank == 0) as advance:
+        return launch.gather(task.run(model, share, advance) if share else [])
+
+
+@contextmanager
+def progress(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def own_device(name: str, launch: Launch) -> str:
+    """Of several processes on a machine, each takes a GPU of its own, where the user names none."""
+    if launch.world == 1 or name not in ("auto", "cuda"):
+        return name
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{launch.local_rank % count}" if count else name
+
+
+def warnings(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
+    """What makes a gate worth less than it seems."""
+    if args.min_accuracy is None:
+        return []
+    limit = result.get("chance_interval", [None, None])[1] if result.get("chance_interval") else None
+    if limit is None and "chance" in result and "chance_interval" not in result:
+        limit = chance_limit(result["items"], result["chance"])
+    if limit is None or args.min_accuracy > limit:
+        return []
+    return [
+        f"--min_accuracy {args.min_accuracy:g} is no gate: an engine that has understood nothing reaches up to {limit:.4f} "
+        f"by chance with {result['items']} items; take a larger value or more items, or compare with --reference"
     ]
-    if reference := result["reference"]:
-        lines.append(
-            f"reference  {reference['perplexity']:.4f}: {reference['increase']:+.3%}, same likeliest token at "
-            f"{reference['greedy_agreement']:.2%} of the positions"
+
+
+def missed_gates(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
+    missed, reference = [], result["reference"] or {}
+    limit = args.max_ppl_increase
+    if limit is not None and not reference["increase"] <= limit:
+        missed.append(f"perplexity rose by {reference['increase']:.3%}, more than {limit:.3%}")
+    if args.min_accuracy is not None and not result["accuracy"] >= args.min_accuracy:
+        missed.append(
+            f"{result.get('accuracy_is', 'accuracy')} is {result['accuracy']:.4f}, less than {args.min_accuracy:g}"
         )
-    return "\n".join(lines)
+    if args.max_regression is not None:
+        p = reference["p_value"]
+        if p is None:
+            missed.append("a single item says nothing about a regression; take more")
+        elif p < args.max_regression:
+            missed.append(f"the engine is worse than the reference: p = {p:.2g}, less than {args.max_regression:g}")
+    return missed
+
+
+def finish(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """Writes, prints and judges the result; returns the status."""
+    if args.output:
+        write_atomically(args.output, [json.dumps(result, indent=2).encode() + b"\n"])
+    task = modules()[args.task].Task
+    print("\n".join(task.report(result)))
+    if result["reference"] and result["reference"]["p_value"] is not None:
+        print(f"p = {result['reference']['p_value']:.3g} that the engine is not worse than the reference")
+    for warning in result["warnings"]:
+        print(f"fp8-eval: warning: {warning}", file=sys.stderr)
+    missed = missed_gates(args, result)
+    for line in missed:
+        print(f"fp8-eval: {line}", file=sys.stderr)
+    return 2 if missed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    launch = Launch()
     try:
-        result = evaluate(args)
-        if args.output:
-            write_atomically(args.output, [json.dumps(result, indent=2).encode() + b"\n"])
+        launch = launched()
+        result = evaluate(args, launch)
+        return 0 if result is None else finish(args, result)
     except ERRORS as error:
-        print(f"fp8-eval: {error}", file=sys.stderr)
+        where = f"process {launch.rank} of {launch.world}: " if launch.world > 1 else ""
+        print(f"fp8-eval: {where}{error}", file=sys.stderr, flush=True)
+        launch.abort(1)
         return 1
     except KeyboardInterrupt:
         print("fp8-eval: interrupted", file=sys.stderr)
         return 130
-    print(report(result))
-    limit = args.max_ppl_increase
-    if limit is not None and not result["reference"]["increase"] <= limit:
-        print(
-            f"fp8-eval: perplexity rose by {result['reference']['increase']:.3%}, more than {limit:.3%}",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+    except Exception:
+        if launch.world == 1:
+            raise
+        traceback.print_exc()  # the others would wait for this process for ever
+        sys.stderr.flush()
+        launch.abort(1)
+        return 1
 
 
 if __name__ == "__main__":
