@@ -73,7 +73,7 @@ def _epilog() -> str:
             *lines,
             "  mpirun -n 8 fp8-eval --engine_dir engine ...",
             "",
-            "docs/evaluation.md says what is measured.",
+            "docs/evaluation.md says more.",
         ]
     )
 
@@ -159,8 +159,8 @@ def warnings(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
     if limit is None or args.min_accuracy > limit:
         return []
     return [
-        f"--min_accuracy {args.min_accuracy:g} is no gate: an engine that has understood nothing reaches up to {limit:.4f} "
-        f"by chance with {result['items']} items; take a larger value or more items, or compare with --reference"
+        f"--min_accuracy {args.min_accuracy:g} is no gate: who has understood nothing reaches up to {limit:.4f} by "
+        f"chance with {result['items']} items; take a larger value or more items, or compare with --reference"
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from fp8.runtime.llm import LLM, sample_seed
@@ -54,6 +54,20 @@ class Fp8Engine(TemplateLM):
         self.max_gen_toks, self.add_bos_token = max_gen_toks, add_bos_token
         self.batch_size = batch_size  # for lm-eval's report
         self._device = self.llm.session.device
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Fp8Engine:
+        """lm-eval's own flags go behind --model_args; its default device, cuda:0, means none was named."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if flags.get("device") == "cuda:0" and "device" not in arg_dict:
+            flags["device"] = "auto"
+        return cls(**{**flags, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Fp8Engine:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:

@@ -1,4 +1,4 @@
-"""fp8-eval: the arithmetic of perplexity, and an engine against the Hugging Face model that it was built from."""
+"""fp8-eval's perplexity: its arithmetic, and an engine against the Hugging Face model that it was built from."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 from fp8.runtime.scoring import token_losses, windows
 from fp8.runtime.session import Session
 from fp8.scripts import build, evaluate
+from fp8.scripts.evaluation.models import Reference
+from fp8.scripts.evaluation.tasks.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +95,21 @@ def test_a_missed_gate_is_a_failure_and_the_result_is_written(
     assert "more than -50.000%" in capsys.readouterr().err and output.is_file()
 
 
+def test_a_worse_engine_is_a_regression(
+    engine_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights guess worse than a model that finds every token equally likely."""
+    model = hf_llama.make(tmp_path)
+    torch.nn.init.zeros_(model.model.norm.weight)
+    model.save_pretrained(tmp_path)
+    assert run(engine_dir, text, "--reference", tmp_path, "--max_regression", 0.01) == 2
+    assert "the engine is worse than the reference: p = 0.0001" in capsys.readouterr().err
+    assert run(engine_dir, text, "--reference", tmp_path) == 0
+
+
 def test_the_reference_is_hugging_face_s_forward_pass(model_dir: Path) -> None:
     (tokens,) = hf_llama.sequences(60)
-    losses, best = evaluate.reference_losses(model_dir, "cpu")(tokens)
+    losses, best = Reference(model_dir, "cpu").losses(tokens)
     logits = hf_llama.logits(hf_llama.load(model_dir), [tokens])[:-1].double()
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
     np.testing.assert_allclose(losses, expected.numpy(), rtol=1e-6)
@@ -105,9 +119,9 @@ def test_the_reference_is_hugging_face_s_forward_pass(model_dir: Path) -> None:
 def test_the_interval_narrows_with_the_number_of_windows() -> None:
     source = np.random.default_rng(0)
     few, many = ([source.normal(2.0, 0.5, 50) for _ in range(n)] for n in (10, 1000))
-    widths = [np.diff(evaluate.perplexity(w)["confidence_interval"])[0] for w in (few, many)]
+    widths = [np.diff(perplexity(w)["confidence_interval"])[0] for w in (few, many)]
     assert 5 < widths[0] / widths[1] < 20
-    assert evaluate.perplexity(few[:1])["confidence_interval"] is None
+    assert perplexity(few[:1])["confidence_interval"] is None
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,9 @@ def test_the_interval_narrows_with_the_number_of_windows() -> None:
         (["--stride", "96"], "--stride is 96"),
         (["--max_tokens", "1"], "has 1 tokens; at least 2 are needed"),
         (["--max_ppl_increase", "0.01"], "compares with --reference"),
+        (["--max_regression", "0.01"], "compares with --reference"),
+        (["--min_accuracy", "0.5"], "--min_accuracy is not a flag of --task perplexity"),
+        (["--num_shots", "2"], "--num_shots is not a flag of --task perplexity"),
         (["--reference", "nowhere"], "nowhere has no config.json"),
     ],
 )

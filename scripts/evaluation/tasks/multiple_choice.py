@@ -4,9 +4,9 @@ letter is the likeliest next token"""
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,6 @@ class Item(NamedTuple):
     subject: str
     prompt: list[int]
     answer: int  # which of the choices is right
-    number: int  # of the question in its subject, from 1
 
 
 class Outcome(NamedTuple):
@@ -70,13 +69,11 @@ class Task:
 
     def _items(self, subject: str, rows: Sequence[Row], solved: Sequence[Row], engine: Engine) -> list[Item]:
         head = heading(subject) + "".join(example(row.fields, answer=True) for row in solved)
+        prompts = [encode(engine.tokenizer, head + example(r.fields), engine.vocab_size, r.where) for r in rows]
         return [
-            Item(
-                row.where, subject,
-                encode(engine.tokenizer, head + example(row.fields), engine.vocab_size, row.where) + self.choices.prefix,
-                LETTERS.index(row.fields[-1]), number,
-            ) for number, row in enumerate(rows, 1)
-        ]  # fmt: skip
+            Item(row.where, subject, prompt + self.choices.prefix, LETTERS.index(row.fields[-1]))
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
 
     def run(self, model: Model, items: Sequence[Item], progress: Progress) -> list[Outcome]:
         logprobs = model.choose([item.prompt for item in items], self.choices.tokens, progress)
@@ -118,8 +115,8 @@ class Task:
             ]
         low, high = result["confidence_interval"]
         lines.append(
-            f"accuracy {result['accuracy']:.2%} (95%: {low:.2%} to {high:.2%}), {result['correct']} of {result['items']} "
-            f"questions, mean of subjects {result['macro_accuracy']:.2%}, on {result['device']}"
+            f"accuracy {result['accuracy']:.2%} (95%: {low:.2%} to {high:.2%}), {result['correct']} of "
+            f"{result['items']} questions, mean of subjects {result['macro_accuracy']:.2%}, on {result['device']}"
         )
         tokens = ", ".join(f"{letter} {t['text']!r} = {t['id']}" for letter, t in result["choice_tokens"].items())
         lines.append(f"compared by the tokens {tokens}")
@@ -160,7 +157,8 @@ def choice_tokens(engine: Engine) -> Choices:
     """The first token in which " A", " B", ... differ after "Answer:". Raises RequestError where two never do."""
     asked = engine.tokenizer.encode("\nAnswer:")
     answers = [engine.tokenizer.encode(f"\nAnswer: {letter}") for letter in LETTERS]
-    common = list(commonprefix(answers))
+    shared = itertools.takewhile(lambda tokens: len({*tokens}) == 1, zip(*answers, strict=False))
+    common = [tokens[0] for tokens in shared]
     rest = [answer[len(common) : len(common) + 1] for answer in answers]
     if common[: len(asked)] != asked or len({tuple(r) for r in rest}) < len(LETTERS) or [] in rest:
         raise RequestError(

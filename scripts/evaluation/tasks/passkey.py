@@ -62,8 +62,8 @@ class Task:
         for length in lengths:
             if length > engine.longest:
                 raise RequestError(
-                    f"--lengths holds {length}, {length - engine.longest} tokens more than the engine holds of a sequence "
-                    f"({engine.longest}); give at most that, or build with a larger --max_seq_len"
+                    f"--lengths holds {length}, {length - engine.longest} tokens more than the engine holds of a "
+                    f"sequence ({engine.longest}); give at most that, or build with a larger --max_seq_len"
                 )
         source = random.Random(args.seed)
         keys = [str(source.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in range(args.repeats)]
@@ -107,8 +107,8 @@ class Task:
         lines = [f"{c['accuracy']:8.2%}  length {c['length']:>7}, depth {c['depth']:.2f}" for c in result["cells"]]
         low, high = result["confidence_interval"]
         lines.append(
-            f"accuracy {result['accuracy']:.2%} (95%: {low:.2%} to {high:.2%}), {result['correct']} of {result['items']} "
-            f"numbers found, on {result['device']}"
+            f"accuracy {result['accuracy']:.2%} (95%: {low:.2%} to {high:.2%}), {result['correct']} of "
+            f"{result['items']} numbers found, on {result['device']}"
         )
         if reference := result["reference"]:
             lines.append(
