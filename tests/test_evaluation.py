@@ -23,7 +23,7 @@ from fp8.runtime.request import RequestError
 from fp8.scripts import build, evaluate
 from fp8.scripts.evaluation import statistics
 from fp8.scripts.evaluation.models import Engine
-from fp8.scripts.evaluation.tasks import multiple_choice, passkey
+from fp8.scripts.evaluation.tasks import multiple_choice, passkey, rouge
 
 MODEL = evaluation_data.MODEL
 Captured = pytest.CaptureFixture[str]
@@ -119,8 +119,6 @@ def test_rouge_is_that_of_rouge_score(engine: Engine, summaries: Path) -> None:
 
     flags = ["--data", str(summaries), "--document_key", "code", "--summary_key", "doc"]
     args = evaluate.parser().parse_args(["--engine_dir", "", *flags])
-    from fp8.scripts.evaluation.tasks import rouge
-
     task = rouge.Task(args, engine)
     texts = [f"Return the {item.summary}" for item in task.items[:5]] + ["", "None", "a", "b", "c"]
     expected = [
@@ -358,19 +356,19 @@ def mpirun(count: int, *command: str) -> subprocess.CompletedProcess[str]:
 
 def test_all_ranks_give_the_figures_of_one_process(engine_dir: Path, mmlu: Path, tmp_path: Path) -> None:
     results = []
-    for name in ("one", "three"):
+    for name in ("one", "two"):
         output = tmp_path / f"{name}.json"
         flags = ["--engine_dir", str(engine_dir), "--task", "mmlu", "--data", str(mmlu), "--device", "cpu"]
-        flags += ["--reference", str(MODEL), "--max_items", "4", "--output", str(output)]
+        flags += ["--max_items", "3", "--output", str(output)]
         if name == "one":
             assert evaluate.main(flags) == 0
         else:
-            done = mpirun(3, "-m", "fp8.scripts.evaluate", *flags)
+            done = mpirun(2, "-m", "fp8.scripts.evaluate", *flags)
             assert done.returncode == 0, done.stderr
             assert done.stdout.count("compared by the tokens") == 1, "one rank prints"
         result = json.loads(output.read_text())
         results.append({k: v for k, v in result.items() if "second" not in k})
-    assert results[1].pop("processes") == 3 and results[0].pop("processes") == 1
+    assert results[1].pop("processes") == 2 and results[0].pop("processes") == 1
     assert results[0] == results[1]
 
 
