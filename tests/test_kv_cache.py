@@ -2,28 +2,88 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8.runtime.kv_cache import BlockPool, KVCacheError, blocks_for, extend_keys
 
 
-@given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60))
-def test_blocks_are_owned_once_and_never_lost(size: int, trace: list[tuple[bool, int]]) -> None:
-    pool, held = BlockPool(size, 64), []
-    for allocate, n in trace:
-        if not allocate:
-            pool.release(held.pop(n % len(held)) if held else [])
-        elif n <= pool.free_blocks:
-            held.append(pool.allocate(n))
-        else:
+class Model:
+    """What a pool must be doing, by sets: who holds what, and what each key stands for."""
+
+    def __init__(self, size: int) -> None:
+        self.pool, self.size = BlockPool(size, 64), size
+        self.held: list[list[int]] = []  # per sequence
+        self.contents: dict[int, bytes] = {}  # of published blocks, until they are given to somebody anew
+
+    def allocate(self, n: int) -> None:
+        if n > self.pool.free_blocks:
             with pytest.raises(KVCacheError, match=f"{n} KV blocks wanted"):
-                pool.allocate(n)
-        owned = [b for blocks in held for b in blocks]
-        assert len(set(owned)) == len(owned)
-        assert all(0 <= b < size for b in owned)
-        assert pool.free_blocks == size - len(owned)
+                self.pool.allocate(n)
+            return
+        before, cached = set(self.contents), self.pool.cached_blocks
+        blocks = self.pool.allocate(n)
+        assert not {b for held in self.held for b in held} & set(blocks), "handed out while held"
+        evicted = before & set(blocks)
+        assert self.pool.cached_blocks == cached - len(evicted), "contents go only where a block is needed"
+        for block in blocks:
+            self.contents.pop(block, None)
+        self.held.append(blocks)
+
+    def release(self, n: int) -> None:
+        self.pool.release(self.held.pop(n % len(self.held)) if self.held else [])
+
+    def publish(self, n: int) -> None:
+        """The block gets contents number n, unless it has some."""
+        blocks = [b for held in self.held for b in held]
+        if not blocks:
+            return
+        block, key = blocks[n % len(blocks)], bytes([n % 7])
+        self.pool.publish(block, key)
+        if block not in self.contents and key not in self.contents.values():
+            self.contents[block] = key
+
+    def share(self, n: int) -> None:
+        keys = [bytes([(n + i) % 7]) for i in range(3)]
+        found = self.pool.find(keys)
+        known = {key: block for block, key in self.contents.items()}
+        assert found == [known[k] for k in takewhile(known.__contains__, keys)]
+        idle = self.pool.idle(found)
+        free = self.pool.free_blocks
+        self.pool.share(found)
+        assert self.pool.free_blocks == free - idle
+        self.held.append(found)
+
+    def forget(self, n: int) -> None:
+        self.pool.forget_contents()
+        self.contents.clear()
+
+    def check(self) -> None:
+        owned = {b for blocks in self.held for b in blocks}
+        assert all(0 <= b < self.size for b in owned)
+        assert self.pool.free_blocks == self.size - len(owned)
+        assert self.pool.cached_blocks == len(self.contents.keys() - owned)
+
+
+ACTIONS = st.sampled_from(["allocate", "allocate", "release", "release", "publish", "publish", "share", "forget"])
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(st.integers(1, 20), st.lists(st.tuples(ACTIONS, st.integers(0, 12)), max_size=25))
+def test_no_block_is_lost_or_handed_out_twice_and_contents_are_found_while_they_are_there(
+    size: int, trace: list[tuple[str, int]]
+) -> None:
+    model = Model(size)
+    for action, n in trace:
+        getattr(model, action)(n)
+        model.check()
+    while model.held:
+        model.release(0)
+    assert model.pool.free_blocks == size
+    assert sorted(model.pool.allocate(size)) == list(range(size))
 
 
 def test_a_block_released_twice_is_an_error() -> None:

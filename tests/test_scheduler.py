@@ -105,7 +105,7 @@ class Machine:
         assert len(held) + self.scheduler.pool.free_blocks == self.scheduler.pool.num_blocks
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=10_000, deadline=None)
 @given(
     st.lists(wanted, min_size=1, max_size=10), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10),
     st.integers(0, 2), st.sampled_from(sorted(POLICIES)), st.booleans(),
