@@ -12,10 +12,8 @@ same bits in both runs, and untouched memory behind the outputs. Exits with 1 if
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
-import statistics
 import sys
 import time
 import traceback
@@ -27,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fp8.plugins import base, compile
-from fp8.plugins.base import Case, Plugin, Tensor
+from fp8.plugins import compile
+from fp8.plugins.base import Case
+from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases
+from fp8.scripts.benchmarks.timing import BRIEF, compare
 from fp8.scripts.provenance import add_argument, provenance
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ if TYPE_CHECKING:
 
     from fp8.plugins.cuda import Function
 
-GUARD = 4096  # bytes behind every output that must stay as they are
-COLD = 200 << 20  # timed launches rotate over at least this many bytes, four times the L2 cache
 SMALL = 16 << 20  # bytes of traffic of the cases that `--small` keeps
-LAUNCHES = 24  # per graph replay
 
 
 @dataclass
@@ -57,80 +54,8 @@ class Row:
     failure: str = ""
 
 
-def all_cases(plugin: str = "", part: str = "") -> list[tuple[str, Case]]:
-    """(plugin name, case) of `cases.py` and `*_cases.py` in a plugin's folder: `CASES`, or what `cases()` returns."""
-    found = []
-    for name in base.names():
-        if plugin and name != plugin:
-            continue
-        folder = Path(importlib.import_module(f"fp8.plugins.{name}").__path__[0])
-        for path in sorted(folder.glob("*cases.py")):
-            module = importlib.import_module(f"fp8.plugins.{name}.{path.stem}")
-            cases = module.CASES if hasattr(module, "CASES") else module.cases()
-            found += [(name, case) for case in cases if part in case.name]
-    return found
-
-
-def types(tensors: Sequence[torch.Tensor | None]) -> list[Tensor | None]:
-    return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors]
-
-
-def caches(plugin: Plugin) -> tuple[int, int] | None:
-    """Places of the key and value cache among the inputs of a plugin that has them in a layout of its own."""
-    if not hasattr(plugin, "pack_cache"):
-        return None
-    names = importlib.import_module(type(plugin).__module__).INPUTS
-    return names.index("key_cache"), names.index("value_cache")
-
-
-class Bench:
-    """The buffers of one case: inputs in the kernels' layout, poisoned outputs, the reference's results."""
-
-    def __init__(self, case: Case, seed: int, device: str) -> None:
-        import torch
-
-        self.case, self.plugin, self.device = case, case.plugin, device
-        generator = torch.Generator(device).manual_seed(seed)
-        given = case.make(generator, device)
-        self.types = types(given)
-        self.plugin.check(self.types)
-        self.output_types = self.plugin.infer(self.types)
-        self.places = caches(self.plugin)
-        self.inputs = self._packed(given)
-        copies = [t if t is None else t.clone() for t in given]
-        self.expected = list(self.plugin.reference(*copies, step=case.step))
-        if self.places:  # the reference wrote its caches in place
-            self.expected += [copies[i] for i in self.places]
-
-    def _packed(self, given: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        inputs = list(given)
-        if self.places:
-            key, value = self.places
-            inputs[key], inputs[value] = self.plugin.pack_cache(given[key], given[value])
-        return inputs
-
-    def fresh_inputs(self) -> list[torch.Tensor | None]:
-        return [t if t is None else t.clone() for t in self.inputs]
-
-    def outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Outputs full of 0xFF (NaN in every float format), and the guards behind them."""
-        import torch
-
-        values, guards = [], []
-        for t in self.output_types:
-            dtype = getattr(torch, t.dtype)
-            size = torch.Size(t.shape).numel() * dtype.itemsize
-            memory = torch.full((size + GUARD,), 255, dtype=torch.uint8, device=self.device)
-            values.append(memory[:size].view(dtype).view(t.shape))
-            guards.append(memory[size:])
-        return values, guards
-
-    def workspace(self, tactic: Any) -> torch.Tensor | None:
-        import torch
-
-        step = self.case.step
-        size = self.plugin.workspace(tactic, self.types, max(step.tokens, step.logits_rows), step.sequences)
-        return torch.zeros(size, dtype=torch.uint8, device=self.device) if size else None
+class CheckedCase(CaseBuffers):
+    """A case whose tactics are held against the reference."""
 
     def check(self, tactic: Any, functions: Sequence[Function]) -> float:
         """The largest relative error over the outputs. Raises AssertionError with what is wrong."""
@@ -153,40 +78,6 @@ class Bench:
         for i, found in enumerate(errors):
             assert found <= self.case.tolerance, f"output {i}: error {found:.3g} exceeds {self.case.tolerance:.3g}"
         return max(errors)
-
-    def time(self, tactic: Any, functions: Sequence[Function]) -> float:
-        """Microseconds a launch: a CUDA graph of launches over rotating buffers, the median of its replays."""
-        import torch
-
-        workspace = self.workspace(tactic)
-        size = sum(t.nbytes for t in [*self.inputs, *self.outputs()[0]] if t is not None)
-        sets = [[*self.fresh_inputs(), *self.outputs()[0]] for _ in range(max(2, min(32, -(-COLD // size))))]
-        launches = [self.plugin.bind(tactic, functions, tensors, workspace) for tensors in sets]
-        count = max(LAUNCHES, len(launches))
-        launches[0](self.case.step)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in itertools.islice(itertools.cycle(launches), count):
-                launch(self.case.step)
-        return 1000 * replay_time(graph) / count
-
-
-def replay_time(graph: torch.cuda.CUDAGraph, budget: float = 0.08) -> float:
-    """Median milliseconds of a replay, after warming up, within about `budget` seconds."""
-    import torch
-
-    def timed() -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    timed()
-    repeats = max(5, min(100, int(1000 * budget / max(timed(), 1e-3))))
-    return statistics.median(timed() for _ in range(repeats))
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -211,12 +102,12 @@ class Round:
     def __init__(self, seed: int, bench: bool, tactics: int, device: str = "cuda") -> None:
         self.seed, self.bench, self.most, self.device = seed, bench, tactics, device
         self.rows: list[Row] = []
-        self._functions: dict[str, Function] = {}
+        self.functions = Functions()
 
     def run(self, name: str, case: Case) -> None:
         """All tactics of a case, the plugin's favourites first, at most `tactics` of them."""
         try:
-            bench = Bench(case, self.seed, self.device)
+            bench = CheckedCase(case, self.seed, self.device)
             tactics = case.plugin.tactics(bench.types, case.step.tokens)[: self.most]
             compile.compile_all(k for t in tactics for k in case.plugin.kernels(t, bench.types))
         except Exception as failed:
@@ -227,25 +118,17 @@ class Round:
             self.rows.append(row)
             self._run_tactic(bench, tactic, row)
 
-    def _run_tactic(self, bench: Bench, tactic: Any, row: Row) -> None:
+    def _run_tactic(self, bench: CheckedCase, tactic: Any, row: Row) -> None:
         try:
-            functions = [self.function(k) for k in bench.plugin.kernels(tactic, bench.types)]
+            functions = self.functions.of(bench.plugin.kernels(tactic, bench.types))
             row.error = bench.check(tactic, functions)
             if self.bench:
-                row.us = bench.time(tactic, functions)
+                (row.us,) = compare([bench.captured(tactic, functions)], BRIEF)
                 row.gbps = bench.case.bytes / row.us / 1e3 if bench.case.bytes else None
                 row.tflops = bench.case.flops / row.us / 1e6 if bench.case.flops else None
         except Exception as failed:
             row.failure = _sentence(failed)
             self._check_context()
-
-    def function(self, kernel: base.Kernel) -> Function:
-        from fp8.plugins.cuda import Module
-
-        cubin = compile.compile_kernel(kernel)
-        if cubin.key not in self._functions:
-            self._functions[cubin.key] = Module(cubin.code).function(kernel.entry)
-        return self._functions[cubin.key]
 
     @staticmethod
     def _check_context() -> None:

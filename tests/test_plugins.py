@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fp8.plugins import base, compile
 from fp8.plugins.base import Case, Tensor
 from fp8.scripts import gpu_round
+from fp8.scripts.benchmarks import case_buffers
 
-CASES = gpu_round.all_cases()
+CASES = case_buffers.all_cases()
 SMALL = 4 << 20  # bytes and a thousandth of the operations that a reference may take here
 SPILLS = 256  # bytes that ptxas may report in its notes: a few scalars outside of the main loops
 TACTICS = 2  # compiled for each case; the plugin's favourites
@@ -29,7 +30,7 @@ def input_types(case: Case) -> list[Tensor | None]:
     """Types of the inputs, without the memory that they take; only a shuffled list needs values."""
     shuffled = mock.patch("torch.randperm", lambda n, **_: np.arange(n))
     with FakeTensorMode(allow_non_fake_inputs=True), shuffled:
-        return gpu_round.types(case.make(torch.Generator(), "cpu"))
+        return case_buffers.types(case.make(torch.Generator(), "cpu"))
 
 
 def test_every_plugin_has_cases_of_its_own() -> None:
@@ -43,8 +44,8 @@ def test_every_plugin_has_cases_of_its_own() -> None:
 def test_reference_gives_what_infer_says(pair: tuple[str, Case]) -> None:
     case = pair[1]
     inputs = case.make(torch.Generator().manual_seed(1), "cpu")
-    inferred = case.plugin.infer(gpu_round.types(inputs))
-    assert tuple(gpu_round.types(base.run_reference(case.plugin, inputs, case.step, base.Alone()))) == inferred
+    inferred = case.plugin.infer(case_buffers.types(inputs))
+    assert tuple(case_buffers.types(base.run_reference(case.plugin, inputs, case.step, base.Alone()))) == inferred
 
 
 @pytest.mark.parametrize("name", base.names())

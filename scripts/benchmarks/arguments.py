@@ -1,0 +1,40 @@
+"""What the modes of fp8-bench that open an engine share: arguments, prompts, facts of the engine."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import asdict
+from typing import Any
+
+from fp8.builder.engine import Plan
+from fp8.runtime.llm import LLM
+from fp8.scripts.run import add_session_arguments
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine_dir", required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    add_session_arguments(parser)
+
+
+def open_llm(args: argparse.Namespace, reuse_prefixes: bool) -> LLM:
+    memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
+    return LLM(args.engine_dir, args.device, *memory, reuse_prefixes=reuse_prefixes)
+
+
+def engine_facts(plan: Plan) -> dict[str, Any]:
+    """Which engine a figure is of."""
+    model = asdict(plan.model)
+    kept = ("architecture", "format", "kv_cache_dtype", "num_layers", "hidden_size", "num_heads", "num_kv_heads")
+    return {**{name: model[name] for name in (*kept, "vocab_size")}, "mlp_size": _mlp_size(plan), **asdict(plan.limits)}
+
+
+def _mlp_size(plan: Plan) -> int | None:
+    """Columns of the first down projection."""
+    found = (b.shape[1] for b in plan.buffers if b.kind == "weight" and b.name.endswith("down_proj.weight"))
+    return next((int(n) for n in found), None)
+
+
+def random_tokens(source: random.Random, count: int, vocab_size: int) -> list[int]:
+    return source.choices(range(vocab_size), k=count)

@@ -1,0 +1,99 @@
+"""What a plugin is timed against in the same run: cuBLASLt and cuDNN, or what torch has for the purpose.
+
+A peer does the same work on the same inputs, or less of it where none does all of it: attention peers leave out the
+rotary embedding and the write of K and V, norm peers the residual sum and the quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fp8.plugins.base import Plugin, StepShape
+from fp8.scripts.benchmarks import cudnn_attention
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Sequence["torch.Tensor | None"]
+Launch = Callable[[], object]
+Peer = Callable[[Tensors], Launch]  # over one set of a case's inputs and outputs
+MERGED = 3  # parts of a merged linear that have one scale each; more distinct ones are one per row
+LEAST_ROWS = 16  # cuBLASLt's FP8 products take rows in sixteens
+
+
+def peers_of(plugin: Plugin, step: StepShape, tensors: Tensors) -> dict[str, Peer]:
+    """Peers by name, the one that counts first; none where torch has nothing like it."""
+    fp8 = tensors[0] is not None and tensors[0].element_size() == 1
+    if plugin.name in ("gemm", "gemm_swiglu"):
+        return _gemm_peers() if fp8 else {"cuBLAS": lambda t: _product(t)}
+    if plugin.name == "attention" and not step.decode_sequences:
+        return cudnn_attention.peers(plugin, step, tensors)
+    simple: dict[str, Peer] = {"norm_quant": _norm, "embedding": _gather, "concat": _cat, "sampling": _argmax}
+    return {f"torch {plugin.name}": simple[plugin.name]} if plugin.name in simple else {}
+
+
+def _gemm_peers() -> dict[str, Peer]:
+    return {
+        "cuBLASLt": lambda t: _scaled_product(t, fast=True),
+        "cuBLASLt, precise accumulation": lambda t: _scaled_product(t, fast=False),
+    }
+
+
+def _scaled_product(tensors: Tensors, fast: bool) -> Launch:
+    """torch._scaled_mm with scalar scales, or with one per row and column where x has one per row."""
+    import torch
+
+    x, w, x_scale, w_scale = tensors[:4]
+    assert x is not None and w is not None and x_scale is not None and w_scale is not None
+    n = w.shape[0]
+    rows = max(LEAST_ROWS, x.shape[0])
+    padded = torch.zeros(rows, x.shape[1], dtype=x.dtype, device=x.device) if rows > x.shape[0] else x
+    if padded is not x:
+        padded[: x.shape[0]] = x
+    if x_scale.numel() > 1 or (x.shape[0] == 1 and len(w_scale.unique()) > MERGED):
+        scales = x_scale.reshape(-1, 1).expand(-(-rows // x_scale.numel()) * x_scale.numel(), 1)[:rows]
+        both = (scales.contiguous(), w_scale.reshape(1, -1))
+    else:
+        both = (x_scale.reshape(()), w_scale[0].clone().reshape(()))
+    out = torch.empty(rows, n, dtype=torch.bfloat16, device=x.device)
+    return lambda: torch._scaled_mm(padded, w.t(), *both, out_dtype=out.dtype, use_fast_accum=fast, out=out)
+
+
+def _product(tensors: Tensors) -> Launch:
+    import torch
+
+    x, w = tensors[:2]
+    assert x is not None and w is not None
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
+    return lambda: torch.mm(x, w.t(), out=out)
+
+
+def _norm(tensors: Tensors) -> Launch:
+    import torch
+
+    x, weight = tensors[0], tensors[2]
+    assert x is not None and weight is not None
+    return lambda: torch.nn.functional.rms_norm(x, (x.shape[1],), weight, 1e-5)
+
+
+def _gather(tensors: Tensors) -> Launch:
+    import torch
+
+    ids, table, out = tensors[0], tensors[1], tensors[-1]
+    assert ids is not None and table is not None and out is not None
+    inside = ids.clamp(min=0)
+    return lambda: torch.index_select(table, 0, inside, out=out)
+
+
+def _cat(tensors: Tensors) -> Launch:
+    import torch
+
+    parts, out = [t for t in tensors[:-1] if t is not None], tensors[-1]
+    return lambda: torch.cat(parts, 1, out=out)
+
+
+def _argmax(tensors: Tensors) -> Launch:
+    logits = tensors[0]
+    assert logits is not None
+    return lambda: logits.argmax(1)

@@ -1,0 +1,192 @@
+"""fp8-bench throughput: in-flight batching with all requests queued, output tokens per second.
+
+Whole: from the first step to the last token of `num_requests` requests, filling up and running dry included. Steady
+(`--max_seconds`): what a queue that never ends gives, over a window of that length. For that, the first sequences start
+where a long-running engine would have them, spread evenly over their output, with random K and V in the pool for their
+past; the rest is computed as ever, prompts of the requests that follow included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
+from fp8.runtime.llm import LLM
+from fp8.runtime.reference import kv_buffers
+from fp8.runtime.request import Request, RequestError, SamplingParams
+from fp8.runtime.session import Session
+from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, open_llm, random_tokens
+from fp8.scripts.run import positive
+
+WARM_STEPS = 24  # of the steady state, before its window: CUDA graphs of its sizes are captured
+QUEUED = 256  # requests that wait at any time in the steady state, at least
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    parser.add_argument("--input_len", type=positive, nargs="+", default=[1000])
+    parser.add_argument("--output_len", type=positive, nargs="+", default=[1000], help="one for each input_len")
+    parser.add_argument("--num_requests", type=positive, default=1024)
+    parser.add_argument("--max_seconds", type=float, help="measure the steady state, for so long")
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row per pair of lengths."""
+    if len(args.input_len) != len(args.output_len):
+        raise RequestError(f"{len(args.input_len)} values of --input_len and {len(args.output_len)} of --output_len")
+    llm = open_llm(args, reuse_prefixes=True)
+    lengths = list(zip(args.input_len, args.output_len, strict=True))
+    for pair in lengths:
+        if sum(pair) > llm.session.limits.max_seq_len:
+            raise RequestError(
+                f"--input_len {pair[0]} and --output_len {pair[1]} exceed the engine's max_seq_len "
+                f"{llm.session.limits.max_seq_len}"
+            )
+    rows = []
+    for pair in lengths:
+        load = Load(llm, *pair, random.Random(args.seed), args.num_requests)
+        rows.append(_steady(load, args.max_seconds) if args.max_seconds else _whole(load))
+        llm.worker.drop_all()
+    return rows, {"engine": engine_facts(llm.session.plan)}
+
+
+class Load:
+    """Requests of one shape. Prompts are windows of one row of random tokens: no two begin with the same block."""
+
+    def __init__(self, llm: LLM, input_len: int, output_len: int, source: random.Random, requests: int) -> None:
+        self.llm, self.worker = llm, llm.worker
+        self.input_len, self.output_len, self.num_requests = input_len, output_len, requests
+        self._tokens = random_tokens(source, input_len + output_len + (1 << 20), llm.session.model.vocab_size)
+        self._ids = itertools.count()
+
+    def request(self, age: int = 0) -> Request:
+        """A request that has `age` tokens of its output in its prompt."""
+        i = next(self._ids)
+        at = i % (1 << 20)
+        prompt = self._tokens[at : at + self.input_len + age]
+        params = SamplingParams(max_tokens=self.output_len - age, ignore_eos=True)
+        return Request(i, prompt, params, params.max_tokens, reuse_prefix=True)
+
+
+@dataclass
+class Window:
+    """Sums over the steps of a measurement."""
+
+    steps: int = 0
+    tokens: int = 0  # output
+    computed: int = 0  # those and prompts'
+    rows: int = 0
+    host: float = 0.0  # seconds of scheduling, packing, enqueueing and taking in
+    wait: float = 0.0  # seconds that the host waited for tokens
+    seconds: float = 0.0
+
+    def step(self, load: Load) -> None:
+        begin = time.perf_counter()
+        got = load.worker.step()
+        taken = time.perf_counter() - begin
+        record = load.worker.statistics.steps[-1]
+        self.steps += 1
+        self.tokens += len(got)
+        self.computed += record.tokens
+        self.rows += record.rows
+        self.wait += record.read_seconds
+        self.host += taken - record.read_seconds
+        self.seconds += taken
+
+
+def _whole(load: Load) -> dict[str, Any]:
+    window = Window()
+    for _ in range(load.num_requests):
+        load.worker.submit(load.request())
+    before = load.worker.scheduler.preemptions
+    begin = time.perf_counter()
+    while load.worker.busy:
+        window.step(load)
+    window.seconds = time.perf_counter() - begin
+    return _result(load, "whole", window, before)
+
+
+def _steady(load: Load, max_seconds: float) -> dict[str, Any]:
+    begin = time.perf_counter()
+    first = _start_midway(load)
+    while any(r.slot < 0 and not r.finish_reason for r in first) and load.worker.busy:
+        _top_up(load)
+        load.worker.step()
+    for _ in range(WARM_STEPS):
+        _top_up(load)
+        load.worker.step()
+    window, before, warm = Window(), load.worker.scheduler.preemptions, time.perf_counter() - begin
+    begin = time.perf_counter()
+    while window.seconds < max_seconds:
+        _top_up(load)
+        window.step(load)
+        window.seconds = time.perf_counter() - begin
+    return {**_result(load, "steady", window, before), "warmup_seconds": warm}
+
+
+def _top_up(load: Load) -> None:
+    while len(load.worker.scheduler.waiting) < QUEUED:
+        load.worker.submit(load.request())
+
+
+def _start_midway(load: Load) -> list[Request]:
+    """As many sequences as fit, of evenly spread ages, the oldest first; their past lies in the pool as if shared."""
+    session, pool = load.llm.session, load.worker.pool
+    _fill_cache(session)
+    ages = list(_ages(load, session, pool))
+    requests = [load.request(age) for age in ages]
+    for request in requests:
+        full = (len(request.prompt) - 1) // pool.block_size
+        extend_keys(request.keys, request.prompt, pool.block_size, full)
+        blocks = pool.allocate(full)
+        for block, key in zip(blocks, request.keys, strict=True):
+            pool.publish(block, key)
+        pool.release(blocks)
+        load.worker.submit(request)
+    return requests
+
+
+def _ages(load: Load, session: Session, pool: BlockPool) -> Iterator[int]:
+    """Tokens that each of the first sequences has generated: as many as the batch takes and the pool holds with
+    a block to spare for each."""
+    size, out = pool.block_size, load.output_len
+    count = min(session.limits.max_batch_size, pool.free_blocks)
+    while count > 1:
+        ages = [out * (2 * i + 1) // (2 * count) for i in reversed(range(count))]
+        need = sum(blocks_for(load.input_len + age + 1, size) + 1 for age in ages)
+        if need <= pool.free_blocks:
+            return iter(ages)
+        count = min(count - 1, count * pool.free_blocks // need)
+    return iter([0])
+
+
+def _fill_cache(session: Session) -> None:
+    """Random finite values everywhere: zeros would draw less power than a model's K and V do."""
+    import torch
+
+    for buffer in kv_buffers(session.plan):
+        cache = session.executor.weight(buffer.name)
+        for part in cache.view(-1).split(1 << 26):
+            values = torch.randn(part.shape, device=part.device, dtype=torch.bfloat16)
+            part.copy_((values * 100).clamp_(-448, 448) if cache.element_size() == 1 else values)
+    if session.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _result(load: Load, measured: str, window: Window, preemptions: int) -> dict[str, Any]:
+    steps, worker = max(window.steps, 1), load.worker
+    return {
+        "input_len": load.input_len, "output_len": load.output_len, "measured": measured,
+        "requests": load.num_requests if measured == "whole" else None,
+        "output_tokens_per_second": window.tokens / window.seconds, "seconds": window.seconds,
+        "computed_tokens_per_second": window.computed / window.seconds, "steps": window.steps,
+        "ms_per_step": window.seconds / steps * 1e3, "host_ms_per_step": window.host / steps * 1e3,
+        "wait_ms_per_step": window.wait / steps * 1e3, "rows_per_step": window.rows / steps,
+        "preemptions": worker.scheduler.preemptions - preemptions, "kv_blocks": worker.pool.num_blocks,
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""How a kernel's time is taken: CUDA graphs of launches over rotating buffers, several contestants in turn, medians."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+COLD = 200 << 20  # launches rotate over at least this many bytes, four times the L2 cache
+MOST_SETS = 64
+GRAPH_SECONDS = 5e-4  # a graph lasts about as long, so that its own launch does not count
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long contestants run: `turns` times `seconds` each, one after the other in a turn; one turn before is not
+    counted."""
+
+    turns: int
+    seconds: float
+
+
+BRIEF = Pace(4, 0.005)
+SUSTAINED = Pace(3, 0.05)  # long enough for the power limit to take hold: it acts within tens of milliseconds
+
+
+@dataclass(frozen=True)
+class Graph:
+    """`count` launches, captured."""
+
+    graph: torch.cuda.CUDAGraph
+    count: int
+    seconds: float  # of one launch, estimated: it says how often to replay
+
+
+def sets_for(size: int) -> int:
+    """How many sets of buffers of `size` bytes one launch after the other is to rotate over."""
+    return max(2, min(MOST_SETS, -(-COLD // max(size, 1))))
+
+
+def capture(launches: Sequence[Callable[[], object]]) -> Graph:
+    """A graph of `launches`, each at least once, in turn. Each must be capturable and enqueue on torch's stream."""
+    import torch
+
+    for launch in launches:
+        launch()  # loads kernels, sets attributes, picks algorithms
+    seconds = _seconds(launches)
+    count = max(len(launches), min(MOST_SETS, int(GRAPH_SECONDS / max(seconds, 1e-7))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in itertools.islice(itertools.cycle(launches), count):
+            launch()
+    return Graph(graph, count, seconds)
+
+
+def _seconds(launches: Sequence[Callable[[], object]]) -> float:
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)  # the host gets ahead
+    begin.record()
+    for launch in launches:
+        launch()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / len(launches)
+
+
+def compare(graphs: Sequence[Graph], pace: Pace) -> list[float]:
+    """Microseconds of a launch of each: the median over all replays. They take turns, so that clocks and power are the
+    same for all."""
+    taken: list[list[float]] = [[] for _ in graphs]
+    for turn in range(pace.turns + 1):
+        for graph, times in zip(graphs, taken, strict=True):
+            found = _replays(graph, pace.seconds)
+            times += found if turn else []
+    return [statistics.median(times) for times in taken]
+
+
+def _replays(graph: Graph, seconds: float) -> list[float]:
+    """Microseconds of a launch, by replay; enqueued together, so that the device never waits for the host."""
+    import torch
+
+    count = max(3, min(400, int(seconds / (graph.seconds * graph.count))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return [a.elapsed_time(b) * 1e3 / graph.count for a, b in itertools.pairwise(events)]
