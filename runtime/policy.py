@@ -17,7 +17,7 @@ class Policy(Protocol):
         """A request arrives beside `others`, which are unfinished."""
 
     def next(self, waiting: Sequence[Request]) -> Request:
-        """Who of `waiting` (at least one) starts next."""
+        """Who of `waiting` (at least one, the best ranked first) starts next."""
 
     def shares(self, pending: Sequence[int], budget: int) -> list[int]:
         """How `budget` tokens of a step go to prompts of which `pending` tokens are to be computed, in order."""
@@ -33,7 +33,7 @@ class Throughput:
         pass
 
     def next(self, waiting: Sequence[Request]) -> Request:
-        return min(waiting, key=rank)
+        return waiting[0]
 
     def shares(self, pending: Sequence[int], budget: int) -> list[int]:
         given = []

@@ -60,11 +60,6 @@ class Request:
         return self.length - self.computed
 
     @property
-    def exhausted(self) -> bool:
-        """All tokens it may have are sampled, though the last may not have been read yet."""
-        return self.length - len(self.prompt) >= self.max_new_tokens
-
-    @property
     def output(self) -> list[int]:
         """The tokens generated so far, without the stop token; those of a stop string belong to them."""
         return self.output_from(0)

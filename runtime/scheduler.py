@@ -9,16 +9,17 @@ previous one's tokens are read.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
 from fp8.runtime.policy import Policy, Throughput, rank
 from fp8.runtime.request import Request, RequestError
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Tokens `start` to `start + count` of one request, as it stood when the step was scheduled."""
 
     request: Request
@@ -43,7 +44,7 @@ class Scheduler:
         self.max_num_tokens = max_num_tokens
         self.policy = policy or Throughput()
         self.reuse_prefixes = reuse_prefixes
-        self.waiting: list[Request] = []
+        self.waiting: list[Request] = []  # the best ranked first
         self.running: list[Request] = []  # the best ranked first
         self.preemptions = 0
         self.reused_tokens = 0
@@ -70,27 +71,46 @@ class Scheduler:
         self.check(request)
         request.order = self._arrivals
         self._arrivals += 1
-        self.policy.joins(request, [*self.running, *self.waiting])
-        self.waiting.append(request)
+        self.policy.joins(request, chain(self.running, self.waiting))
+        insort(self.waiting, request, key=rank)
 
     def schedule(self) -> list[Row]:
         """The rows of the next step, single tokens first; empty if nothing can run before a token is read."""
-        self._retire_exhausted()
-        for request in self.running:
-            self._publish(request)
+        decoding, prompts = self._review()
         self._make_way()
-        rows = self._decode_rows()
+        rows = self._decode_rows(decoding)
         budget = self.max_num_tokens - len(rows)
-        prompts = [r for r in self.running if r.pending > 1]
+        prompts = [r for r in prompts if r.slot >= 0]  # some may have given way
+        pending = [r.pending for r in prompts]
         while budget and self.waiting:
             candidate = self.policy.next(self.waiting)
-            shares = self.policy.shares([r.pending for r in [*prompts, candidate]], budget)
+            shares = self.policy.shares([*pending, candidate.pending], budget)
             if not shares[-1] or not self._fits(candidate):
                 break
             prompts.append(self._admit(candidate))
-        shares = self.policy.shares([r.pending for r in prompts], budget)
-        rows += [self._take(r, count) for r, count in zip(prompts, shares, strict=True) if count]
-        return sorted(rows, key=lambda row: row.count > 1)  # stable
+            pending.append(candidate.pending)
+        shares = self.policy.shares(pending, budget)
+        taken = [self._take(r, count) for r, count in zip(prompts, shares, strict=True) if count]
+        return rows + sorted(taken, key=lambda row: row.count > 1)  # stable
+
+    def _review(self) -> tuple[list[Request], list[Request]]:
+        """Retires the running requests that need no further step, publishes what is complete, and returns the others:
+        those that want one token computed, and those with more. One pass: with a thousand sequences, time is short."""
+        size, exhausted = self.pool.block_size, []
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running:
+            known, computed = len(request.tokens), request.computed
+            length = known + request.in_flight
+            if length - len(request.prompt) >= request.max_new_tokens:  # all are sampled, if not all read
+                exhausted.append(request)
+                continue
+            if (computed if computed < known else known) >= (request.published + 1) * size:
+                self._publish(request)
+            (decoding if length - computed == 1 else prompts).append(request)
+        for request in exhausted:  # its last token is in flight, and later steps run after that one
+            self._release(request)
+        return decoding, prompts
 
     def update(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[Request]:
         """Takes in the tokens that `rows` sampled, in order; returns the requests that got one."""
@@ -112,12 +132,21 @@ class Scheduler:
             request.finish_reason = "abort"
             self._forget(request)
 
-    def _decode_rows(self) -> list[Row]:
+    def _decode_rows(self, requests: Sequence[Request]) -> list[Row]:
+        """A row of one token for each, as far as they keep their place."""
+        size, most, served = self.pool.block_size, self.max_num_tokens, self.policy.served
         rows: list[Row] = []
-        for request in [r for r in self.running if r.pending == 1]:
-            preempted = request.slot < 0
-            if len(rows) < self.max_num_tokens and not preempted and self._make_room(request):
-                rows.append(self._take(request, 1))
+        for request in requests:
+            computed = request.computed
+            if request.slot < 0 or len(rows) == most:
+                continue
+            if computed >= len(request.blocks) * size and not self._make_room(request):
+                continue
+            index = computed + 1 - len(request.prompt)
+            request.computed = computed + 1
+            request.in_flight += 1
+            served(request, 1)
+            rows.append(Row(request, computed, 1, True, index))
         return rows
 
     def _take(self, request: Request, count: int) -> Row:
@@ -183,8 +212,7 @@ class Scheduler:
         request.reused = max(request.reused, request.computed)
         self.reused_tokens += request.computed
         request.slot = self._slots.pop()
-        self.running.append(request)
-        self.running.sort(key=rank)
+        insort(self.running, request, key=rank)
         return request
 
     def _publish(self, request: Request) -> None:
@@ -201,12 +229,7 @@ class Scheduler:
         self._release(request)
         request.preemptions += 1
         self.preemptions += 1
-        self.waiting.append(request)
-
-    def _retire_exhausted(self) -> None:
-        """A sequence whose last token is in flight needs its blocks no more: later steps run after that one."""
-        for request in [r for r in self.running if r.exhausted]:
-            self._release(request)
+        insort(self.waiting, request, key=rank)
 
     def _forget(self, request: Request) -> None:
         if request.slot >= 0:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fp8.builder.engine import Limits
 from fp8.plugins.base import StepShape
+from fp8.runtime.request import Request
 from fp8.runtime.scheduler import Row
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def layout(limits: Limits) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 
 
 class Packer:
-    """Writes scheduled rows into host arrays named as in `layout`, without torch and without a loop over tokens."""
+    """Writes scheduled rows into host arrays named as in `layout`, without torch and without a loop over tokens.
+
+    What stays the same while a request runs (its blocks, temperature, seed) is kept by slot."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -51,22 +54,26 @@ class Packer:
         self.first_token_id = _aligned(4 * (limits.max_batch_size + 1)) // 4  # index of token_ids[0] in the buffer
         width = -(-limits.max_seq_len // limits.block_size)
         self._tables = np.zeros((limits.max_batch_size + 1, width), np.int32)
-        self._written: list[tuple[list[int] | None, int]] = [(None, 0)] * (limits.max_batch_size + 1)
+        self._temperature = np.zeros(limits.max_batch_size + 1, np.float32)
+        self._seed = np.zeros(limits.max_batch_size + 1, np.int64)
+        self._owner: list[list[int] | None] = [None] * (limits.max_batch_size + 1)  # the list of blocks, by identity
+        self._written = [0] * (limits.max_batch_size + 1)  # of its blocks, how many are in the table
 
     def pack(self, rows: Sequence[Row], host: dict[str, np.ndarray]) -> StepShape:
         """Fills `host` with `rows` (single tokens first) and returns the step's shape."""
-        singles = sum(row.count == 1 for row in rows)
-        for row in rows:
-            self._update_table(row)
-        self._pack_singles(rows[:singles], host)
+        requests, starts, counts, _, _ = zip(*rows, strict=True)
+        singles = counts.count(1)
+        slots = self._update_tables(requests)
+        self._pack_singles(requests[:singles], np.array(starts[:singles], np.int32), slots[:singles], host)
         at, max_query = singles, 0
         for i, row in enumerate(rows[singles:], singles):
             self._pack_chunk(row, i, at, host)
             at += row.count
             max_query = max(max_query, row.count)
-        shape = StepShape(at, len(rows), singles, max_query, max(row.start + row.count for row in rows), 0)
-        self._pack_tables(rows, shape, host)
-        return self._pack_samples(rows, shape, host)
+        longest = int(host["sequence_lengths"][: len(rows)].max())
+        columns = -(-longest // self.limits.block_size)
+        host["block_tables"][: len(rows), :columns] = self._tables[slots, :columns]
+        return self._pack_samples(rows, slots, StepShape(at, len(rows), singles, max_query, longest, 0), host)
 
     def want_all_logits(self, shape: StepShape, host: dict[str, np.ndarray]) -> StepShape:
         """Turns a packed step into one that computes the logits of every token."""
@@ -92,13 +99,14 @@ class Packer:
             "counter": 0, "seed": 0, "slots": self.spare_slot, "block_tables": 0,
         }  # fmt: skip
 
-    def _pack_singles(self, rows: Sequence[Row], host: dict[str, np.ndarray]) -> None:
-        n, block = len(rows), self.limits.block_size
-        positions = np.array([row.start for row in rows], np.int32)
-        slots = np.array([row.request.slot for row in rows], np.int32)
-        known = [row.start < len(row.request.tokens) for row in rows]
-        host["token_ids"][:n] = [row.request.tokens[row.start] if k else 0 for row, k in zip(rows, known, strict=True)]
-        host["sources"][:n] = np.where(known, self.first_token_id + np.arange(n), slots)
+    def _pack_singles(
+        self, requests: Sequence[Request], positions: np.ndarray, slots: np.ndarray, host: dict[str, np.ndarray]
+    ) -> None:
+        n, block = len(requests), self.limits.block_size
+        host["sources"][:n] = slots
+        for i in np.flatnonzero(positions < np.fromiter((len(r.tokens) for r in requests), np.int32, n)):
+            host["token_ids"][i] = requests[i].tokens[positions[i]]
+            host["sources"][i] = self.first_token_id + i
         host["position_ids"][:n] = positions
         host["slot_mapping"][:n] = self._tables[slots, positions // block] * block + positions % block
         host["sequence_lengths"][:n] = positions + 1
@@ -115,32 +123,32 @@ class Packer:
         host["sequence_lengths"][sequence] = end
         host["query_start"][sequence + 1] = here.stop
 
-    def _pack_tables(self, rows: Sequence[Row], shape: StepShape, host: dict[str, np.ndarray]) -> None:
-        slots = [row.request.slot for row in rows]
-        columns = -(-shape.max_context // self.limits.block_size)
-        host["block_tables"][: len(rows), :columns] = self._tables[slots, :columns]
-
-    def _pack_samples(self, rows: Sequence[Row], shape: StepShape, host: dict[str, np.ndarray]) -> StepShape:
-        ends = host["query_start"][1 : len(rows) + 1]
-        chosen = [i for i, row in enumerate(rows) if row.samples]
-        sampling = [rows[i] for i in chosen]
+    def _pack_samples(
+        self, rows: Sequence[Row], slots: np.ndarray, shape: StepShape, host: dict[str, np.ndarray]
+    ) -> StepShape:
+        _, _, _, samples, indices = zip(*rows, strict=True)
+        chosen = np.flatnonzero(samples)
         n = len(chosen)
-        host["logits_indices"][:n] = ends[chosen] - 1
-        host["temperature"][:n] = [row.request.params.temperature for row in sampling]
-        host["counter"][:n] = [row.index for row in sampling]
-        host["seed"][:n] = [row.request.seed for row in sampling]
-        host["slots"][:n] = [row.request.slot for row in sampling]
+        host["logits_indices"][:n] = host["query_start"][1:][chosen] - 1
+        host["temperature"][:n] = self._temperature[slots[chosen]]
+        host["counter"][:n] = np.array(indices, np.int32)[chosen]
+        host["seed"][:n] = self._seed[slots[chosen]]
+        host["slots"][:n] = slots[chosen]
         return StepShape(shape.tokens, shape.sequences, shape.decode_sequences, shape.max_query, shape.max_context, n)
 
-    def _update_table(self, row: Row) -> None:
-        """Copies new blocks of a request into its slot's row; a preempted request comes back with another list."""
-        blocks, slot = row.request.blocks, row.request.slot
-        owner, count = self._written[slot]
-        if owner is not blocks:
-            count = 0
-        if count < len(blocks):
-            self._tables[slot, count : len(blocks)] = blocks[count:]
-            self._written[slot] = (blocks, len(blocks))
+    def _update_tables(self, requests: Sequence[Request]) -> np.ndarray:
+        """Brings the slots' rows up to date and returns the slots. A preempted request comes back with another list of
+        blocks; what is known of a slot goes by that list."""
+        owner, written, slots = self._owner, self._written, [r.slot for r in requests]
+        for request, slot in zip(requests, slots, strict=True):
+            blocks = request.blocks
+            if owner[slot] is not blocks:
+                owner[slot], written[slot] = blocks, 0
+                self._temperature[slot], self._seed[slot] = request.params.temperature, request.seed
+            if written[slot] < len(blocks):
+                self._tables[slot, written[slot] : len(blocks)] = blocks[written[slot] :]
+                written[slot] = len(blocks)
+        return np.array(slots, np.int32)
 
 
 class StepInputs:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import write_atomically
-from fp8.scripts.benchmarks import kernel, latency, profile, throughput
+from fp8.scripts.benchmarks import host, kernel, latency, profile, throughput
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.run import ERRORS
 
@@ -24,6 +24,7 @@ MODES = {
     "kernel": (kernel, "plugins' kernels against cuBLASLt, cuDNN and torch (GPU only)"),
     "latency": (latency, "batches of random prompts, started together and run to the end"),
     "throughput": (throughput, "in-flight batching of a full queue"),
+    "host": (host, "what the host does in a step: scheduling, packing, taking tokens in (no engine, no GPU)"),
     "profile": (profile, "time per plugin of a decode step, launched one by one (GPU only)"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,8 @@ def server(args: argparse.Namespace) -> Any:
         args.drain_seconds,
     )
     name = args.served_model_name or Path(args.engine_dir).resolve().name
+    gc.collect()
+    gc.freeze()  # the modules and the engine stay: the collector need not go through them while steps wait
     app = create_app(AsyncLLM(llm), name, limits, key)
     config = uvicorn.Config(
         app, args.host, args.port, log_level="info", access_log=False, timeout_keep_alive=30,

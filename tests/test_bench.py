@@ -97,3 +97,50 @@ def test_decode_is_bound_by_reading_weights_and_cache(tmp_path: Path) -> None:
     kv = 2 * tiny_engine.LAYERS * tiny_engine.KV_HEADS * tiny_engine.HEAD_DIM
     one_step = (read + kv * 1000) / ceilings.H200.copy
     assert bound.bound(plan, 1, 1, 1999) == pytest.approx(1999 / (1998 * one_step), rel=1e-3)
+
+
+def test_the_host_s_part_of_a_step_is_measured_without_an_engine(tmp_path: Path) -> None:
+    output = tmp_path / "host.json"
+    sizes = ["--batch_size", "4", "32", "--input_len", "20", "--output_len", "9"]
+    assert bench.main(["host", *sizes, "--output", str(output)]) == 0
+    for row, batch in zip(json.loads(output.read_text())["results"], (4, 32), strict=True):
+        assert row["batch_size"] == batch and row["decode_steps"] > 0
+        assert 0 < row["decode_ms"] <= row["longest_ms"]
+
+
+def throughput(engine: Path, *flags: str) -> int:
+    return bench.main(["throughput", "--engine_dir", str(engine), "--device", "cpu", *flags])
+
+
+def test_throughput_of_a_whole_queue_counts_every_token(engine_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "throughput.json"
+    lengths = ["--input_len", "40", "20", "--output_len", "5", "30", "--num_requests", "12"]
+    assert throughput(engine_dir, *lengths, "--output", str(output)) == 0
+    for row, out in zip(json.loads(output.read_text())["results"], (5, 30), strict=True):
+        assert row["measured"] == "whole" and row["requests"] == 12
+        assert row["output_tokens_per_second"] * row["seconds"] == pytest.approx(12 * out)
+
+
+def test_the_steady_state_keeps_the_batch_full_from_the_window_s_first_step(engine_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "steady.json"
+    lengths = ["--input_len", "100", "20", "--output_len", "50", "130", "--max_seconds", "0.4"]
+    assert throughput(engine_dir, *lengths, "--output", str(output)) == 0
+    for row in json.loads(output.read_text())["results"]:
+        assert row["measured"] == "steady" and row["requests"] is None
+        assert row["seconds"] >= 0.4 and row["rows_per_step"] > 7.5, "the engine takes 8 sequences"
+
+
+def test_throughput_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert throughput(engine_dir, "--input_len", "250", "--output_len", "10") == 1
+    assert "exceed the engine's max_seq_len 256" in capsys.readouterr().err
+    assert throughput(engine_dir, "--input_len", "50", "60", "--output_len", "10") == 1
+    assert "2 values of --input_len and 1 of --output_len" in capsys.readouterr().err
+
+
+def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        pytest.skip("there is a Hopper GPU")
+    assert bench.main(["kernel"]) == 1
+    assert "needs a Hopper GPU" in capsys.readouterr().err

@@ -77,6 +77,16 @@ def test_a_token_in_flight_is_taken_from_the_table_of_sampled_tokens() -> None:
     assert host["sources"][:6].tolist() == [3, *range(first + 1, first + 6)]
 
 
+def test_a_slot_takes_the_sampling_values_of_whoever_holds_it() -> None:
+    limits = Limits(max_batch_size=2, max_seq_len=128, max_num_tokens=16)
+    host = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout(limits).items()}
+    packer = Packer(limits)
+    for temperature, seed, block in ((0.5, 2**40, 1), (0.0, -3, 0), (1.5, 7, 1)):
+        request = Request(seed, [1, 2, 3], SamplingParams(temperature=temperature), 4, seed, slot=1, blocks=[block])
+        packer.pack([Row(request, 0, 3, True, 0)], host)
+        assert (host["temperature"][0], host["seed"][0], host["block_tables"][0, 0]) == (temperature, seed, block)
+
+
 def test_buckets_cover_every_size() -> None:
     for rows in range(1, 301):
         assert rows <= row_bucket(rows, 300) <= max(8, rows + 31)

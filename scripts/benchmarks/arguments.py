@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_llm(args: argparse.Namespace, reuse_prefixes: bool) -> LLM:
     memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
-    return LLM(args.engine_dir, args.device, *memory, reuse_prefixes=reuse_prefixes)
+    llm = LLM(args.engine_dir, args.device, *memory, reuse_prefixes=reuse_prefixes)
+    gc.collect()
+    gc.freeze()  # the modules and the engine stay; going through them costs the loop tens of milliseconds now and then
+    return llm
 
 
 def engine_facts(plan: Plan) -> dict[str, Any]:
