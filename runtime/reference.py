@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -71,6 +74,16 @@ class ReferenceExecutor:
             for name in dead:
                 del values[name]
         return values[self._result]
+
+    def time_launches(self, shape: StepShape, repeats: int) -> list[float]:
+        """Seconds of every plan step, the median of `repeats` passes."""
+        passes = []
+        for _ in range(repeats):
+            ends: dict[str, float] = {"": time.perf_counter()}
+            self.run(shape, lambda name, _, ends=ends: ends.setdefault(name, time.perf_counter()))  # type: ignore[misc]
+            times = [ends[""], *(ends[step.outputs[0]] for step in self._plan.steps)]
+            passes.append([b - a for a, b in itertools.pairwise(times)])
+        return [statistics.median(times) for times in zip(*passes, strict=True)]
 
     def weight(self, name: str) -> torch.Tensor:
         return self._constants[name]

@@ -3,7 +3,9 @@
 fp8-bench kernel                                                                     every plugin against its peers
 fp8-bench latency --engine_dir E --batch_size 1 8 64 --input_len 1024 --output_len 128   a batch at once, whole
 fp8-bench throughput --engine_dir E --input_len 128 1000 --output_len 128 1000 --max_seconds 10   a full queue
-fp8-bench profile --engine_dir E --batch_size 64 --context_len 1024                      one decode step, by plugin
+fp8-bench roofline --engine_dir E --batch_size 1 64                                  where a step's time goes, and why
+fp8-bench startup --checkpoint_dir C                                                 build and start-up times
+fp8-bench host                                                                       the host's work per step
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import write_atomically
-from fp8.scripts.benchmarks import host, kernel, latency, profile, throughput
+from fp8.scripts.benchmarks import host, kernel, latency, roofline, startup, throughput
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.run import ERRORS
 
@@ -24,8 +26,9 @@ MODES = {
     "kernel": (kernel, "plugins' kernels against cuBLASLt, cuDNN and torch (GPU only)"),
     "latency": (latency, "batches of random prompts, started together and run to the end"),
     "throughput": (throughput, "in-flight batching of a full queue"),
+    "startup": (startup, "fp8-build with a cold and a warm kernel cache; an engine's start to its first token"),
     "host": (host, "what the host does in a step: scheduling, packing, taking tokens in (no engine, no GPU)"),
-    "profile": (profile, "time per plugin of a decode step, launched one by one (GPU only)"),
+    "roofline": (roofline, "where the time of a decode step and of a prompt goes, against what memory and cores allow"),
 }
 
 

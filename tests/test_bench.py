@@ -11,8 +11,10 @@ import tiny_engine
 
 from fp8.builder import engine as engine_format
 from fp8.builder.checkpoint import Checkpoint
+from fp8.plugins.base import StepShape
+from fp8.runtime.session import Session
 from fp8.scripts import bench, build, random_checkpoint, run
-from fp8.scripts.benchmarks import bound, ceilings
+from fp8.scripts.benchmarks import bound, ceilings, roofline, startup, work
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,43 @@ def test_what_the_engine_cannot_hold_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_profile_needs_a_gpu(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["profile", "--engine_dir", str(engine_dir), "--device", "cpu"]) == 1
-    assert "needs a GPU" in capsys.readouterr().err
+def test_roofline_accounts_for_every_launch(engine_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "roofline.json"
+    sizes = ["--batch_size", "1", "3", "--context_len", "70", "--prompt_len", "50", "--runs", "2"]
+    assert (
+        bench.main(["roofline", "--engine_dir", str(engine_dir), "--device", "cpu", *sizes, "--output", str(output)])
+        == 0
+    )
+    rows, plan = json.loads(output.read_text())["results"], engine_format.load(engine_dir).plan
+    for step in ("decode 1 x 70", "decode 3 x 70", "prompt 50"):
+        whole, *kernels = [row for row in rows if row["step"] == step]
+        assert whole["kernel"] == "whole step" and whole["launches"] == len(plan.steps)
+        assert sum(row["launches"] for row in kernels) == len(plan.steps)
+        assert sum(row["share"] for row in kernels) == pytest.approx(1)
+        assert whole["gflop"] == pytest.approx(sum(row["gflop"] for row in kernels))
+        assert whole["bound_us"] is None, "the bound is the GPU's"
+
+
+def test_a_step_s_work_is_that_of_its_formulas(tmp_path: Path) -> None:
+    """Two decode rows over 70 tokens: by hand."""
+    plan = engine_format.load(tiny_engine.write(tmp_path, tiny_engine.E4M3)).plan
+    session = Session(tmp_path, "cpu")
+    rows = roofline.step_rows(session, [(70, 1)] * 2, 0)
+    shape = StepShape(2, 2, 2, 0, 70, 2)
+    found = {step.name: work.work_of(plan, step, shape, rows) for step in plan.steps}
+    down = found["model.layers.0.mlp.down_proj"]
+    hidden, mlp, heads, dim = tiny_engine.HIDDEN, tiny_engine.MLP, tiny_engine.HEADS, tiny_engine.HEAD_DIM
+    assert down.flops == 2 * 2 * hidden * mlp and down.bytes == 4 * (hidden * mlp + 2 * mlp + 2 * hidden)
+    attention = found["model.layers.0.self_attn"]
+    assert attention.flops == 4 * 2 * 70 * heads * dim
+    kv = 2 * 70 * 2 * tiny_engine.KV_HEADS * dim
+    assert attention.bytes == kv + 4 * 2 * (tiny_engine.QKV + tiny_engine.WIDTH)
+
+
+def test_roofline_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["roofline", "--engine_dir", str(engine_dir), "--device", "cpu"]
+    assert bench.main([*command, "--batch_size", "9", "--context_len", "16"]) == 1
+    assert "9 sequences of 16 tokens" in capsys.readouterr().err
 
 
 def config_file(directory: Path) -> Path:
@@ -144,3 +180,14 @@ def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> 
         pytest.skip("there is a Hopper GPU")
     assert bench.main(["kernel"]) == 1
     assert "needs a Hopper GPU" in capsys.readouterr().err
+
+
+def test_startup_measures_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint, output = tiny_checkpoint.write(tmp_path / "ckpt", tiny_checkpoint.qformat("fp8", "fp8")), tmp_path / "o"
+    command = ["startup", "--checkpoint_dir", str(checkpoint), "--device", "cpu", "--output", str(output)]
+    assert bench.main([*command, "--", "--target", "cpu", "--max_batch_size", "2", "--max_num_tokens", "64"]) == 0
+    rows = json.loads(output.read_text())["results"]
+    assert [row["what"] for row in rows] == list(startup.WHAT)
+    assert all(row["seconds"] > 0.1 and row["peak_gb"] > 0.01 for row in rows)
+    assert bench.main([*command, "--", "--target", "sm_12"]) == 1
+    assert "ended with status 1" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""What the modes of fp8-bench that open an engine share: arguments, prompts, facts of the engine."""
+"""What the modes of fp8-bench that open an engine share: arguments, prompts, a filled KV pool, facts of the engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from fp8.builder.engine import Plan
 from fp8.runtime.llm import LLM
+from fp8.runtime.reference import kv_buffers
+from fp8.runtime.session import Session
 from fp8.scripts.run import add_session_arguments
 
 
@@ -42,3 +44,16 @@ def _mlp_size(plan: Plan) -> int | None:
 
 def random_tokens(source: random.Random, count: int, vocab_size: int) -> list[int]:
     return source.choices(range(vocab_size), k=count)
+
+
+def fill_cache(session: Session) -> None:
+    """Random finite values everywhere: zeros would draw less power than a model's K and V do."""
+    import torch
+
+    for buffer in kv_buffers(session.plan):
+        cache = session.executor.weight(buffer.name)
+        for part in cache.view(-1).split(1 << 26):
+            values = torch.randn(part.shape, device=part.device, dtype=torch.bfloat16)
+            part.copy_((values * 100).clamp_(-448, 448) if cache.element_size() == 1 else values)
+    if session.device.type == "cuda":
+        torch.cuda.synchronize()

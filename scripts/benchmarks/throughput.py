@@ -18,10 +18,9 @@ from typing import Any
 
 from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
 from fp8.runtime.llm import LLM
-from fp8.runtime.reference import kv_buffers
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.session import Session
-from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, open_llm, random_tokens
+from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, open_llm, random_tokens
 from fp8.scripts.run import positive
 
 WARM_STEPS = 24  # of the steady state, before its window: CUDA graphs of its sizes are captured
@@ -138,7 +137,7 @@ def _top_up(load: Load) -> None:
 def _start_midway(load: Load) -> list[Request]:
     """As many sequences as fit, of evenly spread ages, the oldest first; their past lies in the pool as if shared."""
     session, pool = load.llm.session, load.worker.pool
-    _fill_cache(session)
+    fill_cache(session)
     ages = list(_ages(load, session, pool))
     requests = [load.request(age) for age in ages]
     for request in requests:
@@ -164,19 +163,6 @@ def _ages(load: Load, session: Session, pool: BlockPool) -> Iterator[int]:
             return iter(ages)
         count = min(count - 1, count * pool.free_blocks // need)
     return iter([0])
-
-
-def _fill_cache(session: Session) -> None:
-    """Random finite values everywhere: zeros would draw less power than a model's K and V do."""
-    import torch
-
-    for buffer in kv_buffers(session.plan):
-        cache = session.executor.weight(buffer.name)
-        for part in cache.view(-1).split(1 << 26):
-            values = torch.randn(part.shape, device=part.device, dtype=torch.bfloat16)
-            part.copy_((values * 100).clamp_(-448, 448) if cache.element_size() == 1 else values)
-    if session.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _result(load: Load, measured: str, window: Window, preemptions: int) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""fp8-bench roofline: where the time of a decode step and of a prompt goes, and what of it the card would not ask for.
+
+Every step of the plan is launched and timed by itself, so that kernels do not overlap; "whole step" beside them is the
+step as it runs when serving: as a CUDA graph (decode), kernels overlapping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from fp8.plugins.base import StepShape
+from fp8.runtime.kv_cache import blocks_for
+from fp8.runtime.request import Request, RequestError, SamplingParams
+from fp8.runtime.scheduler import Row
+from fp8.runtime.session import Session
+from fp8.scripts.benchmarks import ceilings
+from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, random_tokens
+from fp8.scripts.benchmarks.ceilings import Ceilings
+from fp8.scripts.benchmarks.work import label, work_of
+from fp8.scripts.run import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences of a decode step")
+    parser.add_argument("--context_len", type=positive, default=1024, help="of each of them")
+    parser.add_argument(
+        "--prompt_len", type=positive, nargs="*", default=[1024], help="prompts, taken in by themselves"
+    )
+    parser.add_argument("--runs", type=positive, default=10, help="the median is reported")
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of every step asked for: the step as a whole, then its kernels, the largest losses first."""
+    session = Session(args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction)
+    fill_cache(session)
+    found = ceilings.measure() if session.device.type == "cuda" else None
+    rows = []
+    for batch in args.batch_size:
+        step = step_rows(session, [(args.context_len, 1)] * batch, args.seed)
+        rows += _measure(session, found, f"decode {batch} x {args.context_len}", step, args.runs)
+    for length in args.prompt_len:
+        step = step_rows(session, [(length, length)], args.seed)
+        rows += _measure(session, found, f"prompt {length}", step, args.runs)
+    return rows, {"engine": engine_facts(session.plan), "ceilings": found and found.as_dict()}
+
+
+def step_rows(session: Session, sequences: Sequence[tuple[int, int]], seed: int) -> list[Row]:
+    """Rows of (context, new tokens) each, as if what comes before the new ones had been taken in.
+
+    Raises RequestError for what the engine does not hold."""
+    limits, source = session.limits, random.Random(seed)
+    each = [blocks_for(context, limits.block_size) for context, _ in sequences]
+    tokens, longest = sum(count for _, count in sequences), max(context for context, _ in sequences)
+    over = len(sequences) > limits.max_batch_size or longest > limits.max_seq_len or tokens > limits.max_num_tokens
+    if over or sum(each) > session.num_blocks:
+        raise RequestError(
+            f"{len(sequences)} sequences of {longest} tokens, {tokens} of them new, exceed the engine (max_batch_size "
+            f"{limits.max_batch_size}, max_seq_len {limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}) or "
+            f"its KV pool ({session.num_blocks} blocks of {limits.block_size} tokens)"
+        )
+    rows, first = [], 0
+    for i, ((context, count), blocks) in enumerate(zip(sequences, each, strict=True)):
+        prompt = random_tokens(source, context, session.model.vocab_size)
+        params, held = SamplingParams(ignore_eos=True), list(range(first, first + blocks))
+        request = Request(i, prompt, params, 1, blocks=held, slot=i, computed=context - count)
+        rows.append(Row(request, context - count, count, True, 0))
+        first += blocks
+    return rows
+
+
+def _measure(
+    session: Session, found: Ceilings | None, name: str, rows: Sequence[Row], runs: int
+) -> list[dict[str, Any]]:
+    singles = sum(row.count == 1 for row in rows)
+    counts = [row.count for row in rows]
+    longest = max(row.start + row.count for row in rows)
+    shape = StepShape(sum(counts), len(rows), singles, max(counts) if singles < len(rows) else 0, longest, len(rows))
+    whole = _whole(session, rows, runs)
+    groups: dict[tuple[str, str], list[tuple[float, float, float, float | None]]] = defaultdict(list)
+    for step, seconds in zip(session.plan.steps, session.time_launches(rows, runs), strict=True):
+        work = work_of(session.plan, step, shape, rows)
+        least = found and found.seconds(work.bytes, work.flops, work.dtype)
+        groups[label(step), step.plugin].append((seconds, work.bytes, work.flops, least))
+    alone = sum(one[0] for group in groups.values() for one in group)
+    kernels = [_row(name, *key, group, alone) for key, group in groups.items()]
+    kernels.sort(key=lambda row: -(row["loss_us"] if row["loss_us"] is not None else row["us"]))
+    total = [one for group in groups.values() for one in group]
+    return [{**_row(name, "whole step", "", total, alone), **_timed(whole, kernels)}, *kernels]
+
+
+def _row(name: str, kernel: str, plugin: str, group: list[tuple], alone: float) -> dict[str, Any]:
+    seconds, moved, flops = (sum(one[i] for one in group) for i in range(3))
+    least = None if group[0][3] is None else sum(one[3] for one in group)
+    return {
+        "step": name, "kernel": kernel, "plugin": plugin, "launches": len(group), "us": seconds * 1e6,
+        "us_each": seconds / len(group) * 1e6, "megabytes": moved / 1e6, "gflop": flops / 1e9,
+        "bound_us": None if least is None else least * 1e6, "fraction": None if least is None else least / seconds,
+        "loss_us": None if least is None else (seconds - least) * 1e6, "share": seconds / alone,
+    }  # fmt: skip
+
+
+def _timed(whole: float, kernels: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The whole step's time in place of the sum over its kernels alone."""
+    us, alone = whole * 1e6, sum(row["us"] for row in kernels)
+    bounds = [row["bound_us"] for row in kernels]
+    least = None if None in bounds else sum(bounds)
+    return {
+        "us": us, "us_each": us / len(kernels), "fraction": least and least / us, "loss_us": least and us - least,
+        "share": us / alone,
+    }  # fmt: skip
+
+
+def _whole(session: Session, rows: Sequence[Row], runs: int) -> float:
+    """Seconds of a step among its like, one enqueued behind the other."""
+    for _ in range(2):  # runs it, captures its graph
+        session.read(session.enqueue(rows))
+    times, open_ticket = [], session.enqueue(rows)
+    for _ in range(runs):
+        begin = time.perf_counter()
+        next_ticket = session.enqueue(rows)
+        session.read(open_ticket)
+        times.append(time.perf_counter() - begin)
+        open_ticket = next_ticket
+    session.read(open_ticket)
+    return statistics.median(times)
