@@ -26,11 +26,22 @@ def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> di
         "command": " ".join([program, *map(str, sys.argv[1:] if argv is None else argv)]),
         "commit": commit or _output("git", "-C", here, "rev-parse", "HEAD"),
         "device": gpu or platform.processor() or platform.machine(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "max_sm_clock": _output("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader"),
+        **_card(),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _card() -> dict[str, str | None]:
+    """Of the first GPU; clocks and power as they are right now, after the work."""
+    fields = {
+        "driver": "driver_version", "max_sm_clock": "clocks.max.sm", "sm_clock": "clocks.sm",
+        "memory_clock": "clocks.mem", "power_limit": "power.limit", "power_draw": "power.draw",
+        "temperature": "temperature.gpu",
+    }  # fmt: skip
+    line = _output("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader")
+    found = [text.strip() for text in line.split(",")] if line else []
+    return dict(zip(fields, found, strict=True)) if len(found) == len(fields) else dict.fromkeys(fields)
 
 
 def _output(*command: str) -> str | None:

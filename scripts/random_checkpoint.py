@@ -140,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--qformat", default="fp8")
     p.add_argument("--kv_cache_dtype", default="auto", choices=("auto", "fp8"))
     p.add_argument("--num_layers", type=int, help="fewer (or more) layers than the model has")
+    p.add_argument("--max_position_embeddings", type=int, help="longer (or shorter) sequences than the model takes")
     p.add_argument("--seed", type=int, default=0)
     return p
 
@@ -151,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = dict(PRESETS[args.model]) if args.model in PRESETS else read_json(Path(args.model))
         if args.num_layers:
             config["num_hidden_layers"] = args.num_layers
+        if args.max_position_embeddings:
+            config["max_position_embeddings"] = args.max_position_embeddings
         format = load_format(args.qformat)(kv_cache_dtype=args.kv_cache_dtype)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("writing", total=None)

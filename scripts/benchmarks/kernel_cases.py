@@ -78,12 +78,13 @@ def _prompts() -> Iterator[Timed]:
     for heads in HEADS:
         for length in PROMPTS:
             batch = attention.whole(*[length] * max(1, FILLED // length))
-            for title, fp8 in (("fp8", True), ("bf16", False)):
-                name = f"attention prompt {title} {len(batch)}x{length} {heads[0]}/{heads[1]}"
-                yield Timed(name, "attention", attention.case(name, batch, heads, fp8=fp8))
+            for kind, fp8 in (("fp8", True), ("bf16", False)):
+                name = f"attention prompt {kind} {len(batch)}x{length} {heads[0]}/{heads[1]}"
+                title = f"prompt {length}" if len(batch) == 1 else f"{len(batch)} x {length}"
+                yield Timed(name, "attention", attention.case(title, batch, heads, fp8=fp8))
         for title, fp8 in (("fp8", True), ("bf16", False)):
             name = f"attention prompt {title} 1x1024 {heads[0]}/{heads[1]}"
-            yield Timed(name, "attention", attention.case(name, attention.whole(1024), heads, fp8=fp8))
+            yield Timed(name, "attention", attention.case("prompt 1024", attention.whole(1024), heads, fp8=fp8))
 
 
 def _decodes() -> Iterator[Timed]:

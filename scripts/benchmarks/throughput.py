@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.add_argument("--input_len", type=positive, nargs="+", default=[1000])
     parser.add_argument("--output_len", type=positive, nargs="+", default=[1000], help="one for each input_len")
-    parser.add_argument("--num_requests", type=positive, default=1024)
+    parser.add_argument(
+        "--num_requests", type=positive, nargs="+", default=[1024], help="one, or one for each input_len"
+    )
     parser.add_argument("--max_seconds", type=float, help="measure the steady state, for so long")
 
 
@@ -39,6 +41,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     """A row per pair of lengths."""
     if len(args.input_len) != len(args.output_len):
         raise RequestError(f"{len(args.input_len)} values of --input_len and {len(args.output_len)} of --output_len")
+    counts = args.num_requests * (len(args.input_len) if len(args.num_requests) == 1 else 1)
+    if len(counts) != len(args.input_len):
+        raise RequestError(f"{len(args.input_len)} values of --input_len and {len(counts)} of --num_requests")
     llm = open_llm(args, reuse_prefixes=True)
     lengths = list(zip(args.input_len, args.output_len, strict=True))
     for pair in lengths:
@@ -48,8 +53,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
                 f"{llm.session.limits.max_seq_len}"
             )
     rows = []
-    for pair in lengths:
-        load = Load(llm, *pair, random.Random(args.seed), args.num_requests)
+    for pair, count in zip(lengths, counts, strict=True):
+        load = Load(llm, *pair, random.Random(args.seed), count)
         rows.append(_steady(load, args.max_seconds) if args.max_seconds else _whole(load))
         llm.worker.drop_all()
     return rows, {"engine": engine_facts(llm.session.plan)}

@@ -1,0 +1,138 @@
+"""The figures that results files hold, by name: what a record is made of.
+
+A results file is what fp8-bench, gpu_round and gpu_engines write. Figures of an engine bear the shape's name, which the
+file's name begins with: llama-7b.json, llama-3.1-8b-throughput.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fp8.builder.engine import EngineError
+from fp8.scripts.benchmarks.kernel_cases import timed_cases
+from fp8.scripts.random_checkpoint import PRESETS
+
+Document = dict[str, Any]
+Figures = Iterator[tuple[str, float]]
+FACTS = {
+    "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "mlp_size": "intermediate_size",
+}  # fmt: skip
+
+
+def read(directory: Path) -> dict[str, Document]:
+    """The results files of a folder by their names. Raises EngineError for one that is none."""
+    found = {}
+    for path in sorted(directory.glob("*.json")):
+        try:
+            document = json.loads(path.read_text())
+        except ValueError as error:
+            raise EngineError(f"{path} is not JSON ({error}); give a folder of results files alone") from error
+        if isinstance(document, dict) and "command" in document and _kind(document):
+            found[path.stem] = document
+    if not found:
+        raise EngineError(f"{directory} holds no results of fp8-bench, gpu_round or gpu_engines")
+    return found
+
+
+def figures(documents: dict[str, Document]) -> dict[str, float]:
+    """All figures by name. Where two files hold the same figure, fp8-bench's is taken."""
+    found: dict[str, float] = {}
+    for name, document in sorted(documents.items(), key=lambda item: _kind(item[1]) == "gpu_round"):
+        for key, value in READERS[_kind(document)](name, document):
+            found.setdefault(key, value)
+    return found
+
+
+def _kind(document: Document) -> str:
+    kind = document.get("mode") or str(document["command"]).split()[0]
+    return kind if kind in READERS else ""
+
+
+def _kernel(_: str, document: Document) -> Figures:
+    for row in document["results"]:
+        if "us" not in row:
+            continue
+        yield f"{row['name']}: us", row["us"]
+        yield f"{row['name']}: TB/s", row["tb_per_second"]
+        yield f"{row['name']}: TFLOP/s", row["tflops"]
+        yield f"{row['name']}: of the ceiling", row["fraction"]
+        if row["peer_us"]:
+            yield f"{row['name']}: ratio to {row['peer']}", row["ratio"]
+    for name, value in document["ceilings"].items():
+        yield f"ceiling {name}", value / 1e12
+
+
+def _gpu_round(_: str, document: Document) -> Figures:
+    """Of every tactic's time, the best; these have no peer in the same run."""
+    best: dict[tuple[str, str], float] = {}
+    for row in document["rows"]:
+        if row["us"]:
+            key = row["plugin"], row["case"]
+            best[key] = min(row["us"], best.get(key, row["us"]))
+    for timed in timed_cases():
+        us = best.get((timed.plugin, timed.case.name))
+        if us:
+            yield f"{timed.name}: us", us
+            yield f"{timed.name}: TB/s", timed.case.bytes / us / 1e6
+            yield f"{timed.name}: TFLOP/s", timed.case.flops / us / 1e6
+
+
+def _latency(name: str, document: Document) -> Figures:
+    for row in document["results"]:
+        key = f"{shape(name, document)}, {row['input_len']} in, {row['output_len']} out, batch {row['batch_size']}"
+        yield f"{key}: tokens/s", row["tokens_per_second"]
+        yield f"{key}: first token ms", row["first_token_ms"]
+        yield f"{key}: time per token ms", row["time_per_output_token_ms"]
+        if row["fraction_of_bound"]:
+            yield f"{key}: of the bound", row["fraction_of_bound"]
+
+
+def _throughput(name: str, document: Document) -> Figures:
+    for row in document["results"]:
+        key = f"{shape(name, document)}, {row['input_len']}/{row['output_len']}, {row['measured']}"
+        yield f"{key}: output tokens/s", row["output_tokens_per_second"]
+
+
+def _startup(name: str, document: Document) -> Figures:
+    for row in document["results"]:
+        yield f"{shape(name, document)}, {row['what']}: s", row["seconds"]
+        yield f"{shape(name, document)}, {row['what']}: peak memory of the weights", row["peak_of_weights"]
+
+
+def _engines(_: str, document: Document) -> Figures:
+    rows = {(row["format"], row["kv_cache_dtype"]): row for row in document["rows"]}
+    base = rows.get(("bf16", "bfloat16"))
+    for (form, kv), row in rows.items():
+        if base is not None and row is not base:
+            title = f"example {form}{' + fp8 kv' if kv == 'float8_e4m3fn' else ''}"
+            yield f"{title}: perplexity over BF16", row["perplexity_gpu"] / base["perplexity_gpu"] - 1
+
+
+def _nothing(_: str, __: Document) -> Figures:
+    return iter(())
+
+
+READERS: dict[str, Callable[[str, Document], Figures]] = {
+    "kernel": _kernel, "gpu_round": _gpu_round, "latency": _latency, "throughput": _throughput, "startup": _startup,
+    "gpu_engines": _engines, "roofline": _nothing, "host": _nothing,
+}  # fmt: skip
+
+
+def shape(name: str, document: Document) -> str:
+    """`llama-7b fp8 + fp8 kv`: the shape that the file's name begins with, and the engine's types.
+
+    Raises EngineError where the file tells of an engine of another shape."""
+    model = next((m for m in sorted(PRESETS, key=len, reverse=True) if name.startswith(m)), None)
+    if model is None:
+        raise EngineError(f"{name}.json: its name begins with none of {', '.join(PRESETS)}: whose figures are these?")
+    engine = document.get("engine")
+    if engine is None:  # written before engines were described: they were of this kind
+        return f"{model} fp8 + fp8 kv"
+    for fact, key in FACTS.items():
+        if engine[fact] != PRESETS[model][key]:
+            raise EngineError(f"{name}.json: its engine has {fact} {engine[fact]}, but {model} {PRESETS[model][key]}")
+    return f"{model} {engine['format']}{' + fp8 kv' if engine['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"

@@ -1,0 +1,112 @@
+"""Makes the tables of docs/performance.md from the record, and leaves its prose as it is.
+
+    python -m fp8.scripts.performance_page --record docs/performance/h200.json --page docs/performance.md
+
+What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, or `summary`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fp8.builder.engine import EngineError, write_atomically
+from fp8.scripts.benchmarks.targets import BATCHES
+from fp8.scripts.record import load, number, state
+
+MARKED = re.compile(r"(<!-- table (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+Rows = Sequence[dict[str, Any]]
+
+
+def render(page: str, record: dict[str, Any]) -> str:
+    """The page with its tables made anew. Raises EngineError for a table that the record has no rows of."""
+    return MARKED.sub(lambda found: f"{found[1]}{_table(found['name'], record)}{found[3]}", page)
+
+
+def _table(name: str, record: dict[str, Any]) -> str:
+    if name == "summary":
+        return _summary(record)
+    rows = [row for row in record["rows"] if row["section"] == name]
+    if not rows:
+        sections = sorted({row["section"] for row in record["rows"]})
+        raise EngineError(f"the page has a table {name!r}; the record has summary, {', '.join(sections)}")
+    if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
+        return _by_batch(rows)
+    return _markdown(["", "measured", "target", "peer", "", ""], [_cells(row) for row in rows])
+
+
+def _summary(record: dict[str, Any]) -> str:
+    rows = []
+    for section in dict.fromkeys(row["section"] for row in record["rows"]):
+        states = [state(row) for row in record["rows"] if row["section"] == section]
+        rows.append([section, *(str(states.count(kind) or "") for kind in ("met", "missed", "not measured"))])
+    facts = [
+        f"{key.replace('_', ' ')} {', '.join(record[key])}" for key in ("device", "driver", "torch") if record[key]
+    ]
+    head = f"{'; '.join(facts)}; commit {', '.join(c[:12] for c in record['commit'])}.\n\n"
+    return head + _markdown(["section", "met", "missed", "not measured"], rows)
+
+
+def _by_batch(rows: Rows) -> str:
+    """A line per batch of a model's rows."""
+    found = {row["name"].split(", batch ")[1]: row for row in rows}
+    head = ["batch", "tokens/s", "of the bound", "target", "vLLM", "ratio", "first token, ms", "vLLM"]
+    lines = []
+    for batch in BATCHES:
+        rate, share, first, each = (
+            found[f"{batch}: {kind}"] for kind in ("tokens/s", "of the bound", "first token ms", "time per token ms")
+        )
+        ratio = rate["figure"] and rate["figure"] / rate["anchor"]
+        of_bound = "" if share["figure"] is None else f"{share['figure']:.0%}"
+        rates = [_figure(rate), of_bound, number(rate["target"]), number(rate["anchor"]), number(ratio)]
+        times = [_figure(first), number(first["anchor"]), _figure(each), number(each["anchor"])]
+        lines.append([str(batch), *rates, *times, state(rate)])
+    return _markdown([*head, "time per token, ms", "vLLM", ""], lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    sign = "at least" if row["at_least"] else "at most"
+    peer = f"{_value(row['anchor'], row['unit'])} ({row['whose']})" if row["anchor"] is not None else ""
+    target = "" if row["target"] is None else f"{sign} {_value(row['target'], row['unit'])}"
+    return [row["name"], _figure(row), target, peer, row["unit"], state(row)]
+
+
+def _figure(row: dict[str, Any]) -> str:
+    return _value(row["figure"], row["unit"]) or "-"
+
+
+def _value(value: float | None, unit: str) -> str:
+    """Shares without a unit in per cent."""
+    return f"{value:.2%}" if value is not None and not unit else number(value)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, default=docs / "performance" / "h200.json")
+    parser.add_argument("--page", type=Path, default=docs / "performance.md", help="rewritten in place")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        page = render(args.page.read_text(), load(args.record))
+        write_atomically(args.page, [page.encode()])
+    except (EngineError, OSError) as error:
+        print(f"performance_page: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The record of what was measured, the page and the pictures made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8.builder.engine import EngineError
+from fp8.scripts import performance_page, performance_plot, record
+from fp8.scripts.benchmarks import figures
+from fp8.scripts.benchmarks.kernel_cases import timed_cases
+from fp8.scripts.benchmarks.targets import Target, targets
+from fp8.scripts.random_checkpoint import PRESETS
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RESULTS = DOCS / "performance" / "h200"
+
+
+def engine(model: str, format: str = "fp8", kv: str = "float8_e4m3fn") -> dict[str, Any]:
+    return {fact: PRESETS[model][key] for fact, key in figures.FACTS.items()} | {"format": format, "kv_cache_dtype": kv}
+
+
+def latency(model: str, batch: int, rate: float) -> dict[str, Any]:
+    row = {
+        "batch_size": batch, "input_len": 1024, "output_len": 128, "tokens_per_second": rate, "first_token_ms": 10.0,
+        "time_per_output_token_ms": 2.0, "fraction_of_bound": 0.9, "bound_tokens_per_second": rate / 0.9,
+    }  # fmt: skip
+    return {"mode": "latency", "command": "fp8-bench latency", "engine": engine(model), "results": [row]}
+
+
+def test_the_committed_page_is_what_the_commands_make() -> None:
+    made = record.record(figures.read(RESULTS))
+    assert made == record.load(DOCS / "performance" / "h200.json"), "python -m fp8.scripts.record makes it anew"
+    page = (DOCS / "performance.md").read_text()
+    assert performance_page.render(page, made) == page, "python -m fp8.scripts.performance_page makes it anew"
+    sections = {found["name"] for found in performance_page.MARKED.finditer(page)}
+    assert sections == {"summary", *(target.section for target in targets())}, "every row stands on the page"
+
+
+def test_names_of_targets_are_unique_and_kernels_among_them_are_timed() -> None:
+    names = [target.name for target in targets()]
+    assert len(names) == len(set(names))
+    timed = {t.name for t in timed_cases()}
+    absent = ("gemm fp8 blockwise", "norm_quant per_block")  # timed as soon as the plugins have them
+    for target in targets():
+        for figure in (*target.figures, *target.over):
+            name = figure.rsplit(": ", 1)[0]
+            if name.split()[0] in ("gemm", "attention", "norm_quant") and not name.startswith(absent):
+                assert name in timed, f"nobody times {name}"
+
+
+def test_a_row_is_met_or_missed_or_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "llama-7b.json").write_text(json.dumps(latency("llama-7b", 1, 505.0)))
+    (tmp_path / "llama-3.1-8b.json").write_text(json.dumps(latency("llama-3.1-8b", 8, 2000.0)))
+    rows = {row["name"]: row for row in record.record(figures.read(tmp_path))["rows"]}
+    met = rows["llama-7b fp8 + fp8 kv, 1024 in, 128 out, batch 1: tokens/s"]
+    assert (met["figure"], met["target"], met["anchor"], met["met"]) == (505.0, 500, 296, True)
+    missed = rows["llama-3.1-8b fp8 + fp8 kv, 1024 in, 128 out, batch 8: tokens/s"]
+    assert (missed["figure"], missed["met"]) == (2000.0, False)
+    late = rows["llama-7b fp8 + fp8 kv, 1024 in, 128 out, batch 1: time per token ms"]
+    assert not late["at_least"] and late["met"] is False, "2.0 ms are more than 85% of the bound allow"
+    nothing = rows["llama-7b fp8 + fp8 kv, 1024 in, 128 out, batch 64: tokens/s"]
+    assert (nothing["figure"], nothing["met"]) == (None, None)
+
+
+def test_kernel_figures_are_ratios_in_the_same_run(tmp_path: Path) -> None:
+    rows = [
+        {"name": t.name, "plugin": t.plugin, "us": 10.0, "tb_per_second": 4.0, "tflops": 1000.0, "fraction": 0.9,
+         "peer": "cuBLASLt", "peer_us": 13.0, "ratio": 1.3}
+        for t in timed_cases()
+        if t.name.startswith("gemm fp8") and t.name != "gemm fp8 rowwise 512x4096x4096"
+    ]  # fmt: skip
+    rows.append({"name": "gemm fp8 rowwise 512x4096x4096", "plugin": "gemm", "failure": "RuntimeError: no"})
+    document = {"mode": "kernel", "command": "fp8-bench kernel", "ceilings": {"copy": 4e12}, "results": rows}
+    (tmp_path / "kernel.json").write_text(json.dumps(document))
+    found = {row["name"]: row for row in record.record(figures.read(tmp_path))["rows"]}
+    few = found["gemm fp8, geometric mean over M <= 64: ratio to cuBLASLt"]
+    assert few["figure"] == pytest.approx(1.3) and few["met"] is False, "1.35 is asked for"
+    assert found["gemm fp8, geometric mean over 64 < M < 1024: ratio to cuBLASLt"]["figure"] is None, "one is missing"
+    assert found["gemm fp8 per-tensor 8192x4096x4096: ratio to cuBLASLt"]["met"] is True
+
+
+def test_a_mean_of_ratios_is_geometric() -> None:
+    target = Target("s", "n", "x", ("a", "b"), 1.0, over=("c", "d"))
+    assert target.figure({"a": 2.0, "b": 9.0, "c": 1.0, "d": 2.0}) == pytest.approx(3.0)
+    assert target.figure({"a": 2.0, "b": 9.0, "c": 1.0}) is None
+
+
+def test_a_file_of_another_shape_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "llama-7b.json").write_text(json.dumps(latency("llama-3.1-8b", 1, 500.0)))
+    with pytest.raises(EngineError, match="its engine has num_kv_heads 8, but llama-7b 32"):
+        record.record(figures.read(tmp_path))
+    (tmp_path / "llama-7b.json").rename(tmp_path / "mine.json")
+    assert record.main(["--input", str(tmp_path)]) == 1
+    assert "mine.json: its name begins with none of" in capsys.readouterr().err
+    (tmp_path / "mine.json").write_text("{")
+    assert record.main(["--input", str(tmp_path)]) == 1
+    assert "is not JSON" in capsys.readouterr().err
+    assert record.main(["--input", str(tmp_path / "nothing")]) == 1
+    assert "holds no results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("spread", "status"), [(0.029, 0), (0.04, 1)])
+def test_two_runs_are_compared_row_by_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spread: float, status: int
+) -> None:
+    """3% for whole models, 5% for kernels: 4% is too much for the one and not for the other."""
+    paths = []
+    for name, factor in (("a", 1.0), ("b", 1.0 + spread)):
+        rows = [
+            {"name": "whole", "section": "llama-7b", "figure": 100.0 * factor},
+            {"name": "kernel", "section": "gemm", "figure": 10.0 * factor},
+            {"name": "only here", "section": "gemm", "figure": None if name == "a" else 1.0},
+        ]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"sources": {}, "rows": rows}))
+    assert record.main(["--compare", *map(str, paths)]) == status
+    printed = capsys.readouterr().out
+    assert f"{spread:.1%}" in printed and f"{status} rows further apart" in printed and "only here" not in printed
+
+
+def test_a_page_with_an_unknown_table_is_refused() -> None:
+    page = "text\n<!-- table nonsense -->\n<!-- end -->\n"
+    with pytest.raises(EngineError, match="a table 'nonsense'"):
+        performance_page.render(page, record.load(DOCS / "performance" / "h200.json"))
+
+
+def test_prose_between_tables_stays() -> None:
+    page = "before\n<!-- table throughput -->\nold\n<!-- end -->\nafter\n"
+    made = performance_page.render(page, record.load(DOCS / "performance" / "h200.json"))
+    assert made.startswith("before\n<!-- table throughput -->\n| ") and made.endswith("|\n<!-- end -->\nafter\n")
+    assert "old" not in made and performance_page.render(made, record.load(DOCS / "performance" / "h200.json")) == made
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    step = {"step": "decode 1 x 1024", "plugin": "gemm", "us": 100.0, "share": 0.99}
+    rows = [{**step, "kernel": "whole step"}, {**step, "kernel": "lm_head"}]
+    rows += [{**step, "kernel": f"small {i}", "us": 0.5, "share": 0.005} for i in range(2)]
+    roofline = {"mode": "roofline", "command": "fp8-bench roofline", "engine": engine("llama-7b"), "results": rows}
+    documents = {"llama-7b": latency("llama-7b", 1, 500.0), "llama-7b-roofline": roofline}
+    (split,) = performance_plot.splits(documents).values()
+    assert split == {"lm_head": 100.0, "others": 1.0}
+    for name, document in documents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    assert performance_plot.main(["--input", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    for picture in ("tokens.png", "step.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_targets_have_anchors_that_they_beat() -> None:
+    """Where a peer has a figure in the row's unit, the target is no worse than it."""
+    for target in targets():
+        if target.anchor is not None and target.target is not None:
+            assert math.isfinite(target.anchor)
+            better = target.target >= target.anchor if target.at_least else target.target <= target.anchor
+            assert better, target.name
