@@ -31,9 +31,10 @@ SUSTAINED = Pace(3, 0.05)  # long enough for the power limit to take hold: it ac
 
 @dataclass(frozen=True)
 class Graph:
-    """`count` launches, captured."""
+    """`count` launches, captured. `launches` are kept: what they hold (buffers, loaded kernels) is the graph's too."""
 
     graph: torch.cuda.CUDAGraph
+    launches: Sequence[Callable[[], object]]
     count: int
     seconds: float  # of one launch, estimated: it says how often to replay
 
@@ -55,7 +56,7 @@ def capture(launches: Sequence[Callable[[], object]]) -> Graph:
     with torch.cuda.graph(graph):
         for launch in itertools.islice(itertools.cycle(launches), count):
             launch()
-    return Graph(graph, count, seconds)
+    return Graph(graph, launches, count, seconds)
 
 
 def _seconds(launches: Sequence[Callable[[], object]]) -> float:
