@@ -95,11 +95,15 @@ class Worker:
         """Log-probabilities of prompts just taken in: their blocks are still held, whatever the next step does."""
         ended = [row.request for row in rows if row.samples]
         wanted = [r for r in ended if r.params.prompt_logprobs is not None and r.prompt_logprobs is None]
+        if not wanted:
+            return
         for request, entries in zip(wanted, prompt_logprobs(self.session, wanted), strict=True):
             request.prompt_logprobs = entries
 
     def _keep_logprobs(self, ticket: Ticket) -> None:
         """A token that came after its request's end has no place among its output."""
+        if ticket.logprobs is None:
+            return
         rows = [row for row in ticket.rows if row.samples]
         for row, entry in zip(rows, self.session.read_logprobs(ticket), strict=True):
             request = row.request

@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def wanted(args: argparse.Namespace) -> list[Timed]:
-    cases = [Timed(c.name, name, c) for name, c in all_cases()] if args.own else timed_cases()
+    cases = timed_cases()
+    if args.own:
+        cases = [Timed(c.name, name, c) for name, c in all_cases() if not c.plugin.collective]
     return [
         t for t in cases if (not args.plugin or t.plugin == args.plugin) and any(part in t.name for part in args.case)
     ]

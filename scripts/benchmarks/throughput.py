@@ -75,7 +75,7 @@ class Load:
         at = i % (1 << 20)
         prompt = self._tokens[at : at + self.input_len + age]
         params = SamplingParams(max_tokens=self.output_len - age, ignore_eos=True)
-        return Request(i, prompt, params, params.max_tokens, reuse_prefix=True)
+        return Request(i, prompt, params, params.max_tokens)
 
 
 @dataclass
