@@ -61,10 +61,10 @@ class Packer:
 
     def pack(self, rows: Sequence[Row], host: dict[str, np.ndarray]) -> StepShape:
         """Fills `host` with `rows` (single tokens first) and returns the step's shape."""
-        requests, starts, counts, _, _ = zip(*rows, strict=True)
-        singles = counts.count(1)
+        requests, singles = [row.request for row in rows], [row.count for row in rows].count(1)
         slots = self._update_tables(requests)
-        self._pack_singles(requests[:singles], np.array(starts[:singles], np.int32), slots[:singles], host)
+        starts = np.array([row.start for row in rows[:singles]], np.int32)
+        self._pack_singles(requests[:singles], starts, slots[:singles], host)
         at, max_query = singles, 0
         for i, row in enumerate(rows[singles:], singles):
             self._pack_chunk(row, i, at, host)
@@ -104,7 +104,8 @@ class Packer:
     ) -> None:
         n, block = len(requests), self.limits.block_size
         host["sources"][:n] = slots
-        for i in np.flatnonzero(positions < np.fromiter((len(r.tokens) for r in requests), np.int32, n)):
+        known = positions < np.fromiter((len(r.tokens) for r in requests), np.int32, n)
+        for i in np.flatnonzero(known).tolist():
             host["token_ids"][i] = requests[i].tokens[positions[i]]
             host["sources"][i] = self.first_token_id + i
         host["position_ids"][:n] = positions
@@ -126,12 +127,11 @@ class Packer:
     def _pack_samples(
         self, rows: Sequence[Row], slots: np.ndarray, shape: StepShape, host: dict[str, np.ndarray]
     ) -> StepShape:
-        _, _, _, samples, indices = zip(*rows, strict=True)
-        chosen = np.flatnonzero(samples)
+        chosen = np.flatnonzero([row.samples for row in rows])
         n = len(chosen)
         host["logits_indices"][:n] = host["query_start"][1:][chosen] - 1
         host["temperature"][:n] = self._temperature[slots[chosen]]
-        host["counter"][:n] = np.array(indices, np.int32)[chosen]
+        host["counter"][:n] = np.array([row.index for row in rows], np.int32)[chosen]
         host["seed"][:n] = self._seed[slots[chosen]]
         host["slots"][:n] = slots[chosen]
         return StepShape(shape.tokens, shape.sequences, shape.decode_sequences, shape.max_query, shape.max_context, n)

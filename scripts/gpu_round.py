@@ -184,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
         print(f"gpu_round: needs a Hopper GPU (sm_90), found {found}; run it on a machine with an H100 or H200.")
         return 2
-    found = [(n, c) for n, c in all_cases(args.plugin, args.case) if not c.plugin.collective]  # those need several GPUs
-    cases = [(n, c) for n, c in found if not args.small or _is_small(c)]
+    alone = [(n, c) for n, c in all_cases(args.plugin, args.case) if not c.plugin.collective]  # those need several GPUs
+    cases = [(n, c) for n, c in alone if not args.small or _is_small(c)]
     seed = int(time.time()) % 2**31 if args.seed is None else args.seed
     run = Round(seed, not args.no_bench, args.tactics)
     try:

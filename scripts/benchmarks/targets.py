@@ -209,8 +209,8 @@ def _prompts() -> Iterator[Target]:
             yield Target("prompts", name, "x", (name,), OVER_CUDNN, True, 1.0, "cuDNN FP8")
             name = f"{key}: TFLOP/s"
             yield Target("prompts", name, "TFLOP/s", (name,), round(tflops * OVER_CUDNN), True, tflops, "cuDNN FP8")
-    for heads, anchors in FA3_BF16.items():
-        for length, tflops in zip(FA3_LENGTHS, anchors, strict=True):
+    for heads, fa3 in FA3_BF16.items():
+        for length, tflops in zip(FA3_LENGTHS, fa3, strict=True):
             name = f"attention prompt bf16 1x{length} {heads}: TFLOP/s"
             yield Target("prompts", name, "TFLOP/s", (name,), tflops, True, tflops, "FA3")
 
