@@ -95,7 +95,7 @@ class Fp8Engine(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Special tokens as asked for; else as `add_bos_token` says or the tokenizer does, but never a second BOS."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+        if add_special_tokens is None and string.startswith(str(self.tokenizer.decode([self.prefix_token_id]))):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
         return list(self.tokenizer(string, verbose=False, **options, **kwargs)["input_ids"])
