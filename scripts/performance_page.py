@@ -2,7 +2,8 @@
 
     python -m fp8.scripts.performance_page --record docs/performance/h200.json --page docs/performance.md
 
-What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, or `summary`.
+What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, `summary` or
+`losses`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def render(page: str, record: dict[str, Any]) -> str:
 
 
 def _table(name: str, record: dict[str, Any]) -> str:
-    if name == "summary":
-        return _summary(record)
+    if name in ("summary", "losses"):
+        return _summary(record) if name == "summary" else _losses(record)
     rows = [row for row in record["rows"] if row["section"] == name]
     if not rows:
         sections = sorted({row["section"] for row in record["rows"]})
-        raise EngineError(f"the page has a table {name!r}; the record has summary, {', '.join(sections)}")
+        raise EngineError(f"the page has a table {name!r}; the record has summary, losses, {', '.join(sections)}")
     if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
         return _by_batch(rows)
     return _markdown(["", "measured", "target", "peer", "", ""], [_cells(row) for row in rows])
@@ -49,6 +50,16 @@ def _summary(record: dict[str, Any]) -> str:
     ]
     head = f"{'; '.join(facts)}; commit {', '.join(c[:12] for c in record['commit'])}.\n\n"
     return head + _markdown(["section", "met", "missed", "not measured"], rows)
+
+
+def _losses(record: dict[str, Any]) -> str:
+    rows = [
+        [row["engine"], row["step"], f"`{row['kernel']}`", number(row["us"]), number(row["bound_us"]),
+         "" if row["fraction"] is None else f"{row['fraction']:.0%}", number(row["loss_us"])]
+        for row in record["losses"]
+    ]  # fmt: skip
+    head = ["engine", "step", "kernel", "us", "bound, us", "of the bound", "lost, us"]
+    return _markdown(head, rows) if rows else "Not measured yet.\n"
 
 
 def _by_batch(rows: Rows) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8.builder.engine import EngineError, write_atomically
-from fp8.scripts.benchmarks.figures import Document, figures, read
+from fp8.scripts.benchmarks.figures import Document, figures, losses, read
 from fp8.scripts.benchmarks.targets import Target, targets
 
 HEADER = (
@@ -30,7 +30,7 @@ KERNEL_SECTIONS = ("gemm", "gemm shapes", "blockwise", "prompts", "decodes", "no
 
 
 def record(documents: dict[str, Document]) -> dict[str, Any]:
-    """The header (what the files say, each value with the files that say so) and a row per target."""
+    """What the files say of their runs, a row per target, and where the time of a step goes."""
     found = figures(documents)
     sources = {
         name: {key: document.get(key) for key in ("command", "commit", "date", *HEADER)}
@@ -38,7 +38,13 @@ def record(documents: dict[str, Document]) -> dict[str, Any]:
     }
     rows = [_row(target, found) for target in targets()]
     header = {key: sorted({str(s[key]) for s in sources.values() if s[key]}) for key in ("commit", "date", *HEADER)}
-    return {"command": "python -m fp8.scripts.record", **header, "sources": sources, "rows": rows}
+    return {
+        "command": "python -m fp8.scripts.record",
+        **header,
+        "sources": sources,
+        "rows": rows,
+        "losses": losses(documents),
+    }
 
 
 def _row(target: Target, found: dict[str, float]) -> dict[str, Any]:

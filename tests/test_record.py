@@ -38,7 +38,7 @@ def test_the_committed_page_is_what_the_commands_make() -> None:
     page = (DOCS / "performance.md").read_text()
     assert performance_page.render(page, made) == page, "python -m fp8.scripts.performance_page makes it anew"
     sections = {found["name"] for found in performance_page.MARKED.finditer(page)}
-    assert sections == {"summary", *(target.section for target in targets())}, "every row stands on the page"
+    assert sections == {"summary", "losses", *(target.section for target in targets())}, "every row stands on the page"
 
 
 def test_names_of_targets_are_unique_and_kernels_among_them_are_timed() -> None:
@@ -134,6 +134,21 @@ def test_prose_between_tables_stays() -> None:
     made = performance_page.render(page, record.load(DOCS / "performance" / "h200.json"))
     assert made.startswith("before\n<!-- table throughput -->\n| ") and made.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in made and performance_page.render(made, record.load(DOCS / "performance" / "h200.json")) == made
+
+
+def test_the_largest_losses_of_every_step_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "kernel": kernel, "us": 10.0, "bound_us": 4.0, "fraction": 0.4, "loss_us": loss, "share": 0.1}
+        for step in ("decode 1 x 1024", "prompt 8192")
+        for kernel, loss in (("whole step", 50.0), *((f"k{i}", 9.0 - i) for i in range(6)))
+    ]
+    document = {"mode": "roofline", "command": "fp8-bench roofline", "engine": engine("llama-7b"), "results": rows}
+    (tmp_path / "llama-7b-roofline.json").write_text(json.dumps(document))
+    made = record.record(figures.read(tmp_path))
+    kept = [(row["step"], row["kernel"]) for row in made["losses"]]
+    assert kept[:5] == [("decode 1 x 1024", k) for k in ("whole step", "k0", "k1", "k2", "k3")] and len(kept) == 10
+    page = performance_page.render("<!-- table losses -->\n<!-- end -->\n", made)
+    assert "| llama-7b fp8 + fp8 kv | prompt 8192 | `k0` | 10 | 4 | 40% | 9 |" in page
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

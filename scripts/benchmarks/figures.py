@@ -122,6 +122,21 @@ READERS: dict[str, Callable[[str, Document], Figures]] = {
 }  # fmt: skip
 
 
+def losses(documents: dict[str, Document], most: int = 4) -> list[dict[str, Any]]:
+    """Of every step that a roofline file holds: the step, and the kernels that lose the most time against the bound."""
+    found = []
+    for name, document in documents.items():
+        if _kind(document) != "roofline":
+            continue
+        for step in dict.fromkeys(row["step"] for row in document["results"]):
+            whole, *kernels = [row for row in document["results"] if row["step"] == step]
+            kept = ("step", "kernel", "us", "bound_us", "fraction", "loss_us")
+            found += [
+                {"engine": shape(name, document), **{key: row[key] for key in kept}} for row in (whole, *kernels[:most])
+            ]
+    return found
+
+
 def shape(name: str, document: Document) -> str:
     """`llama-7b fp8 + fp8 kv`: the shape that the file's name begins with, and the engine's types.
 

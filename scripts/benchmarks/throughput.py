@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
                 f"--input_len {pair[0]} and --output_len {pair[1]} exceed the engine's max_seq_len "
                 f"{llm.session.limits.max_seq_len}"
             )
+    if args.max_seconds:
+        fill_cache(llm.session)
     rows = []
     for pair, count in zip(lengths, counts, strict=True):
         load = Load(llm, *pair, random.Random(args.seed), count)
@@ -142,7 +144,6 @@ def _top_up(load: Load) -> None:
 def _start_midway(load: Load) -> list[Request]:
     """As many sequences as fit, of evenly spread ages, the oldest first; their past lies in the pool as if shared."""
     session, pool = load.llm.session, load.worker.pool
-    fill_cache(session)
     ages = list(_ages(load, session, pool))
     requests = [load.request(age) for age in ages]
     for request in requests:
