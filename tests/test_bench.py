@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import tiny_checkpoint
 import tiny_engine
+import torch
 
+from fp8.builder import build as builder
 from fp8.builder import engine as engine_format
 from fp8.builder.checkpoint import Checkpoint
+from fp8.models.config import load as load_model
 from fp8.plugins.base import StepShape
+from fp8.plugins.gemm import cases as gemm_cases
 from fp8.runtime.session import Session
 from fp8.scripts import bench, build, random_checkpoint, run
-from fp8.scripts.benchmarks import bound, ceilings, roofline, startup, work
+from fp8.scripts.benchmarks import bound, case_buffers, ceilings, kernel, roofline, startup, work
+from fp8.scripts.benchmarks.kernel_cases import Timed
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +180,6 @@ def test_throughput_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys
 
 
 def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
         pytest.skip("there is a Hopper GPU")
     assert bench.main(["kernel"]) == 1
@@ -191,3 +195,21 @@ def test_startup_measures_processes_of_their_own(tmp_path: Path, capfd: pytest.C
     assert all(row["seconds"] > 0.1 and row["peak_gb"] > 0.01 for row in rows)
     assert bench.main([*command, "--", "--target", "sm_12"]) == 1
     assert "ended with status 1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("format", "mode", "rows"), [("fp8", "static", (0,)), ("fp8_rowwise", "rowwise", (0, 2))])
+def test_the_tactics_timed_are_those_that_an_engine_gets(
+    tmp_path: Path, format: str, mode: str, rows: tuple[int, ...]
+) -> None:
+    directory = tiny_checkpoint.write(tmp_path, tiny_checkpoint.qformat(format))
+    source = builder.Source(load_model(Checkpoint(directory).config), Checkpoint(directory))
+    request = builder.Request(max_num_tokens=kernel.MAX_NUM_TOKENS)
+    plan = builder.compile(source, request, builder.Reporter(), dry_run=True).plan
+    step = next(s for s in plan.steps if s.name == "model.layers.0.mlp.down_proj")
+    n, k = (int(d) for d in plan.buffer(step.inputs[1]).shape)
+    for m in (1, 16, 64, 128, 4096):
+        case = gemm_cases.case(m, n, k, mode)
+        types = case_buffers.types(case.make(torch.Generator(), "cpu"))
+        (tactic,), _ = kernel._tactics(Timed("", "gemm", case, rows), types, 1)
+        held = next(choice for choice in step.tactics if choice.max_tokens >= m)
+        assert dataclasses.asdict(tactic) == held.tactic

@@ -3,11 +3,12 @@ torch. Whole prompts of one length only."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fp8.plugins.base import Plugin, StepShape
+from fp8.plugins.base import StepShape
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def _torch(plugin: Any, step: StepShape, tensors: Sequence[torch.Tensor | None])
     return launch
 
 
-def _cudnn(plugin: Plugin, step: StepShape, tensors: Sequence[torch.Tensor | None]) -> Callable[[], object]:
+def _cudnn(plugin: Any, step: StepShape, tensors: Sequence[torch.Tensor | None]) -> Callable[[], object]:
     """E4M3 in and out, static scales, causal."""
     import cudnn
     import torch
@@ -60,34 +61,42 @@ def _cudnn(plugin: Plugin, step: StepShape, tensors: Sequence[torch.Tensor | Non
     scale = float(tensors[10][0])  # type: ignore[index]
     q, k, v = ((t / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn) for t in _heads(plugin, step, tensors[0]))
     out = torch.empty(q.transpose(1, 2).shape, dtype=q.dtype, device=q.device).transpose(1, 2)
-    handle = cudnn.create_handle()
-    kinds = cudnn.data_type
-    graph = cudnn.pygraph(
-        io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT, handle=handle
-    )
-    given = {
-        name: graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=kinds.FP8_E4M3)
-        for name, t in (("q", q), ("k", k), ("v", v))
-    }
-    values: dict[Any, torch.Tensor] = dict(zip(given.values(), (q, k, v), strict=True))
-    scales = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
-    for name in scales:
-        given[name] = graph.tensor(name=name, dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kinds.FLOAT)
-        factor = {"scale_s": E4M3_MAX, "descale_s": 1 / E4M3_MAX, "scale_o": 1 / scale}.get(name, scale)
-        values[given[name]] = torch.full((1, 1, 1, 1), factor, device=q.device)
-    result, _, *maxima = graph.sdpa_fp8(
-        **given, generate_stats=False, attn_scale=plugin.softmax_scale, use_causal_mask=True, name="sdpa"
-    )
-    result.set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride()))
-    values[result] = out
-    for amax in maxima:
-        amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(kinds.FLOAT)
-        values[amax] = torch.zeros(1, 1, 1, 1, device=q.device)
-    graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    shapes = tuple((tuple(t.shape), tuple(t.stride())) for t in (q, k, v, out))
+    graph, handle, places = _graph(shapes, plugin.softmax_scale)
+    values = dict(zip(("q", "k", "v", "out"), (q, k, v, out), strict=True))
+    factors = {"scale_s": E4M3_MAX, "descale_s": 1 / E4M3_MAX, "scale_o": 1 / scale}
+    for name in places.keys() - values.keys():
+        values[name] = torch.full((1, 1, 1, 1), factors.get(name, scale), device=q.device)
+    pack = {place: values[name] for name, place in places.items()}
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device=q.device)
 
     def launch() -> None:
         cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
-        graph.execute(values, workspace, handle=handle)
+        graph.execute(pack, workspace, handle=handle)
 
     return launch
+
+
+@functools.lru_cache(maxsize=1)  # the sets of a case share it
+def _graph(shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], softmax_scale: float) -> tuple[Any, Any, Any]:
+    """cuDNN's graph over q, k, v and out of these shapes and strides, its handle, and its tensors by name."""
+    import cudnn
+
+    handle, kinds = cudnn.create_handle(), cudnn.data_type
+    graph = cudnn.pygraph(
+        io_data_type=kinds.FP8_E4M3, intermediate_data_type=kinds.FLOAT, compute_data_type=kinds.FLOAT, handle=handle
+    )
+    places = {
+        name: graph.tensor(name=name, dim=list(shape), stride=list(stride), data_type=kinds.FP8_E4M3)
+        for name, (shape, stride) in zip("qkv", shapes[:3], strict=True)
+    }
+    for name in ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o"):
+        places[name] = graph.tensor(name=name, dim=[1, 1, 1, 1], stride=[1, 1, 1, 1], data_type=kinds.FLOAT)
+    out, _, *maxima = graph.sdpa_fp8(
+        **places, generate_stats=False, attn_scale=softmax_scale, use_causal_mask=True, name="sdpa"
+    )
+    out.set_output(True).set_dim(list(shapes[3][0])).set_stride(list(shapes[3][1]))
+    for name, amax in zip(("amax_s", "amax_o"), maxima, strict=True):
+        places[name] = amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(kinds.FLOAT)
+    graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    return graph, handle, {**places, "out": out}
