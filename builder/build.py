@@ -166,7 +166,7 @@ class Compiled:
     taps: Taps = field(default_factory=Taps)
 
 
-def choose_taps(source: Source, request: Request, place: Place = ALONE) -> tuple[Taps, frozenset[str]]:
+def choose_taps(source: Source, request: Request, place: Place) -> tuple[Taps, frozenset[str]]:
     """The debug taps that the request asks for, and the tensors that no fusion may swallow. Raises TapError."""
     if request.debug_tensors is None:
         return Taps(), frozenset()
@@ -186,9 +186,10 @@ def choose_taps(source: Source, request: Request, place: Place = ALONE) -> tuple
 
 
 def fuse(
-    source: Source, request: Request, reporter: Reporter, kept: frozenset[str] = frozenset(), place: Place = ALONE
+    source: Source, request: Request, reporter: Reporter, kept: frozenset[str] = frozenset(), place: Place | None = None
 ) -> tuple[Graph, Journal, list[report.Pair]]:
-    """Emits the graph and runs the passes, dumping and verifying as asked."""
+    """Emits the graph of a rank (default: the first) and runs the passes, dumping and verifying as asked."""
+    place = place or request.place()
     limits = source.limits(request)
     graph = source.emit(limits, place)
     pairs = report.pairs(graph)
@@ -223,7 +224,7 @@ def _check_explained(graph: gs.Graph, name: str) -> None:
         raise BuildError(f"no node is named {name!r}" + (f"; there are {', '.join(near)}" if near else ""))
 
 
-def explain(source: Source, request: Request, place: Place = ALONE) -> list[str]:
+def explain(source: Source, request: Request, place: Place | None = None) -> list[str]:
     """Per pattern, one sentence: why it did or did not match at the node `request.explain`."""
     _, journal, _ = fuse(source, request, Reporter(), place=place)
     assert request.explain is not None
@@ -242,9 +243,11 @@ def _named(node: str, wanted: str) -> bool:
 
 
 def compile(
-    source: Source, request: Request, reporter: Reporter, dry_run: bool = False, place: Place = ALONE
+    source: Source, request: Request, reporter: Reporter, dry_run: bool = False, place: Place | None = None
 ) -> Compiled:
-    """Everything but writing. Raises LegalityError before any kernel is compiled; a dry run stops there."""
+    """Everything but writing, of one rank (default: the first). Raises LegalityError before any kernel is compiled; a
+    dry run stops there."""
+    place = place or request.place()
     tapped, kept = choose_taps(source, request, place)
     graph, journal, pairs = fuse(source, request, reporter, kept, place)
     limits = source.limits(request)

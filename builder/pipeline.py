@@ -30,7 +30,7 @@ PASSES: tuple[Pass, ...] = (
 
 
 def passes(target: Target) -> tuple[Pass, ...]:
-    wanted = {tensor_parallel: target.parallel is not None, widen: target.dtype == "float32"}
+    wanted: dict[Pass, bool] = {tensor_parallel: target.parallel is not None, widen: target.dtype == "float32"}
     return (*(p for p in BEFORE if wanted[p]), *PASSES)
 
 

@@ -106,7 +106,8 @@ class Verifier:
         return found
 
     def _logits(self, graphs: Sequence[gs.Graph], tp_size: int) -> torch.Tensor:
-        ranks, logits = Ranks(graphs, tp_size, ExactInterpreter), []
+        ranks = Ranks(graphs, tp_size, ExactInterpreter)
+        logits: list[torch.Tensor] = []
         for sequences in self.steps:
             feeds = step_inputs(sequences, self.context)
             if not logits:

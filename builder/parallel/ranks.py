@@ -35,7 +35,7 @@ def build_ranks(
     output: Path,
     reporter: Reporter,
     side_by_side: int = 1,
-    expected: tuple[type, ...] = (),
+    expected: tuple[type[Exception], ...] = (),
 ) -> list[Built]:
     """Builds and writes every rank, or nothing; so many at a time, each in a process that reads its own slices of the
     weights. `expected` are the errors that are told as they are."""

@@ -167,7 +167,8 @@ class _Rewrite:
         except SplitError as error:
             raise SplitError(f"{node.name} ({node.op}): {error}") from error
         self._set(node.outputs[0], layout)
-        return self._reduced(node, operation or share) if operation or share else []
+        operation = operation or share
+        return self._reduced(node, operation) if operation else []
 
     def _set(self, tensor: gs.Tensor, layout: Layout) -> None:
         self._layouts[tensor.name] = layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -17,7 +18,10 @@ Tell = Callable[..., None]  # passes its arguments to `hear` in the parent
 
 
 def run(
-    tasks: Sequence[Callable[[Tell], Result]], workers: int, hear: Callable[..., None], expected: tuple[type, ...]
+    tasks: Sequence[Callable[[Tell], Result]],
+    workers: int,
+    hear: Callable[..., None],
+    expected: tuple[type[Exception], ...],
 ) -> list[Result]:
     """Results in the order of the tasks, which must be picklable. At most `workers` run at a time; `hear(index, ...)`
     gets what they tell. Raises BuildError, naming the task as a rank, if one fails; the others are ended. An error that
@@ -65,11 +69,12 @@ def _receive(connection: Connection, process: Any) -> tuple:
         return "failed", f"its process {how}; if memory ran out, build with fewer --workers"
 
 
-def _child(task: Callable[[Tell], Any], connection: Connection, expected: tuple[type, ...], threads: int) -> None:
-    import torch
-
+def _child(
+    task: Callable[[Tell], Any], connection: Connection, expected: tuple[type[Exception], ...], threads: int
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
-    torch.set_num_threads(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
     try:
         connection.send(("done", task(lambda *values: connection.send(("told", *values)))))
     except BrokenPipeError:
