@@ -15,13 +15,14 @@ from fp8.builder.workplace import BuildError
 
 Result = TypeVar("Result")
 Tell = Callable[..., None]  # passes its arguments to `hear` in the parent
+Errors = tuple[type[Exception], ...]
 
 
 def run(
     tasks: Sequence[Callable[[Tell], Result]],
     workers: int,
     hear: Callable[..., None],
-    expected: tuple[type[Exception], ...],
+    expected: Errors,
 ) -> list[Result]:
     """Results in the order of the tasks, which must be picklable. At most `workers` run at a time; `hear(index, ...)`
     gets what they tell. Raises BuildError, naming the task as a rank, if one fails; the others are ended. An error that
@@ -69,9 +70,7 @@ def _receive(connection: Connection, process: Any) -> tuple:
         return "failed", f"its process {how}; if memory ran out, build with fewer --workers"
 
 
-def _child(
-    task: Callable[[Tell], Any], connection: Connection, expected: tuple[type[Exception], ...], threads: int
-) -> None:
+def _child(task: Callable[[Tell], Any], connection: Connection, expected: Errors, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its children
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
