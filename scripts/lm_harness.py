@@ -1,7 +1,7 @@
 """An engine as a model of lm-evaluation-harness: `lm_eval --model fp8-engine --model_args engine_dir=...,device=cpu`.
 
-lm-eval finds it by the entry point in pyproject.toml (group `lm_eval.models`); releases that do not look for entry
-points yet (0.4.13 and before) are started through `fp8-lm-eval`, which takes the same arguments.
+lm-eval finds it by the entry point in pyproject.toml (group `lm_eval.models`); release 0.4.13, which does not look for
+entry points yet, is started through `fp8-lm-eval`, which takes the same arguments.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import lm_eval.models  # noqa: F401 (lm-eval's own models, which it registers by itself only while there is no other)
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
@@ -26,7 +25,6 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_p
 Scored = tuple[Any, list[int], list[int]]  # (key for the cache, context, continuation)
 
 
-@register_model("fp8-engine")
 class Fp8Engine(TemplateLM):
     """Arguments: `engine_dir`; `device`, `max_kv_blocks`, `kv_cache_free_gpu_memory_fraction` as fp8-run's;
     `max_gen_toks` for tasks that set no limit; `add_bos_token` (default: as the tokenizer does). `batch_size` changes
@@ -179,10 +177,19 @@ def bar(title: str, total: int, disable: bool) -> Iterator[Callable[[int], None]
         yield lambda count: shown.update(count) and None
 
 
+def register() -> None:
+    """Makes the name known to a release of lm-eval that does not look for entry points itself."""
+    import lm_eval.models  # noqa: F401 (its own models, which it adds only to a registry that is empty)
+
+    if "fp8-engine" not in model_registry:
+        register_model("fp8-engine")(Fp8Engine)
+
+
 def main() -> None:
     """lm-eval's own command line, with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
+    register()
     cli_evaluate()
 
 

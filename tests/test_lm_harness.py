@@ -14,12 +14,13 @@ import pytest
 pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
+from lm_eval.api.model import LM
+from lm_eval.api.registry import Registry, get_model, model_registry
 from lm_eval.tasks import TaskManager
 
 from fp8.runtime.request import RequestError
 from fp8.scripts import build
-from fp8.scripts.lm_harness import Fp8Engine, cut, sampling_params
+from fp8.scripts.lm_harness import Fp8Engine, cut, register, sampling_params
 
 MODEL = evaluation_data.MODEL
 TASKS = {
@@ -61,6 +62,7 @@ def results(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """What lm-eval says of the engine and of the Hugging Face model, with its samples."""
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("tasks")
+    register()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "hf"))
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -175,11 +177,15 @@ def test_more_tokens_than_the_engine_holds_are_refused(model: Fp8Engine) -> None
 
 
 def test_lm_eval_finds_the_class() -> None:
-    """By its registry after an import, and by the entry point that lm-eval looks for."""
-    assert get_model("fp8-engine") is Fp8Engine
+    """Registered by fp8-lm-eval, beside lm-eval's own models; and by the entry point that newer releases look for."""
+    register()
+    assert get_model("fp8-engine") is Fp8Engine and "hf" in model_registry
     project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
     value = project["entry-points"]["lm_eval.models"]["fp8-engine"]
-    assert EntryPoint("fp8-engine", value, "lm_eval.models").load() is Fp8Engine
+    entry = EntryPoint("fp8-engine", value, "lm_eval.models")
+    registry: Registry[Any] = Registry("model", base_cls=LM)
+    registry.register("fp8-engine", target=entry)
+    assert registry.get("fp8-engine") is Fp8Engine
 
 
 def test_model_args_come_before_lm_eval_s_own_flags(engine_dir: Path) -> None:
