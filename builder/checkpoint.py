@@ -177,13 +177,17 @@ class Checkpoint:
 
         Raises CheckpointError if it is missing, of another size, or has an element that is not finite and positive.
         """
+        return self.scales(name, {(size,), (size, 1)} | ({()} if size == 1 else set())).reshape(size)
+
+    def scales(self, name: str, shapes: set[tuple[int, ...]]) -> np.ndarray:
+        """Scales as float32, stored in one of the shapes in any float dtype. Raises CheckpointError as `scale` does."""
         entry = self.entry(name)
-        allowed = {(size,), (size, 1)} | ({()} if size == 1 else set())
-        if entry.shape not in allowed or entry.dtype not in [DTYPES[k] for k in ("F32", "BF16", "F16", "F64")]:
+        if entry.shape not in shapes or entry.dtype not in [DTYPES[k] for k in ("F32", "BF16", "F16", "F64")]:
+            expected = " or ".join(str(list(s)) for s in sorted(shapes))
             raise CheckpointError(
-                f"{name} is {entry.dtype} {list(entry.shape)}, expected {size} float element(s) ({entry.file})"
+                f"{name} is {entry.dtype} {list(entry.shape)}, expected floats of shape {expected} ({entry.file})"
             )
-        values = entry.array().astype(np.float32).reshape(size)
+        values = entry.array().astype(np.float32)
         bad = values[~(np.isfinite(values) & (values > 0))]
         if bad.size:
             raise CheckpointError(

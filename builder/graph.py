@@ -11,6 +11,9 @@ How a consumer walks the graph:
     fp8          x -QuantizeLinear[F/quantize]-> e4m3 -DequantizeLinear[M/dequantize]-> f32 -Gemm ... as above
     fp8_rowwise  the same with a scale computed per token: Abs[F/abs], ReduceMax[F/row_amax], Min[F/bounded_amax],
                  Div[F/scaled_amax], Max[F/input_scale]
+    fp8_block    with a scale per 128 channels of a token (block_size 128): Abs[F/abs], Reshape[F/groups],
+                 ReduceMax[F/group_amax], Div[F/scaled_amax], Max[F/input_scale]; Gather[M/row_scales] spreads the
+                 scales of the weight's blocks over its rows
   The Gemm (transB=1) takes M.weight through Cast[M/widen_weight] or DequantizeLinear[M/dequantize_weight], and the bias
   through Cast[M/widen_bias]. lm_head has no /output Cast. A weight stored in another float dtype than DT first passes
   Cast[<tensor>/convert].
@@ -221,15 +224,14 @@ class GraphBuilder:
         """DT -> float32."""
         return self.cast(x, F32, name)
 
-    def quantize(self, x: gs.Tensor, scale: gs.Tensor, name: str, axis: int | None = None) -> gs.Variable:
-        """e4m3(clamp(x / scale, +-448)): x float32, scale [] or one per index of `axis`."""
-        along = {} if axis is None else {"axis": axis}
+    def quantize(self, x: gs.Tensor, scale: gs.Tensor, name: str, **along: int) -> gs.Variable:
+        """e4m3(clamp(x / scale, +-448)): x float32, scale [], or one per index of `axis`, or (with `block_size`) one
+        per so many elements along `axis`."""
         attrs = {"saturate": 1, "output_dtype": onnx_dtype(E4M3), **along}
         return self.op("QuantizeLinear", name, [x, scale], E4M3, x.shape, **attrs)
 
-    def dequantize(self, x: gs.Tensor, scale: gs.Tensor, name: str, axis: int | None = None) -> gs.Variable:
-        """x * scale in float32."""
-        along = {} if axis is None else {"axis": axis}
+    def dequantize(self, x: gs.Tensor, scale: gs.Tensor, name: str, **along: int) -> gs.Variable:
+        """x * scale in float32; `axis` and `block_size` as in `quantize`."""
         return self.op("DequantizeLinear", name, [x, scale], F32, x.shape, **along)
 
     def reshape(self, x: gs.Tensor, shape: Sequence[Dim], name: str) -> gs.Variable:
@@ -287,6 +289,12 @@ class GraphBuilder:
         if name not in self._constants:
             values = self.checkpoint.scale(name, size or 1)
             self._constants[name] = gs.Constant(name, values if size else values.reshape(()))
+        return self._constants[name]
+
+    def scales(self, name: str, shape: tuple[int, int]) -> gs.Constant:
+        """A checkpoint's matrix of scales as float32."""
+        if name not in self._constants:
+            self._constants[name] = gs.Constant(name, self.checkpoint.scales(name, {shape}).reshape(shape))
         return self._constants[name]
 
     def quantized_weight(self, linear: Linear) -> gs.Constant:

@@ -196,21 +196,24 @@ def _gemm(a: Attributes, x: torch.Tensor, w: torch.Tensor, c: torch.Tensor | Non
     return x @ w if c is None else torch.addmm(c, x, w)
 
 
-def _along(scale: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
-    """A per-axis scale, shaped to broadcast against x."""
+def _along(a: Attributes, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A scale per index of an axis, or per block of it, shaped to broadcast against x."""
     if scale.ndim == 0:
         return scale
+    axis = a.get("axis", 1)
+    if block := a.get("block_size"):
+        return scale.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
     shape = [1] * x.ndim
     shape[axis] = -1
     return scale.reshape(shape)
 
 
 def _quantize(a: Attributes, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return quantize(x, _along(scale, x, a.get("axis", 1)))
+    return quantize(x, _along(a, scale, x))
 
 
 def _dequantize(a: Attributes, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x.float() * _along(scale, x, a.get("axis", 1))
+    return x.float() * _along(a, scale, x)
 
 
 def _rms_norm(a: Attributes, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

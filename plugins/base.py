@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Dim = int | str  # a symbolic size is its name: "T" packed tokens, "B" sequences, "L" rows whose logits are wanted
 E4M3_MAX = 448.0  # largest finite float8_e4m3fn value (OCP 8-bit floating point specification, 2023)
 BLOCK_SIZE = 64  # tokens per KV-cache block
+SCALE_BLOCK = 128  # channels that share a scale where activations or weights are scaled block by block
 
 
 class PluginError(ValueError):

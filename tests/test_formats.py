@@ -34,7 +34,7 @@ def config_of(format: Format) -> dict[str, Any]:
 
 
 def test_formats_are_the_files_of_the_folder() -> None:
-    assert names() == ["bf16", "fp16", "fp8", "fp8_rowwise"]
+    assert names() == ["bf16", "fp16", "fp8", "fp8_block", "fp8_rowwise"]
     assert [load(n).name for n in names()] == names()
 
 
@@ -124,7 +124,7 @@ def test_what_each_format_has_calibrated() -> None:
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-@pytest.mark.parametrize("name", ["bf16", "fp16", "fp8", "fp8_rowwise"])
+@pytest.mark.parametrize("name", names())
 def test_config_is_read_back_as_the_same_format(name: str, kv: str) -> None:
     format = load(name)(kv_cache_dtype=kv)
     assert read_format(config_of(format)) == format
@@ -142,13 +142,18 @@ def test_activation_bound_is_read_back() -> None:
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-@pytest.mark.parametrize("name", ["fp8", "fp8_rowwise"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_rowwise", "fp8_block"])
 def test_compressed_tensors_reads_the_config(name: str, kv: str) -> None:
     written = write_quantization(load(name)(kv_cache_dtype=kv), LINEARS)
     config = QuantizationConfig.model_validate(written)
     group = config.config_groups["group_0"]
-    assert group.weights.num_bits == 8 and group.weights.strategy == ("tensor" if name == "fp8" else "channel")
-    assert group.input_activations.dynamic is (name == "fp8_rowwise")
+    weights, activations = {
+        "fp8": ("tensor", "tensor"),
+        "fp8_rowwise": ("channel", "token"),
+        "fp8_block": ("block", "group"),
+    }[name]
+    assert group.weights.num_bits == 8 and group.weights.strategy == weights
+    assert group.input_activations.strategy == activations and group.input_activations.dynamic is (name != "fp8")
     assert (config.kv_cache_scheme is not None) == (kv == "fp8")
 
 

@@ -11,12 +11,14 @@ from fp8.builder import build, report
 from fp8.builder.build import BuildError, Reporter, Request
 from fp8.builder.target import Journal
 
-ATTENTION = {f: ["attention"] for f in ("fp8", "bf16", "fp16")} | {"fp8_rowwise": ["attention", "quantize"]}
+ATTENTION = {f: ["attention"] for f in ("fp8", "bf16", "fp16")} | {
+    f: ["attention", "quantize"] for f in ("fp8_rowwise", "fp8_block")
+}
 MLP = {
     "fp8": ["gemm_swiglu", "gemm"], "fp8_rowwise": ["gemm", "act_quant", "gemm"], "bf16": ["gemm_swiglu", "gemm"],
-    "fp16": ["gemm_swiglu", "gemm"],
+    "fp8_block": ["gemm", "act_quant", "gemm"], "fp16": ["gemm_swiglu", "gemm"],
 }  # fmt: skip
-QUANT = {"fp8": "static", "fp8_rowwise": "per_token", "bf16": "none", "fp16": "none"}
+QUANT = {"fp8": "static", "fp8_rowwise": "per_token", "fp8_block": "block", "bf16": "none", "fp16": "none"}
 EXCLUDED = [
     (), ("model.layers.0.*",), ("*.o_proj", "*.down_proj"), ("*.self_attn.q_proj",), ("*.k_proj",), ("*.up_proj",),
     ("*.v_proj", "*.gate_proj"), ("*.mlp.*",),
@@ -40,7 +42,7 @@ def test_a_layer_is_exactly_these_steps(tmp_path, format, kv):
     assert all(n.attrs["quant_out"] == (format == "fp8") for n in graph.nodes if n.op == "attention")
 
 
-@pytest.mark.parametrize(("format", "kv"), [("fp8", "auto"), ("fp8_rowwise", "fp8")])
+@pytest.mark.parametrize(("format", "kv"), [("fp8", "auto"), ("fp8_rowwise", "fp8"), ("fp8_block", "fp8")])
 @pytest.mark.parametrize("exclude", EXCLUDED)
 def test_no_pair_is_left_whatever_is_excluded(tmp_path, format, kv, exclude):
     graph, entries = fused(tmp_path, format, kv, exclude, num_hidden_layers=1)

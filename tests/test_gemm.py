@@ -35,13 +35,20 @@ def operands(n: int = 64, k: int = 64, dtype: str = E4M3, rows: int | str = "T")
     return [Tensor(dtype, (rows, k)), Tensor(dtype, (n, k)), Tensor(f32, (1,)), Tensor(f32, (n,)), Tensor(f32, (n,))]
 
 
+def spread(scale: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
+    """A scalar, one scale per row, or one per so many rows and 128 columns."""
+    if scale.ndim == 1:
+        return scale.numpy().reshape(-1, 1)
+    return np.kron(scale.numpy(), np.ones((shape[0] // scale.shape[0], 128)))
+
+
 def exact(x, w, x_scale, w_scale, bias) -> np.ndarray:
     """float64, element by element in the other order: scales applied before the products."""
     x, w = x.double().numpy(), w.double().numpy()
     if x_scale is not None:
-        x = x * x_scale.double().numpy().reshape(-1, 1)
+        x = x * spread(x_scale.double(), x.shape)
     if w_scale is not None:
-        w = w * w_scale.double().numpy().reshape(-1, 1)
+        w = w * spread(w_scale.double(), w.shape)
     y = np.einsum("tk,nk->tn", x, w)
     return y if bias is None else y + bias.double().numpy()
 

@@ -14,6 +14,7 @@ from fp8.scripts.random_checkpoint import PRESETS, write_random_checkpoint
 ENGINES = [
     ("llama-7b", "fp8", "fp8"),
     ("llama-7b", "fp8_rowwise", "fp8"),
+    ("llama-7b", "fp8_block", "fp8"),
     ("llama-7b", "bf16", "auto"),
     ("llama-3.1-8b", "fp8", "fp8"),
 ]

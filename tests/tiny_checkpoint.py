@@ -21,6 +21,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 64, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+SIZES = {"fp8_block": {"hidden_size": 256, "intermediate_size": 384}}  # its blocks are 128 wide
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 ODD = {"hidden_size": 60, "intermediate_size": 44, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20}
 
@@ -70,7 +71,7 @@ def tensors(config: dict[str, Any], format: Format, seed: int = 0) -> dict[str, 
 def write(directory: Path, format: Format, seed: int = 0, **changes: Any) -> Path:
     """Writes config.json and model.safetensors; `changes` go into the config."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = {**CONFIG, **changes}
+    config = {**CONFIG, **SIZES.get(format.name, {}), **changes}
     linears = [f"model.layers.{i}.{m}" for i in range(config["num_hidden_layers"]) for m in LINEARS]
     config["dtype"] = config["torch_dtype"] = format.dtype or config.get("torch_dtype") or "bfloat16"
     quantization = write_quantization(format, linears)

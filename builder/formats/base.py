@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fp8.plugins.base import SCALE_BLOCK
+
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     import torch
@@ -105,12 +107,15 @@ class Format:
 
 
 def float8_scheme(weights: str, activations: str) -> dict[str, Any]:
-    """A compressed-tensors group: strategies `tensor`, `channel` (weights) and `token` (activations, dynamic)."""
+    """A compressed-tensors group: strategies `tensor`, `channel`, `block` (128 x 128) of weights; `tensor`, `token`,
+    `group` (of 128 channels) of activations, dynamic but for `tensor`."""
     common = {"num_bits": 8, "type": "float", "symmetric": True}
+    block = {"block_structure": [SCALE_BLOCK, SCALE_BLOCK]} if weights == "block" else {}
+    group = {"group_size": SCALE_BLOCK} if activations == "group" else {}
     return {
         "targets": ["Linear"],
-        "weights": {**common, "strategy": weights, "dynamic": False},
-        "input_activations": {**common, "strategy": activations, "dynamic": activations == "token"},
+        "weights": {**common, "strategy": weights, "dynamic": False, **block},
+        "input_activations": {**common, "strategy": activations, "dynamic": activations != "tensor", **group},
     }
 
 

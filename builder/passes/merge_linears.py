@@ -21,6 +21,7 @@ from fp8.builder.pattern import Match
 from fp8.builder.rewrite import sort, substitute, together
 from fp8.builder.target import Target
 from fp8.builder.weights import concatenate, prepared
+from fp8.plugins.base import SCALE_BLOCK
 
 F32 = np.dtype(np.float32)
 
@@ -68,10 +69,9 @@ def _merge(graph: gs.Graph, run: list[Match]) -> gs.Tensor:
     x = first.tensors["x"]
     rows, n, dtype = x.shape[0], w.shape[0], first.outputs[0].dtype
     if "x_scale" in first.tensors:
-        x_scale, along = first.tensors["x_scale"], {"axis": 0} if first.tensors["x_scale"].shape else {}
-        wide_x = _node(graph, "DequantizeLinear", f"{name}/dequantize", [x, x_scale], F32, x.shape, **along)
-        scale = _scales(f"{name}.weight_scale", run)
-        wide_w = _node(graph, "DequantizeLinear", f"{name}/dequantize_weight", [w, scale], F32, w.shape, axis=0)
+        x_scale, scale = first.tensors["x_scale"], _scales(f"{name}.weight_scale", run)
+        wide_x = _dequantize(graph, f"{name}/dequantize", x, x_scale)
+        wide_w = _dequantize(graph, f"{name}/dequantize_weight", w, scale)
     else:
         wide_x = _node(graph, "Cast", f"{name}/widen", [x], F32, x.shape, to=ONNX["float32"])
         wide_w = _node(graph, "Cast", f"{name}/widen_weight", [w], F32, w.shape, to=ONNX["float32"])
@@ -113,13 +113,20 @@ def _joined(name: str, parts: list[gs.Constant]) -> gs.Constant:
 
 
 def _scales(name: str, run: list[Match]) -> gs.Constant:
-    """Each part's scale, repeated for its own output channels."""
+    """Each part's scale, repeated for its own output channels; scales per row and block of K are so already."""
+    if len(run[0].tensors["w_scale"].shape) == 2:
+        return _joined(name, [m.tensors["w_scale"] for m in run])
     rows = [m.tensors["w"].shape[0] for m in run]
     return prepared(name, [m.tensors["w_scale"] for m in run], functools.partial(_expand, rows))
 
 
 def _expand(rows: list[int], *scales: torch.Tensor) -> torch.Tensor:
     return concatenate(*(s.reshape(-1).expand(n) for s, n in zip(scales, rows, strict=True)))
+
+
+def _dequantize(graph: gs.Graph, name: str, codes: gs.Tensor, scale: gs.Tensor) -> gs.Variable:
+    along = ({}, {"axis": 0}, {"axis": 1, "block_size": SCALE_BLOCK})[len(scale.shape)]
+    return _node(graph, "DequantizeLinear", name, [codes, scale], F32, codes.shape, **along)
 
 
 def _node(graph: gs.Graph, op: str, name: str, inputs: list, dtype: np.dtype, shape: list, **attrs) -> gs.Variable:

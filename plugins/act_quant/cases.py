@@ -10,7 +10,7 @@ from fp8.plugins.base import Case, StepShape
 
 WHY = "exponentials good to a few float32 roundings move a result across a rounding boundary in about one of 10^4"
 STEP = 3e-3  # such a step is 2^-3 of an e4m3, 2^-8 of a bfloat16
-TOLERANCE = {"none": 5e-4, "static": STEP, "per_token": STEP, "from_amax": STEP}
+TOLERANCE = {"none": 5e-4, "static": STEP, "per_token": STEP, "block": STEP, "from_amax": STEP}
 
 
 def case(
@@ -47,6 +47,10 @@ CASES = [
     case(3, 136, "from_amax"),
     case(1, 7168, "from_amax"),
     case(2048, 7168, "from_amax"),
+    case(3, 384, "block"),
+    case(5, 40960, "block", dtype=torch.float16),
+    case(1, 14336, "block"),
+    case(2048, 14336, "block"),
     case(1, 14336, "static"),
     case(1, 14336, "per_token"),
     case(64, 14336, "per_token"),

@@ -8,7 +8,7 @@ from fp8.plugins.quantize.pattern import finish
 def act_quant(
     op, x, scale,
     *, activation=("silu", "gelu", "gelu_tanh"), gated=(True, False),
-    quant=("per_token", "from_amax", "static", "none"), bounded=(True, False),
+    quant=("per_token", "block", "from_amax", "static", "none"), bounded=(True, False),
 ):  # fmt: skip
     y = hidden(op, x, activation, gated, op.shared if quant == "from_amax" else op.alone)
     return finish(op, op.module(y), scale, quant, bounded)

@@ -21,7 +21,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 @dataclass(frozen=True)
 class ActQuant(Plugin):
     """x DT [T, 2F] = [gate | up] (gated) or [T, F], scale f32 [1] (quant "static") or [T] (quant "from_amax")
-    -> y (e4m3, or DT for quant "none") [T, F], y_scale f32 [T] (quant "per_token" and "from_amax").
+    -> y (e4m3, or DT for quant "none") [T, F], y_scale f32 [T] (quant "per_token" and "from_amax") or
+    [T, F / 128] (quant "block").
 
     y = activation(gate) * up or activation(x), in float32, rounded or quantized (see quantize) once.
     """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fp8.plugins.base import Case, StepShape
+from fp8.plugins.base import SCALE_BLOCK, Case, StepShape
 from fp8.plugins.gemm.plugin import Gemm
-from fp8.plugins.gemm.types import BYTES
+from fp8.plugins.gemm.types import BYTES, GROUP_ROWS
 
 E4M3 = torch.float8_e4m3fn
 FAST = (
@@ -31,7 +31,7 @@ def scales(n: int, parts: int, generator: torch.Generator, device: str) -> torch
 def operands(
     rows: int, n: int, k: int, dtype: str, mode: str, bias: bool, generator: torch.Generator, device: str
 ) -> list[torch.Tensor | None]:
-    """x, w, x_scale, w_scale, bias; `mode` is "static" (scalar x, three parts), "rowwise" or "none"."""
+    """x, w, x_scale, w_scale, bias; `mode` is "static" (scalar x, three parts), "rowwise", "block" or "none"."""
     kind = getattr(torch, dtype)
     if dtype == "float8_e4m3fn":
         x, w = fp8_normal((rows, k), generator, device), fp8_normal((n, k), generator, device)
@@ -41,6 +41,10 @@ def operands(
     x_scale = w_scale = b = None
     if mode == "rowwise":
         x_scale, w_scale = scales(rows, rows, generator, device) * 10, scales(n, n, generator, device)
+    elif mode == "block":
+        x_scale = scales(rows * k // SCALE_BLOCK, rows * k // SCALE_BLOCK, generator, device).view(rows, -1) * 10
+        groups = n // GROUP_ROWS * k // SCALE_BLOCK
+        w_scale = scales(groups, groups, generator, device).view(n // GROUP_ROWS, -1)
     elif mode == "static":
         x_scale, w_scale = torch.tensor([0.0021], device=device), scales(n, min(3, n), generator, device)
     if bias:
@@ -77,6 +81,8 @@ RAGGED += [
     case(300, 1002, 16, "rowwise", bias=True),
     case(129, 576, 4096, "rowwise"),
     case(300, 4096, 864, "rowwise", out="float16", bias=True),
+    *(case(rows, 392, 384, "block", bias=True) for rows in (1, 7, 65, 129, 300)),
+    case(515, 1536, 2048, "block", out="float16"),
     case(127, 264, 328, "none", "bfloat16", bias=True),
     case(33, 1003, 864, "none", "bfloat16", "float32", logits=True),
     case(300, 520, 1000, "none", "float16", "float16"),
@@ -85,5 +91,6 @@ RAGGED += [
 ]
 LLAMA_7B = [(12288, 4096), (4096, 4096), (4096, 11008)]
 CASES = RAGGED + [case(m, n, k) for n, k in LLAMA_7B for m in (1, 16, 64, 128, 512, 2048)]
+CASES += [case(m, n, k, "block") for n, k in LLAMA_7B for m in (1, 64, 512, 2048)]
 CASES += [case(2048, 12288, 4096, "rowwise"), case(2048, 12288, 4096, "none", "bfloat16")]
 CASES += [case(16, 32000, 4096, "none", "bfloat16", "float32", logits=True)]

@@ -6,6 +6,8 @@
 // A cluster either shares what all its CTAs load (CLUSTER_M row blocks share w, or CLUSTER_N column blocks share x; each
 // CTA loads one part and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
+// Blockwise scales (of 128 of K: per row of x, per 8 rows of w) cannot wait for the epilogue: each stage's products are
+// scaled and added to a second set of accumulators, while the next stage multiplies into a third.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
 // (TMA knows the buffer's rows only); nothing reads them.
@@ -17,7 +19,8 @@
 #include "fp8/wgmma.cuh"
 
 // Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
-// to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token), W_SCALE, BIAS; TMA_STORE; the tactic.
+// to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token, 3
+// blockwise), W_SCALE (0 none, 1 per column, 2 blockwise), BIAS; TMA_STORE; the tactic.
 constexpr int WARPGROUPS = BLOCK_M == 64 && !PINGPONG ? 1 : 2;
 constexpr int TILE_ROWS = PINGPONG ? BLOCK_M : BLOCK_M / WARPGROUPS;  // of one warpgroup
 constexpr int MMAS = TILE_ROWS / 64;
@@ -34,12 +37,15 @@ constexpr int CHUNK = TILE_BYTES % 128 == 0 ? 128 : TILE_BYTES % 64 == 0 ? 64 : 
 constexpr int CHUNKS = TILE_BYTES / CHUNK;
 constexpr int CHUNK_N = BLOCK_N / CHUNKS;                // accumulator columns of a chunk
 constexpr int BUFFERS = TMA_STORE ? 2 : 0;
-constexpr bool SCALED = W_SCALE || X_SCALE == 1;
+constexpr bool SCALED = W_SCALE == 1 || X_SCALE == 1, BLOCKWISE = X_SCALE == 3;
+constexpr int GROUPS = BLOCK_N / 8;                      // of columns with one blockwise scale
+constexpr int BLOCK_SCALES = BLOCKWISE ? K_BLOCKS * GROUPS : 0;
 constexpr int CONSUMERS = PINGPONG ? 1 : WARPGROUPS;     // warpgroups that read a stage
 constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread carries to shared memory
 static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
+static_assert(!BLOCKWISE || (OPERAND == 0 && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 
 struct Arguments {
   const float *x_scale, *w_scale, *bias, *out_scale;
@@ -80,6 +86,24 @@ DEVICE void release(u32 empty) {
   if (CLUSTER_M * CLUSTER_N == 1) {
     if (lane == 0) mbarrier_arrive(empty);
   } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
+}
+
+// sum += d * (scale of the row) * (scale of the column group).
+DEVICE void add_scaled(float (&sum)[MMAS][BLOCK_N / 2], const float (&d)[MMAS][BLOCK_N / 2], const float (&row)[MMAS][2],
+                       const float* column) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    float scale = column[g];
+#pragma unroll
+    for (int m = 0; m < MMAS; m++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[m][4 * g + i] = fmaf(d[m][4 * g + i], row[m][i / 2] * scale, sum[m][4 * g + i]);
+  }
+}
+
+template <bool First, class A, class B> DEVICE auto& pick(A& a, B& b) {
+  if constexpr (First) return a;
+  else return b;
 }
 
 // PINGPONG: the main loops run in the order of the tiles. (Without it a warpgroup could wait for a stage two uses ahead,
@@ -244,7 +268,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   extern __shared__ __align__(1024) u8 shared[];
   u8* buffers = shared + STAGES * STAGE_BYTES;
   float* vectors = (float*)(buffers + WARPGROUPS * BUFFERS * 64 * CHUNK);  // per warpgroup: scale [BLOCK_N], bias [BLOCK_N]
-  u64* full = (u64*)(vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N);
+  float* block_scales = vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N;  // per warpgroup: [K_BLOCKS, GROUPS]
+  u64* full = (u64*)(block_scales + WARPGROUPS * BLOCK_SCALES);
   u32 stages = shared_address(shared), full_bar = shared_address(full), empty_bar = full_bar + STAGES * 8;
   int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), leader = threadIdx.x % 128 == 0;
   u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
@@ -310,9 +335,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     buffers += warpgroup * BUFFERS * 64 * CHUNK;
     float* scales = vectors + warpgroup * (SCALED + BIAS) * BLOCK_N;
     float* biases = scales + SCALED * BLOCK_N;
+    block_scales += warpgroup * BLOCK_SCALES;
     float scalar = X_SCALE == 1 ? x_scale[0] : 1.f, quantum = QUANT ? out_scale[0] : 1.f;
     int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
     float d[MMAS][BLOCK_N / 2];
+    float scaled_sum[BLOCKWISE ? MMAS : 1][BLOCKWISE ? BLOCK_N / 2 : 1];
+    auto& sum = pick<BLOCKWISE>(scaled_sum, d);
     if (PINGPONG && warpgroup == 1) {  // the first tile is the other's
       stage = K_BLOCKS % STAGES, parity = K_BLOCKS / STAGES % 2;
       first += step;
@@ -336,27 +364,102 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
           row_scale[m][i] = X_SCALE == 2 && r < rows ? x_scale[r] : 1.f;
         }
+      float block_scale[MMAS][2];  // of this thread's rows, in the next k block
+      auto load_block_scale = [&](int k) {
+#pragma unroll
+        for (int m = 0; m < MMAS; m++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
+            block_scale[m][i] = r < rows ? x_scale[(size_t)r * K_BLOCKS + k] : 0.f;
+          }
+      };
+      if constexpr (BLOCKWISE) {
+        load_block_scale(k_begin);
+        warpgroup_sync(warpgroup);  // the tile before is through with its scales
+        for (int i = thread; i < BLOCK_SCALES; i += 128) {
+          int group = i / K_BLOCKS, k = i % K_BLOCKS, at = t.n / 8 + group;
+          block_scales[k * GROUPS + group] = at < GEMM_N / 8 ? w_scale[(size_t)at * K_BLOCKS + k] : 0.f;
+        }
+        warpgroup_sync(warpgroup);
+#pragma unroll
+        for (int m = 0; m < MMAS; m++)
+#pragma unroll
+          for (int i = 0; i < BLOCK_N / 2; i++) sum[m][i] = 0.f;
+      }
       if (PINGPONG) await_turn(warpgroup);
       int last = -1;
-#pragma unroll 1
-      for (int k = k_begin; k < k_end; k++) {
-        mbarrier_wait(full_bar + stage * 8, parity);
+      auto multiply = [&](float (&to)[MMAS][BLOCK_N / 2], int sofar) {  // this stage, added to what `to` holds `sofar`
         wgmma_fence();
         u32 at = stages + stage * STAGE_BYTES;
         u64 a = wgmma_descriptor(at + (PINGPONG ? 0 : warpgroup * TILE_ROWS * ROW)), b = wgmma_descriptor(at + X_BYTES);
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
-          for (int m = 0; m < MMAS; m++) mma(d[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, (k - k_begin) | j);
+          for (int m = 0; m < MMAS; m++) mma(to[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, sofar | j);
         wgmma_commit_group();
-        wgmma_wait_group<1>();  // the stage before is read
-        if (last >= 0) release(empty_bar + last * 8);
+      };
+      auto advance = [&] {
         last = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
+      };
+      if constexpr (BLOCKWISE) {
+        // Two stages are under way: while one multiplies, the other's products are scaled.
+        float e[MMAS][BLOCK_N / 2], now[MMAS][2];
+        int k = k_begin;
+        auto finished = [&](float (&products)[MMAS][BLOCK_N / 2]) {
+#pragma unroll
+          for (int m = 0; m < MMAS; m++) now[m][0] = block_scale[m][0], now[m][1] = block_scale[m][1];
+          wgmma_wait_group<0>();
+#pragma unroll
+          for (int m = 0; m < MMAS; m++)
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 2; i++) pin(products[m][i]);
+          release(empty_bar + last * 8);
+        };
+        auto begin = [&](float (&products)[MMAS][BLOCK_N / 2]) {
+          load_block_scale(k + 1);
+          multiply(products, 0);
+          advance();
+          // A branch, which keeps ptxas from scheduling the additions that follow between the products' instructions.
+          if (k + 2 < k_end) mbarrier_wait(full_bar + stage * 8, parity);
+        };
+        mbarrier_wait(full_bar + stage * 8, parity);
+        multiply(d, 0);
+        advance();
+        if (k + 1 < k_end) mbarrier_wait(full_bar + stage * 8, parity);
+#pragma unroll 1
+        for (int pair = (k_end - k_begin - 1) / 2; pair > 0; pair--) {
+          finished(d);
+          begin(e);
+          add_scaled(sum, d, now, block_scales + k++ * GROUPS);
+          finished(e);
+          begin(d);
+          add_scaled(sum, e, now, block_scales + k++ * GROUPS);
+        }
+        finished(d);
+        if ((k_end - k_begin) % 2 == 0) {
+          begin(e);
+          add_scaled(sum, d, now, block_scales + k++ * GROUPS);
+          finished(e);
+          add_scaled(sum, e, now, block_scales + k * GROUPS);
+        } else {
+          add_scaled(sum, d, now, block_scales + k * GROUPS);
+        }
+        if (PINGPONG) pass_turn(warpgroup);
+      } else {
+#pragma unroll 1
+        for (int k = k_begin; k < k_end; k++) {
+          mbarrier_wait(full_bar + stage * 8, parity);
+          multiply(d, k - k_begin);
+          wgmma_wait_group<1>();  // the stage before is read
+          if (last >= 0) release(empty_bar + last * 8);
+          advance();
+        }
+        if (PINGPONG) pass_turn(warpgroup);
+        wgmma_wait_group<0>();
+        release(empty_bar + last * 8);
       }
-      if (PINGPONG) pass_turn(warpgroup);
-      wgmma_wait_group<0>();
-      release(empty_bar + last * 8);
       if (PINGPONG) {  // skip the other's tile
         stage += K_BLOCKS % STAGES, parity ^= K_BLOCKS / STAGES % 2;
         if (stage >= STAGES) stage -= STAGES, parity ^= 1;
@@ -369,7 +472,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
           for (int j = 0; j < BLOCK_N / 8; j++)
             *(float4*)(shared + (partials - stages) + (m * BLOCK_N / 8 + j) * 2048 + thread * 16) =
-                make_float4(d[m][4 * j], d[m][4 * j + 1], d[m][4 * j + 2], d[m][4 * j + 3]);
+                make_float4(sum[m][4 * j], sum[m][4 * j + 1], sum[m][4 * j + 2], sum[m][4 * j + 3]);
         cluster_arrive(), cluster_wait();
       }
       if (SCALED || BIAS) {
@@ -384,7 +487,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       }
 #pragma unroll
       for (int m = 0; m < MMAS; m++)
-        write(d[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
+        write(sum[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
               partials + m * 64 * BLOCK_N * 4);
     }
     if (TMA_STORE && leader) bulk_wait_group<0>();

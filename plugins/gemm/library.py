@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8.plugins.base import Launcher, Plugin, StepShape, Tensor
-from fp8.plugins.gemm.types import operands
+from fp8.plugins.gemm.types import blockwise, operands
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None]) -> list[Library]
     N, K in multiples of 16; or 16-bit operands of the output's dtype, unscaled."""
     x, w = operands(inputs)
     out = plugin.attributes()["out_dtype"]
-    if plugin.name != "gemm" or inputs[4] is not None:
+    if plugin.name != "gemm" or inputs[4] is not None or blockwise(inputs):
         return []
     if x.dtype == out and inputs[2] is None and inputs[3] is None:
         return [Library()]

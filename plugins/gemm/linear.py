@@ -11,6 +11,7 @@ from fp8.plugins.gemm import few_tokens, library, many_tokens
 from fp8.plugins.gemm.few_tokens import FewTokens
 from fp8.plugins.gemm.library import Library
 from fp8.plugins.gemm.many_tokens import ManyTokens
+from fp8.plugins.gemm.types import blockwise
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class Linear(Plugin):
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
         """Few-token tactics first where they apply, then the many-token ones, the library last."""
-        few = few_tokens.candidates(self, inputs, tokens)[:OFFERED_FEW]
+        few = [] if blockwise(inputs) else few_tokens.candidates(self, inputs, tokens)[:OFFERED_FEW]
         many = many_tokens.candidates(self, inputs, tokens)
         return [*few, *(many[:2] if few else many), *library.candidates(self, inputs)]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
-from fp8.plugins.gemm.types import BYTES, operands
+from fp8.plugins.gemm.types import BYTES, GROUP_ROWS, blockwise, operands
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ DEVICE_BYTES = 2400.0  # of device memory per clock
 CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
+BLOCKWISE_N = 128  # columns for which a warpgroup of 64 rows has registers three times
 OFFERED = 6  # candidates that are worth timing
 
 
@@ -81,6 +82,10 @@ class Problem:
         return dict(self.constants)[name]
 
     @property
+    def blockwise(self) -> bool:
+        return self["X_SCALE"] == 3
+
+    @property
     def out_bytes(self) -> int:
         return 1 if self["QUANT"] else 4 if self["OUT"] == 2 else 2
 
@@ -93,7 +98,8 @@ class Problem:
         """Bytes of dynamic shared memory: stages, store buffers, scales and biases, barriers."""
         stages = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
         buffers = 2 * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
-        vectors = (int(self["W_SCALE"] or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
+        vectors = (int(self["W_SCALE"] == 1 or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
+        vectors += self.k_blocks * t.BLOCK_N // GROUP_ROWS * 4 if self.blockwise else 0
         return stages + t.warpgroups * (buffers + vectors) + 16 * t.STAGES
 
 
@@ -112,8 +118,8 @@ def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
         "OUT": out,
         "SWIGLU": swiglu,
         "QUANT": quant,
-        "X_SCALE": 0 if x_scale is None else 1 if x_scale.shape[0] == 1 else 2,
-        "W_SCALE": int(w_scale is not None),
+        "X_SCALE": 0 if x_scale is None else 3 if blockwise(inputs) else 1 if x_scale.shape[0] == 1 else 2,
+        "W_SCALE": 0 if w_scale is None else 2 if blockwise(inputs) else 1,
         "BIAS": int(bias is not None),
         "TMA_STORE": int(out != 2 and row_bytes % 16 == 0),
     }
@@ -133,6 +139,9 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
     tiles += [(64, n, 1) for n in (64, 128, 192, 256)] + [(128, n, 1) for n in (64, 96, 128)]
     for block_m, block_n, pingpong in tiles:
         if (block_m > 64 and tokens <= block_m // 2) or not p.chunk(block_n):
+            continue
+        rows = block_m if pingpong or block_m == 64 else block_m // 2  # of a warpgroup
+        if p.blockwise and rows * block_n > 64 * BLOCKWISE_N:
             continue
         for cluster_m, cluster_n, split in CLUSTERS:
             few_tiles = -(-tokens // block_m) * -(-p.n // block_n) <= clusters(split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fp8.plugins.gemm.types import GROUP_ROWS
 from fp8.plugins.quantize.pattern import ROUNDED
 
 
@@ -31,7 +32,9 @@ def complete(inputs, attributes):
 
 
 def per_channel(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """The weight's scale, one or one per output channel, as f32 [N]."""
+    """The weight's scale, one or one per channel, as f32 [N]; blockwise (given per row) as f32 [N / 8, K / 128]."""
+    if scale.ndim == 2:
+        return scale[::GROUP_ROWS]
     return scale.float().reshape(-1).expand(rows)
 
 

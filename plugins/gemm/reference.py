@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fp8.plugins.base import SCALE_BLOCK
+from fp8.plugins.gemm.types import GROUP_ROWS
+
 
 def accumulate(
     x: torch.Tensor,
@@ -13,7 +16,10 @@ def accumulate(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """(x w^T) * x_scale * w_scale + bias in float32. x: [T, K], w: [N, K] (e4m3 codes or floats), x_scale: [1] or [T],
-    w_scale and bias: [N]; returns [T, N]."""
+    w_scale and bias: [N]; or, blockwise, x_scale: [T, K / 128] and w_scale: [N / 8, K / 128]. Returns [T, N]."""
+    if x_scale is not None and x_scale.ndim == 2:
+        x, x_scale = x.float() * spread(x_scale), None
+        w, w_scale = w.float() * spread(w_scale.repeat_interleave(GROUP_ROWS, 0)), None
     y = x.float() @ w.float().t()
     if x_scale is not None:
         y *= x_scale.float().reshape(-1, 1)
@@ -22,6 +28,11 @@ def accumulate(
     if bias is not None:
         y += bias.float()
     return y
+
+
+def spread(scale: torch.Tensor) -> torch.Tensor:
+    """[R, K / 128] -> [R, K]."""
+    return scale.float().repeat_interleave(SCALE_BLOCK, 1)
 
 
 def gemm(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8.plugins.base import Dim, PluginError, Tensor
+from fp8.plugins.base import SCALE_BLOCK, Dim, PluginError, Tensor
 
 BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+GROUP_ROWS = 8  # of w that share a blockwise scale: neighbours in a thread's accumulators
 OUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -34,12 +35,33 @@ def check_vector(name: str, found: Tensor | None, sizes: tuple[Dim, ...]) -> Non
     raise PluginError(f"{name} is {found.dtype} {list(found.shape)}, expected float32 {expected}")
 
 
+def blockwise(inputs: Sequence[Tensor | None]) -> bool:
+    """Whether x has a scale per row and SCALE_BLOCK of K, and w one per GROUP_ROWS rows and SCALE_BLOCK of K."""
+    return inputs[2] is not None and len(inputs[2].shape) == 2
+
+
+def check_scales(inputs: Sequence[Tensor | None], rows: Dim, n: int, k: Dim) -> None:
+    """Raises PluginError unless both operands' scales are vectors, or both are blockwise matrices."""
+    if not blockwise(inputs):
+        check_vector("x_scale", inputs[2], (1, rows))
+        check_vector("w_scale", inputs[3], (n,))
+        return
+    if not isinstance(k, int) or k % SCALE_BLOCK or n % GROUP_ROWS:
+        raise PluginError(
+            f"w is [{n}, {k}], expected N in multiples of {GROUP_ROWS} and K of {SCALE_BLOCK} for blockwise scales"
+        )
+    for name, found, size in (("x_scale", inputs[2], rows), ("w_scale", inputs[3], n // GROUP_ROWS)):
+        expected = Tensor("float32", (size, k // SCALE_BLOCK))
+        if found != expected:
+            text = f"{found.dtype} {list(found.shape)}" if found else "absent"
+            raise PluginError(f"{name} is {text}, expected float32 {list(expected.shape)}")
+
+
 def check_types(inputs: Sequence[Tensor | None], out_dtype: str) -> tuple[Dim, int]:
     """Checks x, w, x_scale, w_scale, bias and the output's dtype; returns (rows, N)."""
     x, w = operands(inputs)
     rows, n = x.shape[0], int(w.shape[0])
-    check_vector("x_scale", inputs[2], (1, rows))
-    check_vector("w_scale", inputs[3], (n,))
+    check_scales(inputs, rows, n, x.shape[1])
     check_vector("bias", inputs[4], (n,))
     if out_dtype not in OUT_DTYPES:
         raise PluginError(f"out_dtype is {out_dtype}, expected one of {', '.join(OUT_DTYPES)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fp8.plugins.base import PluginError, StepShape, Tensor
 from fp8.plugins.gemm.linear import Linear
-from fp8.plugins.gemm.types import check_tensor_cores, check_types, check_vector
+from fp8.plugins.gemm.types import blockwise, check_tensor_cores, check_types, check_vector
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,8 @@ class GemmSwiglu(Linear):
         if self.quant not in ("none", "static"):
             raise PluginError(f"quant is {self.quant!r}, expected 'none' or 'static'; use gemm and act_quant")
         rows, n = check_types(inputs, self.out_dtype)
+        if blockwise(inputs):
+            raise PluginError("the scales are blockwise; use gemm and act_quant")
         if n % 16:
             raise PluginError(f"w has {n} rows, expected groups of 8 gate and 8 up rows; use gemm and act_quant")
         check_vector("out_scale", inputs[5], (1,))

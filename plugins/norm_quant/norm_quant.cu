@@ -7,6 +7,7 @@
 constexpr int VECTORS = HIDDEN / 8;
 constexpr int HELD = (VECTORS + THREADS - 1) / THREADS;
 static_assert(HIDDEN % 8 == 0, "rows are whole 16-byte units");
+static_assert(QUANT != QUANT_BLOCK || HIDDEN % 128 == 0, "a block of 128 values is 16 neighbouring lanes");
 
 DEVICE int column(int i) { return i * THREADS + threadIdx.x; }
 DEVICE bool inside(int i) { return VECTORS % THREADS == 0 || column(i) < VECTORS; }
@@ -92,9 +93,11 @@ norm_quant(const uint4* x, const uint4* residual, const uint4* weight, const uin
   const u64 target = (u64)blockIdx.x * VECTORS;
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
+    const float own = QUANT == QUANT_BLOCK ? per_token_scale(block_amax(h[i]), 0.0f) : 1.0f;
     if (!inside(i)) continue;
     if (QUANT == QUANT_NONE) ((uint4*)y)[target + column(i)] = pack8<DTYPE>(h[i]);
-    else ((uint2*)y)[target + column(i)] = quantize8(h[i], divisor);
+    else ((uint2*)y)[target + column(i)] = quantize8(h[i], QUANT == QUANT_BLOCK ? Divisor(own) : divisor);
+    if (QUANT == QUANT_BLOCK && column(i) % 16 == 0) y_scale[(target + column(i)) / 16] = own;
   }
   if (QUANT == QUANT_PER_TOKEN && threadIdx.x == 0) y_scale[blockIdx.x] = s;
 }

@@ -8,7 +8,7 @@ from fp8.plugins.quantize.pattern import finish
 def norm_quant(
     op, x, stream, weight, bias, scale, rows,
     *, residual=(True, False), gather=(True, False), norm=("rms", "layer"), affine=(True, False),
-    quant=("per_token", "static", "none"), bounded=(True, False),
+    quant=("per_token", "block", "static", "none"), bounded=(True, False),
 ):  # fmt: skip
     h = op.Add(x, stream) if residual else x
     wide = op.Cast(op.Gather(h, rows, axis=0) if gather else h, to="float32")

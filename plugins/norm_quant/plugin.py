@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, Tensor
 from fp8.plugins.quantize.launch import DTYPE_CODES, FEW_TOKENS, RowTactic, row_launch, whole_rows
-from fp8.plugins.quantize.types import DTYPES, QUANTS, check_absent, check_quant, check_rows, check_tensor, outputs
+from fp8.plugins.quantize.types import (
+    DTYPES,
+    QUANTS,
+    check_absent,
+    check_quant,
+    check_rows,
+    check_tensor,
+    outputs,
+    scaled,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +31,8 @@ INPUTS = 6
 class NormQuant(Plugin):
     """x DT [T, H], residual DT [T, H] (if `residual`), weight DT [H], bias DT [H]? (layer norm only), scale f32 [1]
     (quant "static" only), rows i32 [L] (if `gather`) -> y (e4m3, or DT for quant "none") [T or L, H], y_scale f32
-    [T or L] (quant "per_token" only), residual_out DT [T, H] (if `residual` and not `gather`).
+    [T or L] (quant "per_token") or [T or L, H / 128] (quant "block"), residual_out DT [T, H] (if `residual` and not
+    `gather`).
 
     residual_out is x + residual rounded to DT, and what the norm reads; the norm is float32 and rounded or quantized
     (see quantize) once. With `gather` only the rows `rows` are computed.
@@ -111,11 +121,11 @@ class NormQuant(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-        scaled, summed = self.quant == "per_token", self.residual and not self.gather
-        given = len(tensors) - (1 + scaled + summed)  # trailing inputs may be left out
+        dynamic, summed = scaled(self.quant), self.residual and not self.gather
+        given = len(tensors) - (1 + dynamic + summed)  # trailing inputs may be left out
         inputs, outputs = self._padded(tensors[:given]), list(tensors[given:])
         y = outputs.pop(0)
-        y_scale = outputs.pop(0) if scaled else None
+        y_scale = outputs.pop(0) if dynamic else None
         residual_out = outputs.pop(0) if summed else None
         rows = (lambda step: step.logits_rows) if self.gather else (lambda step: step.tokens)
         return row_launch(functions[0], tactic.threads, [*inputs, y, y_scale, residual_out], rows)

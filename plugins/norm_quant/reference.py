@@ -31,7 +31,7 @@ def norm_quant(
     quant: str,
     scale_ub: float,
 ) -> tuple[torch.Tensor, ...]:
-    """(y, y_scale if per token, the rounded sum if there is a residual and no gather)."""
+    """(y, y_scale if it is dynamic, the rounded sum if there is a residual and no gather)."""
     total = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     h = (total if rows is None else total[rows.long()]).float()
     y = rms_norm(h, weight, epsilon) if norm == "rms" else layer_norm(h, weight, bias, epsilon)

@@ -20,7 +20,7 @@ def case(tokens: int, width: int, quant: str, dtype: torch.dtype = torch.bfloat1
         return [x, torch.tensor([0.0137], device=device)] if quant == "static" else [x]
 
     name = f"{quant} {tokens}x{width} {str(dtype).removeprefix('torch.')}" + (f" ub {scale_ub}" if scale_ub else "")
-    moved = 3 * tokens * width + (4 * tokens if quant != "static" else 0)
+    moved = 3 * tokens * width + 4 * tokens * {"static": 0, "block": width // 128}.get(quant, 1)
     return Case(name, Quantize(quant, scale_ub), make, StepShape.prefill(tokens), 0.0, EXACT, moved)
 
 
@@ -33,6 +33,9 @@ CASES = [
     case(5, 200, "from_amax", torch.float16, 3.0),
     case(64, 2048, "from_amax"),
     case(4096, 2048, "from_amax"),
+    case(5, 640, "block"),
+    case(2, 36864, "block", torch.float16),
+    case(4096, 4096, "block"),
     case(1, 4096, "static"),
     case(1, 4096, "per_token"),
     case(64, 4096, "per_token"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fp8.plugins.base import SCALE_BLOCK
+
 ROUNDED = ("bfloat16", "float16", "float32")  # of float32 to itself in an engine for references alone
 SCALE_FLOOR = 1 / (448 * 512)
 
 
-def quantize(op, x, scale, *, quant=("per_token", "from_amax", "static"), bounded=(True, False)):
+def quantize(op, x, scale, *, quant=("per_token", "block", "from_amax", "static"), bounded=(True, False)):
     wide = op.Cast(x, to="float32")
     outputs = finish(op, op.shared(wide) if quant == "from_amax" else wide, scale, quant, bounded)
     return outputs and (op.module(outputs[0]), *outputs[1:])
@@ -22,11 +24,15 @@ def finish(op, y, scale, quant, bounded):
         return (op.Cast(y, to=op.attribute("dtype", *ROUNDED)),)
     if quant == "static":
         return (op.QuantizeLinear(y, scale, saturate=1, output_dtype="float8_e4m3fn"),)
-    amax = scale if quant == "from_amax" else row_amax(op, y)
-    if bounded:
-        amax = op.Min(amax, op.scalar("scale_ub"))
+    if quant == "block":
+        amax = op.ReduceMax(op.Reshape(op.Abs(y), op.anything()), 2, keepdims=0)
+    else:
+        amax = scale if quant == "from_amax" else row_amax(op, y)
+        if bounded:
+            amax = op.Min(amax, op.scalar("scale_ub"))
+    along = {"axis": 1, "block_size": SCALE_BLOCK} if quant == "block" else {"axis": 0}
     scale = op.Max(op.Div(amax, 448), SCALE_FLOOR)
-    return op.QuantizeLinear(y, scale, axis=0, saturate=1, output_dtype="float8_e4m3fn"), scale
+    return op.QuantizeLinear(y, scale, saturate=1, output_dtype="float8_e4m3fn", **along), scale
 
 
 def row_amax(op, y):

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Quantize(Plugin):
     """x DT [T, K], scale f32 [1] (quant "static") or [T] (quant "from_amax") -> y e4m3 [T, K], y_scale f32 [T] (quant
-    "per_token" and "from_amax").
+    "per_token" and "from_amax") or [T, K / 128] (quant "block").
 
     y = e4m3(clamp(x / scale, +-448)); per token, scale = max(min(amax, scale_ub) / 448, 1 / (448 * 512)), and
     scale_ub = 0 sets no bound. "from_amax" is the same with amax given in the place of the scale: the amax of rows of
-    which x is a part.
+    which x is a part. "block" is the same for every 128 values of a row, without a bound.
     """
 
     name: ClassVar[str] = "quantize"
@@ -33,7 +33,7 @@ class Quantize(Plugin):
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         x, scale = (*inputs, None)[:2]
         x = check_tensor("x", x, DTYPES, (None, None))
-        check_quant(self.quant, scale, ("static", "per_token", "from_amax"))
+        check_quant(self.quant, scale, ("static", "per_token", "block", "from_amax"))
         return outputs(self.quant, x.dtype, *x.shape)
 
     def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:

@@ -5,11 +5,12 @@
 #include "fp8/rows.cuh"
 #include "fp8/sync.cuh"
 
-enum { QUANT_FROM_AMAX = 3, QUANT_AMAX = 4 };  // the scale from a given amax; the amax and nothing else
+enum { QUANT_FROM_AMAX = 4, QUANT_AMAX = 5 };  // the scale from a given amax; the amax and nothing else
 enum { IDENTITY = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 constexpr int VECTORS = WIDTH / 8;
 constexpr bool KEEP = HELD <= 4;
 static_assert(WIDTH % 8 == 0, "rows are whole 16-byte units");
+static_assert(QUANT != QUANT_BLOCK || (KEEP && WIDTH % 128 == 0), "a block of 128 values is 16 neighbouring lanes");
 constexpr bool WHOLE_ROW = QUANT == QUANT_PER_TOKEN || QUANT == QUANT_AMAX;
 static_assert(!WHOLE_ROW || THREADS * HELD >= VECTORS, "a row's scale needs the whole row in one block");
 
@@ -81,9 +82,11 @@ quantize(const uint4* x, const float* scale, void* y, float* y_scale) {
   const u64 target = (u64)blockIdx.x * VECTORS;
 #pragma unroll(KEEP ? HELD : 4)
   for (int i = 0; i < HELD; i++) {
+    const float own = QUANT == QUANT_BLOCK ? per_token_scale(block_amax(h[KEEP ? i : 0]), 0.0f) : 1.0f;
     if (!inside(i)) continue;
     if (!KEEP) activate(row[column(i)], row[GATED ? VECTORS + column(i) : column(i)], h[0]);
     if (QUANT == QUANT_NONE) ((uint4*)y)[target + column(i)] = pack8<DTYPE>(h[KEEP ? i : 0]);
-    else ((uint2*)y)[target + column(i)] = quantize8(h[KEEP ? i : 0], divisor);
+    else ((uint2*)y)[target + column(i)] = quantize8(h[KEEP ? i : 0], QUANT == QUANT_BLOCK ? Divisor(own) : divisor);
+    if (QUANT == QUANT_BLOCK && column(i) % 16 == 0) y_scale[(target + column(i)) / 16] = own;
   }
 }

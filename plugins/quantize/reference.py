@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8.plugins.base import E4M3_MAX
+from fp8.plugins.base import E4M3_MAX, SCALE_BLOCK
 
 MIN_SCALE = 1 / (E4M3_MAX * 512)  # of a per-token scale: rows of zeros divide by it, as in FBGEMM's rowwise recipe
 
@@ -31,10 +31,17 @@ def quantize_per_token(x: torch.Tensor, scale_ub: float) -> tuple[torch.Tensor, 
     return quantize_static(x, scale[:, None]), scale
 
 
+def quantize_block(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x: [T, K] -> e4m3 [T, K] and its scales f32 [T, K / 128], each of 128 values of a row."""
+    groups = x.float().unflatten(1, (-1, SCALE_BLOCK)).flatten(0, 1)
+    codes, scale = quantize_per_token(groups, 0)
+    return codes.reshape(x.shape), scale.reshape(x.shape[0], -1)
+
+
 def finish(
     y: torch.Tensor, quant: str, scale: torch.Tensor | None, scale_ub: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """The end of every row plugin: y f32 [T, K] rounded to `dtype`, or quantized (with its scales if per token)."""
+    """The end of every row plugin: y f32 [T, K] rounded to `dtype`, or quantized (with its scales if dynamic)."""
     if quant == "static":
         assert scale is not None
         return (quantize_static(y, scale),)
@@ -44,4 +51,6 @@ def finish(
         return quantize_static(y, own[:, None]), own
     if quant == "per_token":
         return quantize_per_token(y, scale_ub)
+    if quant == "block":
+        return quantize_block(y)
     return (y.to(dtype),)

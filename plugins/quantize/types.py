@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8.plugins.base import Dim, PluginError, Tensor
+from fp8.plugins.base import SCALE_BLOCK, Dim, PluginError, Tensor
 
 DTYPES = ("bfloat16", "float16", "float32")  # float32 is for the reference alone
-QUANTS = ("none", "static", "per_token")
+QUANTS = ("none", "static", "per_token", "block")
 ROW_QUANTS = (*QUANTS, "from_amax")
 VECTOR = 8  # 16-bit values in one 16-byte access
 
@@ -43,14 +43,19 @@ def check_quant(quant: str, scale: Tensor | None, allowed: Sequence[str] = QUANT
 
 
 def scaled(quant: str) -> bool:
-    """Whether scales per token are an output."""
-    return quant in ("per_token", "from_amax")
+    """Whether the scales are an output."""
+    return quant in ("per_token", "from_amax", "block")
 
 
 def outputs(quant: str, dtype: str, rows: Dim, width: Dim) -> tuple[Tensor, ...]:
-    """y in e4m3 or (quant "none") `dtype`, then y_scale f32 [rows] where scales are per token."""
+    """y in e4m3 or (quant "none") `dtype`, then y_scale f32 [rows] where scales are per token, [rows, width / 128] for
+    "block". Raises PluginError if the blocks do not divide the width."""
     y = Tensor(dtype if quant == "none" else "float8_e4m3fn", (rows, width))
-    return (y, Tensor("float32", (rows,))) if scaled(quant) else (y,)
+    if quant != "block":
+        return (y, Tensor("float32", (rows,))) if scaled(quant) else (y,)
+    if not isinstance(width, int) or width % SCALE_BLOCK:
+        raise PluginError(f"rows have {width} values, expected a multiple of {SCALE_BLOCK} for quant 'block'")
+    return (y, Tensor("float32", (rows, width // SCALE_BLOCK)))
 
 
 def check_rows(name: str, dtype: str, width: Dim, limit: int) -> int:

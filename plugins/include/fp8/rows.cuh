@@ -2,7 +2,7 @@
 // Rows of 16-bit values: 16-byte accesses of 8 values, sums and maxima over a block, quantized stores.
 #include "fp8/convert.cuh"
 
-enum { QUANT_NONE = 0, QUANT_STATIC = 1, QUANT_PER_TOKEN = 2 };
+enum { QUANT_NONE = 0, QUANT_STATIC = 1, QUANT_PER_TOKEN = 2, QUANT_BLOCK = 3 };
 
 template <int Dtype> DEVICE void unpack8(uint4 v, float (&x)[8]) {
   const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -43,6 +43,16 @@ DEVICE uint2 quantize8(const float (&x)[8], const Divisor& d) {
 DEVICE float per_token_scale(float amax, float bound) {
   if (bound > 0) amax = fminf(amax, bound);
   return fmaxf(__fdiv_rn(amax, 448.0f), 1.0f / (448.0f * 512.0f));
+}
+
+// The largest magnitude of the 128 values that 16 neighbouring lanes hold, in each of them.
+DEVICE float block_amax(const float (&x)[8]) {
+  float amax = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 8; j++) amax = fmaxf(amax, fabsf(x[j]));
+#pragma unroll
+  for (int d = 8; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+  return amax;
 }
 
 // (sum of .x, maximum of .y) over the block, in every thread, with one barrier. `scratch` must not be in use: each call
