@@ -15,13 +15,19 @@ import pytest
 import tiny_checkpoint as tiny
 
 from fp8.builder import build, engine
-from fp8.builder.build import Reporter, Request
-from fp8.scripts import inspect
+from fp8.builder.build import Reporter, Request, Source
+from fp8.builder.checkpoint import Checkpoint
+from fp8.models import config as models
+from fp8.scripts import inspect, quantize
 from fp8.scripts.layout import place
 
 SVG = "{http://www.w3.org/2000/svg}"
 LAYER = "model.layers.1"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine; on Debian: apt install chromium"
+)
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 COLORS = {"fp8": (21, 128, 61), "high": (220, 38, 38), "plugin": (219, 234, 254)}
 
 
@@ -185,9 +191,35 @@ def painted(image: np.ndarray, x: float, y: float, color: str) -> bool:
     return bool((np.abs(around - COLORS[color]).max(-1) <= 12).any())
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_chromium_paints_the_boxes_and_the_edges_in_their_colours(built, tmp_path):
-    assert inspect.main(["graph", str(built), "--layer", "1", "--svg", str(tmp_path / "flow.svg")]) == 0
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Path:
+    """The example in FP8 with FP8 KV, built for the CPU."""
+    root = tmp_path_factory.mktemp("page_example")
+    calibration = ["--calib_dataset", str(EXAMPLES / "calibration.txt"), "--calib_size", "2"]
+    model = ["--model_dir", str(EXAMPLES / "tiny-python-llama"), "--qformat", "fp8", "--kv_cache_dtype", "fp8"]
+    assert quantize.main([*model, *calibration, "--output_dir", str(root / "checkpoint"), "--device", "cpu"]) == 0
+    found = Checkpoint(root / "checkpoint")
+    source = Source(models.load(found.config), found)
+    build.write(build.compile(source, Request(4, 128, 64, "cpu"), Reporter()), source, root / "engine", Reporter())
+    return root / "engine"
+
+
+@in_chromium
+def test_chromium_shows_the_page_of_the_example(example, tmp_path):
+    (svg,) = svgs(page(example, tmp_path / "page.html"))
+    image = screenshot(tmp_path / "page.html", int(svg.get("width", 0)) + 100, int(svg.get("height", 0)) + 300)
+    seen = {name: int((np.abs(image.astype(int) - rgb).max(-1) <= 12).sum()) for name, rgb in COLORS.items()}
+    rects = [g.find(f"{SVG}rect") for g in svg.iter(f"{SVG}g") if g.get("class") == "box plugin"]
+    area = sum(float(r.get("width")) * float(r.get("height")) for r in rects)
+    assert len(rects) == 7 and 0.5 * area < seen["plugin"] < area, "boxes are filled, but for their text"
+    assert seen["fp8"] > 200 and seen["high"] > 200 and edges(svg, "fp8") and edges(svg, "high")
+
+
+@in_chromium
+@pytest.mark.parametrize("engine_dir", ["built", "example"])
+def test_chromium_paints_the_boxes_and_the_edges_in_their_colours(engine_dir, request, tmp_path):
+    directory = request.getfixturevalue(engine_dir)
+    assert inspect.main(["graph", str(directory), "--layer", "1", "--svg", str(tmp_path / "flow.svg")]) == 0
     (svg,) = ET.parse(tmp_path / "flow.svg").getroot()
     image = screenshot(tmp_path / "flow.svg", int(svg.get("width", 0)) + 60, int(svg.get("height", 0)) + 60)
     plugins = [g.find(f"{SVG}rect") for g in svg.iter(f"{SVG}g") if g.get("class") == "box plugin"]

@@ -105,6 +105,16 @@ def test_bad_input_is_one_sentence_and_a_failure(
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
+def test_a_tokenizer_that_does_not_match_the_vocabulary_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)  # of 256 bytes, for a model of 97 tokens
+    assert run.main(["--engine_dir", str(directory), "--input_text", "AB é", "--device", "cpu"]) == 1
+    message = capsys.readouterr().err
+    assert "is outside the vocabulary (0 to 96); does the tokenizer belong to this model?" in message
+
+
 def test_a_directory_without_an_engine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--engine_dir", str(tmp_path), "--input_tokens", "1"]) == 1
     assert "is not an engine directory" in capsys.readouterr().err
