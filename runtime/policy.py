@@ -66,7 +66,12 @@ class Fair:
             self.service[request.user] = max(self.service[request.user], least)
 
     def next(self, waiting: Sequence[Request]) -> Request:
-        return min(waiting, key=lambda r: (-r.priority, self.service[r.user], r.order))
+        firsts: dict[str, Request] = {}  # of the highest priority, the earliest of every user
+        for request in waiting:
+            if request.priority < waiting[0].priority:
+                break
+            firsts.setdefault(request.user, request)
+        return min(firsts.values(), key=lambda r: (self.service[r.user], r.order))
 
     def shares(self, pending: Sequence[int], budget: int) -> list[int]:
         """Equal shares; what a short prompt leaves of its own goes to the longer ones."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from fp8.builder.engine import Limits
 from fp8.runtime.kv_cache import blocks_for
+from fp8.runtime.policy import POLICIES
 from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.sampling_options import options_of
 from fp8.runtime.scheduler import Row
@@ -23,7 +24,7 @@ from fp8.runtime.worker import Worker
 from fp8.scripts.benchmarks.arguments import random_tokens
 from fp8.scripts.run import positive
 
-VOCABULARY = 32000
+VOCABULARY, USERS = 32000, 16
 
 
 class HostSession:
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[64, 512, 1024])
     parser.add_argument("--input_len", type=positive, default=128)
     parser.add_argument("--output_len", type=positive, default=128)
+    parser.add_argument("--policy", choices=sorted(POLICIES), default="throughput")
     parser.add_argument("--num_requests", type=positive, help="queued at the start (default: 4 x batch_size)")
     parser.add_argument("--max_num_tokens", type=positive, default=8192)
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
@@ -66,11 +68,11 @@ def _measure(args: argparse.Namespace, batch: int) -> dict[str, Any]:
     longest = args.input_len + args.output_len
     limits = Limits(batch, longest, max(args.max_num_tokens, batch))
     session = HostSession(limits, batch * (blocks_for(longest, limits.block_size) + 1))
-    worker = Worker(session)  # type: ignore[arg-type]
+    worker = Worker(session, policy=POLICIES[args.policy]())  # type: ignore[arg-type]
     source, params = random.Random(args.seed), SamplingParams(max_tokens=args.output_len, ignore_eos=True)
     for i in range(args.num_requests or 4 * batch):
         prompt = random_tokens(source, args.input_len, VOCABULARY)
-        worker.submit(Request(i, prompt, params, args.output_len))
+        worker.submit(Request(i, prompt, params, args.output_len, user=str(i % USERS)))
     steps, took = [], []
     while worker.busy:
         begin = time.perf_counter()
