@@ -73,7 +73,7 @@ class Load:
         self.args, self.record, self.begin = args, Record(), time.monotonic()
         url = args.url.rstrip("/")
         key = args.api_key or "none"
-        self.client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=args.timeout)
+        self.client: Any = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=args.timeout)
         self.http = httpx.AsyncClient(base_url=url, timeout=10)
         self.model, self.chat = "", False
 

@@ -27,7 +27,7 @@ def guarded(head_seconds: float, stall_seconds: float) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
-                self._head = _cancelled(self._head)
+                self._head = _stop(self._head)
             elif self._head is None:  # the next request of the connection has begun
                 self._head = self.loop.call_later(head_seconds, self.transport.abort)
 
@@ -46,15 +46,17 @@ def guarded(head_seconds: float, stall_seconds: float) -> type[H11Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stall = _cancelled(self._stall)
+            self._stall = _stop(self._stall)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._head, self._stall = _cancelled(self._head), _cancelled(self._stall)
+            self._head, self._stall = _stop(self._head), _stop(self._stall)
             super().connection_lost(exc)
 
     return GuardedProtocol
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """What is left of a timer: none."""
     if timer is not None:
         timer.cancel()
+    return None
