@@ -59,12 +59,10 @@ def _rows(mode: str) -> tuple[int, ...]:
 
 
 def _blockwise() -> Iterator[Timed]:
-    """Activations scaled 1 x 128, weights 128 x 128, where the plugin has that."""
-    if not hasattr(gemm, "block_case"):
-        return
+    """Activations scaled 1 x 128, weights 128 x 128."""
     for n, k in BLOCKWISE:
         for m in BLOCKWISE_ROWS:
-            yield Timed(f"gemm fp8 blockwise {m}x{n}x{k}", "gemm", gemm.block_case(m, n, k), (0, 2))
+            yield Timed(f"gemm fp8 blockwise {m}x{n}x{k}", "gemm", gemm.case(m, n, k, "block"), (0, 2))
 
 
 def _swiglu() -> Iterator[Timed]:
@@ -98,8 +96,7 @@ def _decodes() -> Iterator[Timed]:
 
 
 def _norms() -> Iterator[Timed]:
-    for quant in ("static", "per_token", "per_block"):
-        if quant in norm_quant.TOLERANCE:
-            for tokens in NORM_TOKENS:
-                case = norm_quant.case(tokens, 4096, quant)
-                yield Timed(f"norm_quant {quant} {tokens}x4096", "norm_quant", case)
+    for quant in ("static", "per_token", "block"):
+        for tokens in NORM_TOKENS:
+            case = norm_quant.case(tokens, 4096, quant)
+            yield Timed(f"norm_quant {quant} {tokens}x4096", "norm_quant", case)

@@ -26,6 +26,8 @@ def peers_of(plugin: Plugin, step: StepShape, tensors: Tensors) -> dict[str, Pee
     """Peers by name, the one that counts first; none where torch has nothing like it."""
     fp8 = tensors[0] is not None and tensors[0].element_size() == 1
     if plugin.name in ("gemm", "gemm_swiglu"):
+        if fp8 and tensors[2] is not None and tensors[2].dim() == 2:  # scaled in blocks
+            return {}
         return _gemm_peers() if fp8 else {"cuBLAS": lambda t: _product(t)}
     if plugin.name == "attention" and not step.decode_sequences:
         return cudnn_attention.peers(plugin, step, tensors)

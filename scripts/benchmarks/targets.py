@@ -249,7 +249,7 @@ VLLM_NORM_US, VLLM_NORM_TB = 2.7, {2048: 3.86, 16384: 4.04}  # static scale
 
 
 def _norms() -> Iterator[Target]:
-    for quant in ("static", "per_token", "per_block"):
+    for quant in ("static", "per_token", "block"):
         static = quant == "static"
         name = f"norm_quant {quant} 1x4096: us"
         yield Target("norms", name, "us", (name,), 2.0, False, VLLM_NORM_US if static else None, "vLLM" * static)
