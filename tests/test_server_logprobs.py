@@ -124,9 +124,11 @@ def test_none_come_unasked_and_what_makes_no_sense_is_refused(engine_dir: Path) 
             {"messages": CHAT, "top_logprobs": 2}, {"messages": CHAT, "logprobs": 3},
             {"messages": CHAT, "logprobs": True, "top_logprobs": -1}, {"messages": CHAT, "echo": True},
         ):  # fmt: skip
-            path = "/chat/completions" if "messages" in wrong else "/completions"
+            path, body = (
+                ("/chat/completions", wrong) if "messages" in wrong else ("/completions", {"prompt": "A", **wrong})
+            )
             with pytest.raises(openai.BadRequestError) as caught:
-                await client.post(path, body={"model": "tiny", "prompt": "A", **wrong}, cast_to=object)
+                await client.post(path, body={"model": "tiny", **body}, cast_to=object)
             messages.append(caught.value.message)
         return plain.choices[0], chosen.choices[0], messages
 
