@@ -253,7 +253,7 @@ def test_a_client_that_leaves_frees_its_blocks(engine_dir: Path, stream: bool) -
         else:
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.05))
-        asyncio.run(wait_until_free(engine_of(server)))
+        asyncio.run(wait_until_free(engine_of(server), seconds=1))
         assert engine_of(server).worker.statistics.finished == {"abort": 1}
         assert server.config.app.state.server.reserved == 0
 
