@@ -254,6 +254,12 @@ def test_ranks_that_cannot_be_are_refused(directory, tmp_path, changes, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_tuning_side_by_side_is_refused(directory, tmp_path):
+    source, _ = alone(directory, "bf16", "auto", "even")
+    with pytest.raises(BuildError, match="build with --workers 1"):
+        ranks.build_ranks(lambda: source, request(2, target="sm_90a", tune=True), tmp_path / "e", Reporter(), 2)
+
+
 def test_an_mlp_too_narrow_for_its_ranks_is_refused_by_its_weight(tmp_path):
     source = tiny.source(tmp_path, tiny.qformat("bf16"), intermediate_size=48)
     with pytest.raises(SplitError, match=r"mlp\.gate_proj\.weight: 48 columns in units of 16 are too few for 4 ranks"):

@@ -41,6 +41,8 @@ def build_ranks(
     weights. `expected` are the errors that are told as they are."""
     if side_by_side < 1:
         raise BuildError(f"workers is {side_by_side}, expected at least 1")
+    if side_by_side > 1 and request.tune:
+        raise BuildError("--tune times kernels, which ranks built beside would disturb; build with --workers 1")
     source = open_source()
     request.place().layers(source.config.num_layers)  # refused here, before any process is started
     if request.verify:

@@ -20,7 +20,7 @@ from fp8.builder.engine import ModelInfo
 from fp8.builder.graph import Graph
 from fp8.builder.parallel.layout import Layout, Shape, box, is_split, local_shape
 from fp8.builder.parallel.rules import RULES
-from fp8.builder.parallel.split import Range, SplitError, divide
+from fp8.builder.parallel.split import AXES, Range, SplitError, divide
 from fp8.builder.rewrite import DOMAIN, module, remove_dead
 from fp8.builder.weights import sliced
 
@@ -214,4 +214,5 @@ def shares(columns: Mapping[str, int], parallel: TensorParallel) -> dict[str, Ra
     """What of each divided axis the rank holds: heads counted, other axes in columns."""
     model = parallel.model
     sizes = {**columns, "heads": model.num_heads, "kv_heads": model.num_kv_heads}
-    return {axis: divide(axis, sizes[axis], model, parallel.size)[parallel.rank] for axis in columns if axis != "embed"}
+    divided = [axis for axis in AXES if axis in columns and axis != "embed"]
+    return {axis: divide(axis, sizes[axis], model, parallel.size)[parallel.rank] for axis in divided}
