@@ -131,11 +131,14 @@ class Source:
             self.config, self.checkpoint, self.format, self.dtype, layers=layers, max_positions=limits.max_seq_len
         )
 
+    def tensor_parallel(self, place: Place) -> TensorParallel:
+        return TensorParallel(self.info(), place.tp_rank, place.tp_size, self.format.unit)
+
     def passes_target(
         self, request: Request, place: Place, journal: Journal | None = None, kept: frozenset[str] = frozenset()
     ) -> Target:
         """What the passes are told."""
-        parallel = TensorParallel(self.info(), place.tp_rank, place.tp_size) if place.tp_size > 1 else None
+        parallel = self.tensor_parallel(place) if place.tp_size > 1 else None
         limits = self.limits(request)
         return Target(request.target, limits, journal or Journal(), kept, parallel, request.dtype)
 
@@ -294,8 +297,7 @@ def _share(source: Source, graph: Graph, place: Place) -> engine.Share | None:
         columns |= dict(zip(axes, source.checkpoint.entry(name).shape, strict=True))
     if place.stage < place.pp_size - 1:
         columns.pop("vocab", None)  # lm_head is in the last stage; the table of embeddings is on every rank whole
-    parallel = TensorParallel(source.info(), place.tp_rank, place.tp_size)
-    return engine.Share((layers.start, layers.stop), tensor.shares(columns, parallel))
+    return engine.Share((layers.start, layers.stop), tensor.shares(columns, source.tensor_parallel(place)))
 
 
 def write(compiled: Compiled, source: Source, output: Path, reporter: Reporter) -> Plan:

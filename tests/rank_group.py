@@ -12,7 +12,7 @@ from fp8.builder.build import Request, Source
 from fp8.builder.interpret import step_inputs
 from fp8.builder.parallel.lockstep import Ranks
 from fp8.builder.parallel.pipeline import Place
-from fp8.builder.parallel.tensor import TensorParallel, split
+from fp8.builder.parallel.tensor import split
 
 Sequences = list[tuple[list[int], int]]  # (new tokens, how many are cached)
 
@@ -25,7 +25,7 @@ def emitted(source: Source, request: Request, place: Place, dtype: str) -> gs.Gr
         source.config, source.checkpoint, source.format, dtype, layers=layers, max_positions=limits.max_seq_len
     )
     if place.tp_size > 1:
-        split(graph, TensorParallel(source.info(), place.tp_rank, place.tp_size))
+        split(graph, source.tensor_parallel(place))
     return graph
 
 

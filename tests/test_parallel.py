@@ -101,6 +101,28 @@ def test_no_quantized_value_depends_on_the_number_of_ranks(directory, format, kv
     assert min(float(line.split("SQNR ")[1].removesuffix(" dB")) for line in found) > 250
 
 
+BLOCKS = {"head_dim": 128, "hidden_size": 256, "intermediate_size": 640}  # 640 is 5 blocks of 128
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes"), [(2, {}), (4, {}), (2, {**UNEVEN, "intermediate_size": 384, "head_dim": 64})]
+)
+def test_blocks_of_128_stay_whole(tmp_path, tp, changes):
+    source = tiny.source(tmp_path, tiny.qformat("fp8_block", "fp8"), **{**BLOCKS, **changes})
+    found: list[str] = []
+    ranks.verify_ranks(source, request(tp), Reporter(remark=found.append))
+    assert min(float(line.split("SQNR ")[1].removesuffix(" dB")) for line in found) > 250
+    plans = [build.compile(source, request(tp), Reporter(), place=place).plan for place in request(tp).places]
+    assert all(pair["folded"] for plan in plans for pair in plan.fusion_report)
+
+
+def test_a_part_of_a_block_is_refused(tmp_path):
+    """Heads of 64: the third rank's begin in the middle of 128 columns of o_proj."""
+    source = tiny.source(tmp_path, tiny.qformat("fp8_block"), **{**BLOCKS, "head_dim": 64})
+    with pytest.raises(SplitError, match=r"self_attn\.o_proj/.*\[64, 128\)"):
+        build.compile(source, request(4), Reporter(), place=request(4).place(1))
+
+
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("format", FORMATS)
 def test_stages_compute_the_same_bits(tmp_path, format, kv):

@@ -45,6 +45,7 @@ class Format:
     dtype: ClassVar[str | None] = None  # the model's dtype, if the format dictates it
     static: ClassVar[bool] = False  # activations have calibrated scales
     scheme: ClassVar[dict[str, Any] | None] = None  # compressed-tensors group of the quantized linears
+    unit: ClassVar[int] = 16  # columns of an MLP that ranks do not part: what kernels read at once
     foreign_options: ClassVar[dict[str, Any]] = {}  # own fields' values in checkpoints that do not tell them
 
     def __post_init__(self) -> None:

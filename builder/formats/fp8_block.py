@@ -31,6 +31,7 @@ ROWS = 8  # output channels that a kernel's thread holds side by side: they must
 class Fp8Block(Format):
     name: ClassVar[str] = "fp8_block"
     scheme: ClassVar[dict[str, Any] | None] = float8_scheme(weights="block", activations="group")
+    unit: ClassVar[int] = SCALE_BLOCK
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """scale[i, j] = max |w| over block (i, j) / 448, f32 [ceil(N / 128), ceil(K / 128)]."""

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from fp8.builder.graph import stored_array
 from fp8.builder.parallel.layout import Layout, Shape, broadcast, needed, reshaped
 from fp8.builder.parallel.split import Range, SplitError
+from fp8.plugins.gemm.types import GROUP_ROWS
 
 
 class Parts(Protocol):
@@ -156,13 +157,27 @@ def scatter_rows(parts: Parts, node: gs.Node) -> tuple[Layout, str | None]:
 
 
 def scaled(parts: Parts, node: gs.Node) -> tuple[Layout, str | None]:
-    """x and its scale: one, or one per index of `axis`."""
+    """x and its scale: one, or one per index of `axis`, or one per block along it."""
     layout = parts.layout(node.inputs[0])
-    if len(parts.shape(node.inputs[1])) > 1:
-        raise SplitError("scales of blocks are not split")
-    if len(parts.shape(node.inputs[1])) == 1:
-        parts.require(node, 1, (layout[node.attrs.get("axis", 1)],))
+    axis, block = node.attrs.get("axis", 1), node.attrs.get("block_size", 0)
+    if block:
+        parts.require(node, 1, tuple(_blocks(p, block if i == axis else 0) for i, p in enumerate(layout)))
+    elif len(parts.shape(node.inputs[1])) == 1:
+        parts.require(node, 1, (layout[axis],))
     return layout, None
+
+
+def _blocks(part: Range | None, block: int) -> Range | None:
+    """The blocks that a range covers. Along other dimensions (block 0) there is a scale per index, but kernels take
+    that of every eighth."""
+    if part is None:
+        return None
+    if part[0] % (block or GROUP_ROWS) or (block and part[1] % block):
+        raise SplitError(
+            f"[{part[0]}, {part[1]}) parts the {block or GROUP_ROWS} values that share a scale; choose another "
+            "tp_size, or another format"
+        )
+    return (part[0] // block, part[1] // block) if block else part
 
 
 def last_dimension_whole(parts: Parts, node: gs.Node) -> tuple[Layout, str | None]:

@@ -2,7 +2,7 @@
 
 Heads go by whole KV groups where there are enough of them; else a group's query heads are divided over several ranks,
 each of which keeps a copy of its KV head. Columns of the MLP and of the vocabulary go in units of 16, which is what the
-kernels read at once (TMA rows of FP8) and interleave (gate and up).
+kernels read at once (TMA rows of FP8) and interleave (gate and up), or of as many as share a scale.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def ranges(sizes: list[int]) -> list[Range]:
     return list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
 
 
-def columns(size: int, ranks: int) -> list[Range]:
+def columns(size: int, ranks: int, unit: int = UNIT) -> list[Range]:
     """In whole units but for the last rank, which takes the remainder. Raises SplitError if a rank would get none."""
-    sizes = [UNIT * n for n in evenly(size // UNIT, ranks)]
-    sizes[-1] += size % UNIT
+    sizes = [unit * n for n in evenly(size // unit, ranks)]
+    sizes[-1] += size % unit
     if 0 in sizes:
-        raise SplitError(f"{size} columns in units of {UNIT} are too few for {ranks} ranks; choose a smaller tp_size")
+        raise SplitError(f"{size} columns in units of {unit} are too few for {ranks} ranks; choose a smaller tp_size")
     return ranges(sizes)
 
 
@@ -53,12 +53,12 @@ def head_ranges(num_heads: int, num_kv_heads: int, ranks: int) -> list[tuple[Ran
     return found
 
 
-def _heads(size: int, model: ModelInfo, ranks: int) -> list[Range]:
+def _heads(size: int, model: ModelInfo, ranks: int, unit: int) -> list[Range]:
     shares = head_ranges(model.num_heads, model.num_kv_heads, ranks)
     return [_scaled(q, size, model.num_heads) for q, _ in shares]
 
 
-def _kv_heads(size: int, model: ModelInfo, ranks: int) -> list[Range]:
+def _kv_heads(size: int, model: ModelInfo, ranks: int, unit: int) -> list[Range]:
     shares = head_ranges(model.num_heads, model.num_kv_heads, ranks)
     return [_scaled(kv, size, model.num_kv_heads) for _, kv in shares]
 
@@ -69,26 +69,31 @@ def _scaled(heads: Range, size: int, count: int) -> Range:
     return heads[0] * (size // count), heads[1] * (size // count)
 
 
-def _columns(size: int, model: ModelInfo, ranks: int) -> list[Range]:
-    return columns(size, ranks)
+def _inner(size: int, model: ModelInfo, ranks: int, unit: int) -> list[Range]:
+    return columns(size, ranks, unit)
 
 
-def _whole(size: int, model: ModelInfo, ranks: int) -> list[Range]:
+def _vocabulary(size: int, model: ModelInfo, ranks: int, unit: int) -> list[Range]:
+    return columns(size, ranks)  # never quantized
+
+
+def _whole(size: int, model: ModelInfo, ranks: int, unit: int) -> list[Range]:
     return [(0, size)] * ranks
 
 
 # The strategy: how each logical axis of a weight is divided. (Where a table is looked up by row, it stays whole.)
-AXES: dict[str, Callable[[int, ModelInfo, int], list[Range]]] = {
+AXES: dict[str, Callable[[int, ModelInfo, int, int], list[Range]]] = {
     "heads": _heads,
     "kv_heads": _kv_heads,
-    "mlp": _columns,
-    "vocab": _columns,
+    "mlp": _inner,
+    "vocab": _vocabulary,
     "embed": _whole,
 }
 
 
-def divide(axis: str, size: int, model: ModelInfo, ranks: int) -> list[Range]:
-    """Every rank's part of an axis of that size. Raises SplitError for an axis that no rule knows."""
+def divide(axis: str, size: int, model: ModelInfo, ranks: int, unit: int = UNIT) -> list[Range]:
+    """Every rank's part of an axis of that size; `unit` columns of an MLP stay together. Raises SplitError for an axis
+    that no rule knows."""
     if axis not in AXES:
         raise SplitError(f"no rule divides the axis {axis!r}; there are {', '.join(AXES)}")
-    return AXES[axis](size, model, ranks)
+    return AXES[axis](size, model, ranks, unit)

@@ -20,7 +20,7 @@ from fp8.builder.engine import ModelInfo
 from fp8.builder.graph import Graph
 from fp8.builder.parallel.layout import Layout, Shape, box, is_split, local_shape
 from fp8.builder.parallel.rules import RULES
-from fp8.builder.parallel.split import AXES, Range, SplitError, divide
+from fp8.builder.parallel.split import AXES, UNIT, Range, SplitError, divide
 from fp8.builder.rewrite import DOMAIN, module, remove_dead
 from fp8.builder.weights import sliced
 
@@ -34,6 +34,10 @@ class TensorParallel:
     model: ModelInfo
     rank: int
     size: int
+    unit: int = UNIT  # columns of an MLP that stay together
+
+    def divide(self, axis: str, size: int) -> list[Range]:
+        return divide(axis, size, self.model, self.size, self.unit)
 
 
 def split(graph: Graph, parallel: TensorParallel) -> int:
@@ -81,6 +85,11 @@ class _Rewrite:
             node.inputs[index] = self._part(tensor, layout, tensor.name)
         elif not tensor.inputs and not isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1:
             self._set(tensor, layout)  # an input that this node alone reads: a cache
+        elif _is_lookup(tensor):
+            gather, rank = tensor.inputs[0], len(self.shape(tensor.inputs[0].inputs[1]))
+            self.require(gather, 0, (None, *layout[rank:]))
+            self.require(gather, 1, layout[:rank])
+            self._set(tensor, layout)
         else:
             raise SplitError(f"its operand {tensor.name} is not split as the others are")
 
@@ -111,10 +120,7 @@ class _Rewrite:
     def _weight_layout(self, name: str, weight: gs.Constant) -> Layout:
         axes, shape = self.graph.axes[name], self._shapes[name]
         try:
-            parts = [
-                divide(a, int(d), self.parallel.model, self.parallel.size)[self.rank]
-                for a, d in zip(axes, shape, strict=True)
-            ]
+            parts = [self.parallel.divide(a, int(d))[self.rank] for a, d in zip(axes, shape, strict=True)]
         except SplitError as error:
             raise SplitError(f"{name}: {error}") from error
         return box(shape, parts)
@@ -191,7 +197,7 @@ class _Rewrite:
         if not is_split(layout) or tensor.name.startswith("kv_cache."):
             return []
         *others, last = layout
-        parts = divide("vocab", int(self.shape(tensor)[-1]), self.parallel.model, self.parallel.size)
+        parts = self.parallel.divide("vocab", int(self.shape(tensor)[-1]))
         if any(others) or last != parts[self.rank]:
             raise SplitError(f"{tensor.name}: an output is gathered over its last dimension, split as a vocabulary is")
         sizes = [stop - start for start, stop in parts]
@@ -210,9 +216,16 @@ class _Rewrite:
         return gs.Node(plugin, f"{module(node.name)}/{role}", attributes, [part], [whole], domain=DOMAIN)
 
 
+def _is_lookup(tensor: gs.Tensor) -> bool:
+    """Whether it is stored rows of a stored table, for one reader: scales of blocks, spread over a weight's rows."""
+    producer = tensor.inputs[0] if tensor.inputs else None
+    stored = producer and producer.op == "Gather" and all(isinstance(t, gs.Constant) for t in producer.inputs)
+    return bool(stored) and len(tensor.outputs) == 1
+
+
 def shares(columns: Mapping[str, int], parallel: TensorParallel) -> dict[str, Range]:
     """What of each divided axis the rank holds: heads counted, other axes in columns."""
     model = parallel.model
     sizes = {**columns, "heads": model.num_heads, "kv_heads": model.num_kv_heads}
     divided = [axis for axis in AXES if axis in columns and axis != "embed"]
-    return {axis: divide(axis, sizes[axis], model, parallel.size)[parallel.rank] for axis in divided}
+    return {axis: parallel.divide(axis, sizes[axis])[parallel.rank] for axis in divided}
