@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from fp8.runtime.llm import LLM, Delta, DeltaSource, Prompt
+from fp8.runtime.llm import LLM, Delta, DeltaSource, Prompt, check_stream
 from fp8.runtime.request import Request, SamplingParams
 
 
@@ -34,6 +34,7 @@ class AsyncLLM:
 
     async def run(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The same for a request that `LLM.request` has made."""
+        check_stream(request)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[list[int], str | None]]()
         service, source = self.llm.service, DeltaSource(self.llm, request)
 

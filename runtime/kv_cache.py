@@ -80,10 +80,14 @@ class BlockPool:
         return found
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Holds blocks that `find` gave, beside whoever holds them already."""
+        """Holds blocks that `find` gave, or that somebody holds, beside whoever holds them already."""
         for block in blocks:
             self._idle.pop(block, None)
             self._holders[block] += 1
+
+    def shared(self, block: int) -> bool:
+        """Several hold it: who wants to write takes another one, and a copy of what is in this."""
+        return self._holders[block] > 1
 
     def idle(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` nobody holds: sharing those makes that many fewer free."""

@@ -6,11 +6,12 @@ import itertools
 import queue
 import secrets
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fp8.runtime.beam_search import candidates_per_beam
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.policy import POLICIES
 from fp8.runtime.request import Request
@@ -48,6 +49,7 @@ class Completion:
     stop_reason: int | str | None = None  # the stop token or stop string that ended it
     logprobs: list[TokenLogprobs] | None = field(default=None, repr=False)
     prompt_logprobs: list[TokenLogprobs | None] | None = field(default=None, repr=False)  # None before their start
+    cumulative_logprob: float | None = None  # of `logprobs`; of a beam what ranked it, its stop token included
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,7 +142,8 @@ class LLM:
         if isinstance(prompts, str):
             raise RequestError("generate takes a list of prompts; a single one goes in a list of one")
         chosen = _one_per_prompt(prompts, params or SamplingParams())
-        wanted = [(i, prompts[i], p, sample) for i, p in enumerate(chosen) for sample in range(p.n)]
+        samples = [range(1 if p.beam_width > 1 else p.n) for p in chosen]
+        wanted = [(i, prompts[i], p, sample) for i, p in enumerate(chosen) for sample in samples[i]]
         requests = [self.request(prompt, p, i, sample) for i, prompt, p, sample in wanted]
         for request in requests:
             self.worker.scheduler.check(request)
@@ -156,8 +159,9 @@ class LLM:
         if any(request.finish_reason == "abort" for request in requests):
             raise ServiceError(f"the requests were dropped: {self.service.failure}")
         return [
-            self.completion(prompt, request, sample)
+            completion
             for (_, prompt, _, sample), request in zip(wanted, requests, strict=True)
+            for completion in self.completions(prompt, request, sample)
         ]
 
     def stream(
@@ -168,6 +172,7 @@ class LLM:
         Raises RequestError, here and not at the first element, for a prompt that cannot be served.
         """
         request = self.request(prompt, params or SamplingParams(), priority=priority, user=user)
+        check_stream(request)
         self.worker.scheduler.check(request)
         return self._deltas(request)
 
@@ -197,14 +202,15 @@ class LLM:
         tokens = self.tokenize(prompt, index)
         check_prompt(tokens, index, self.session.limits.max_seq_len, self.session.model.vocab_size)
         check_tokens(params, index, self.session.model.vocab_size)
+        stop = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(self.session.model.eos_token_ids)
+        )
+        self._check_beams(params, index, len(stop))
         if params.stop and self.tokenizer is None:
             raise RequestError(
                 f"prompt {index}: stop strings are looked for in text, and the engine directory holds no tokenizer; "
                 f"give stop_token_ids"
             )
-        stop = frozenset(params.stop_token_ids) | (
-            frozenset() if params.ignore_eos else frozenset(self.session.model.eos_token_ids)
-        )
         return Request(
             id=next(self._ids),
             prompt=tokens,
@@ -217,6 +223,20 @@ class LLM:
             text=TextStream(self.tokenizer, params.stop, params.min_tokens) if self.tokenizer and params.stop else None,
             shareable=None if params.prompt_logprobs is None else params.prompt_logprobs_start - 1,
         )
+
+    def _check_beams(self, params: SamplingParams, index: int, stop_tokens: int) -> None:
+        most, vocabulary = self.session.limits.max_batch_size, self.session.model.vocab_size
+        if params.beam_width > most:
+            raise RequestError(
+                f"prompt {index}: beam_width is {params.beam_width}, and the engine's max_batch_size is {most}; "
+                f"take fewer beams, or build with a larger --max_batch_size"
+            )
+        need = candidates_per_beam(params.beam_width, stop_tokens)
+        if params.beam_width > 1 and need > vocabulary:
+            raise RequestError(
+                f"prompt {index}: beam_width {params.beam_width} with {stop_tokens} stop tokens compares {need} "
+                f"candidates, and the vocabulary has {vocabulary} tokens; take fewer beams or stop tokens"
+            )
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -236,23 +256,46 @@ class LLM:
             raise RequestError(f"prompt {index} is text, and the engine directory holds no tokenizer; give token ids")
         return self.tokenizer.encode(prompt)
 
-    def completion(self, prompt: Prompt, request: Request, sample: int = 0) -> Completion:
-        text = None if self.tokenizer is None else self.tokenizer.decode(request.output)
+    def completions(self, prompt: Prompt, request: Request, sample: int = 0) -> list[Completion]:
+        """What came of a request that has ended: one, or of a beam search the n best."""
+        if request.search is None:
+            whole = self._completion(prompt, request, request.output, request.stop_reason)
+            total = None if whole.logprobs is None else sum(entry.logprob for entry in whole.logprobs)
+            return [replace(whole, index=sample, cumulative_logprob=total)]
+        out = []
+        for i, found in enumerate(request.search.finished[: request.params.n]):
+            whole = self._completion(prompt, request, found.tokens[len(request.prompt) :], found.stop)
+            reason = "length" if found.stop is None else "stop"
+            out.append(replace(whole, index=i, finish_reason=reason, cumulative_logprob=found.logprob))
+        return out
+
+    def _completion(
+        self, prompt: Prompt, request: Request, output: list[int], stop_reason: int | str | None
+    ) -> Completion:
+        text = None if self.tokenizer is None else self.tokenizer.decode(output)
         if request.text is not None and request.text.found:
             text = request.text.text
         timing = Timing(
             request.started - request.arrived, request.first_token - request.arrived, request.finished - request.arrived
         )
         assert request.finish_reason is not None
-        logprobs = None if request.params.logprobs is None else request.logprobs[: len(request.output)]
+        logprobs = None if request.params.logprobs is None else request.logprobs[: len(output)]
         return Completion(
-            prompt, list(request.prompt), request.output, text, request.finish_reason, timing, sample,
-            request.stop_reason, logprobs, request.prompt_logprobs,
+            prompt, list(request.prompt), output, text, request.finish_reason, timing, stop_reason=stop_reason,
+            logprobs=logprobs, prompt_logprobs=request.prompt_logprobs,
         )  # fmt: skip
 
 
 def _ignore(_: Request) -> None:
     pass
+
+
+def check_stream(request: Request) -> None:
+    """Raises RequestError if its text does not come piece by piece."""
+    if request.search:
+        raise RequestError(
+            f"beam_width is {len(request.beams)}, and which beam wins is known at the end; do not stream it"
+        )
 
 
 def check_prompt(tokens: Sequence[int], index: int, max_seq_len: int, vocab_size: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fp8.runtime.beam_search import BeamSearch
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.text_stream import TextStream
@@ -38,6 +39,7 @@ class Request:
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None  # the stop token or stop string that ended it
     text: TextStream | None = None  # where stop strings are to be looked for
+    search: BeamSearch | None = None  # that it is a beam of
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens accepted, if asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # None: not asked for, or not yet known
     preemptions: int = 0
@@ -48,6 +50,22 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        if self.params.beam_width > 1 and self.search is None:
+            self.search = BeamSearch(self.params, self.prompt, self.max_new_tokens, self.stop_tokens)
+            others = [replace(self, search=self.search, blocks=[], keys=[]) for _ in range(1, self.params.beam_width)]
+            for beam in others:
+                beam.tokens = []
+            self.search.beams = [self, *others]
+
+    @property
+    def beams(self) -> list[Request]:
+        """The sequences that compute it: itself, and the other beams."""
+        return self.search.beams if self.search else [self]
+
+    @property
+    def owner(self) -> Request:
+        """The request that was asked for: of beams the first."""
+        return self.beams[0]
 
     @property
     def length(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,16 @@ class Options:
     typical: bool
     logprob_rows: tuple[int, ...]
     logprobs: tuple[tuple[int, int], ...]  # how many likeliest tokens, and how many given ones, each of them wants
+    beam_rows: tuple[int, ...]
+    candidates: tuple[tuple[int, int], ...]  # how many each beam offers, and 0 given ones
+
+
+class Drawn(NamedTuple):
+    """What a step chose: tokens int32 [L], and of the rows that want them log-probabilities or a beam's candidates."""
+
+    tokens: torch.Tensor
+    logprobs: LogprobTable | None = None
+    candidates: LogprobTable | None = None
 
 
 def options_of(rows: Sequence[Row]) -> Options | None:
@@ -66,6 +76,8 @@ def options_of(rows: Sequence[Row]) -> Options | None:
     listed = [i for i, p in enumerate(params) if p.logprobs is not None]
     arrays["logprob_rows"] = _int(listed)
     asked = [params[i].logprob_token_ids for i in listed]
+    beams = [(i, r.request.search.candidates) for i, r in enumerate(sampling) if r.request.search]
+    arrays["beam_rows"] = _int(i for i, _ in beams)
     width = max(map(len, asked), default=0)
     arrays["asked"] = _int(t for tokens in asked for t in (*tokens, *[0] * (width - len(tokens))))
     return Options(
@@ -77,6 +89,8 @@ def options_of(rows: Sequence[Row]) -> Options | None:
         typical=any(params[i].typical_p < 1 for i in truncated),
         logprob_rows=tuple(listed),
         logprobs=tuple((params[i].logprobs or 0, len(params[i].logprob_token_ids)) for i in listed),
+        beam_rows=tuple(i for i, _ in beams),
+        candidates=tuple((k, 0) for _, k in beams),
     )
 
 
@@ -88,28 +102,33 @@ class OptionSampler:
         self._history: torch.Tensor | None = None
         self._held: dict[int, tuple[Request, int, int]] = {}  # slot -> whose, its preemptions, how many tokens
 
-    def sample(
-        self, options: Options, logits: torch.Tensor, choose: Choose
-    ) -> tuple[torch.Tensor, LogprobTable | None]:
-        """Changes `logits` [L, V] in place and lets `choose` take the tokens; returns these and the log-probabilities
-        that rows want, of the logits as they came."""
+    def sample(self, options: Options, logits: torch.Tensor, choose: Choose) -> Drawn:
+        """Changes `logits` [L, V] in place and lets `choose` take the tokens. Log-probabilities are those of the logits
+        as they came; of beams the candidates are those after the changes, which act on log-probabilities there."""
         fresh = self._fresh(options.penalized)
         on_device = _upload(options.arrays | {"fresh": _int(t for r in fresh for t in r.tokens)}, logits)
         listed = on_device["logprob_rows"]
         log_p = logits.index_select(0, listed).log_softmax(1) if options.logprobs else None
         if options.penalized:
             self._write_history(fresh, on_device["fresh"])
+        beams, candidates = on_device["beam_rows"], None
+        if options.beam_rows:
+            logits.index_copy_(0, beams, logits.index_select(0, beams).log_softmax(1))
         if options.changed:
             self._change(options, on_device, logits)
         tokens = choose(logits)
+        if options.beam_rows:
+            best = tokens.index_select(0, beams)
+            candidates = logprob_table(logits.index_select(0, beams), best, options.candidates)
         if options.penalized:
             self._history_table().index_put_(
                 (on_device["slot"], on_device["length"]), tokens.index_select(0, on_device["penalized"])
             )
         if log_p is None:
-            return tokens, None
+            return Drawn(tokens, None, candidates)
         asked = on_device["asked"].view(len(options.logprobs), -1)
-        return tokens, logprob_table(log_p, tokens.index_select(0, listed), options.logprobs, asked)
+        chosen = tokens.index_select(0, listed)
+        return Drawn(tokens, logprob_table(log_p, chosen, options.logprobs, asked), candidates)
 
     def _change(self, options: Options, on_device: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
         import torch
@@ -145,11 +164,11 @@ class OptionSampler:
 
     def _fresh(self, rows: Sequence[Row]) -> list[Request]:
         """The requests among `rows` whose tokens are not in the table: new ones, and those that come back to a slot
-        after a preemption. All their tokens are known to the host then."""
+        after a preemption; and beams, as their tokens become others. All their tokens are known to the host then."""
         fresh = []
         for row in rows:
             request, length = row.request, _length(row)
-            if self._held.get(request.slot) != (request, request.preemptions, length):
+            if request.search or self._held.get(request.slot) != (request, request.preemptions, length):
                 assert length == len(request.tokens), "a request starts with nothing in flight"
                 fresh.append(request)
             self._held[request.slot] = (request, request.preemptions, length + 1)

@@ -34,6 +34,12 @@ class SamplingParams:
     model's own, before any of the above) of every output or prompt token and of that many likeliest ones beside it; of
     prompt tokens from number `prompt_logprobs_start` on. `logprob_token_ids`: at every output token, of these too.
 
+    `beam_width` > 1 is beam search as transformers' `generate(num_beams=beam_width, do_sample=False)` has it: the `n`
+    best outputs by (sum of log-probabilities) / (number of tokens, the stop token's included, ** length_penalty).
+    Bias, penalties and min_tokens act on the log-probabilities. early_stopping: True ends the search once beam_width
+    outputs are finished; False, once the best beam would not enter them if it ended now; "never", once it could not
+    even at its greatest length.
+
     Raises RequestError for a value out of its range.
     """
 
@@ -55,6 +61,9 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    beam_width: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     prompt_logprobs_start: int = 1  # the first token has no log-probability
     logprob_token_ids: tuple[int, ...] = ()
 
@@ -63,6 +72,7 @@ class SamplingParams:
             object.__setattr__(self, name, _listed(name, getattr(self, name)))
         self._check_length()
         self._check_choice()
+        self._check_beams()
         self._check_output()
 
     def _check_length(self) -> None:
@@ -96,9 +106,29 @@ class SamplingParams:
             _integer("a token id of logit_bias", token, 0)
             number(f"logit_bias of token {token}", bias, -100, 100)
 
+    def _check_beams(self) -> None:
+        _integer("beam_width", self.beam_width, 1, note=" (1 is no beam search)")
+        _number("length_penalty", self.length_penalty, -10, 10, note=" (1 is the mean of the log-probabilities)")
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise RequestError(f'early_stopping is {self.early_stopping!r}; it must be True, False or "never"')
+        if self.beam_width == 1:
+            return
+        neutral = {
+            "temperature": 0, "seed": None, "top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1, "stop": (),
+            "logprobs": None,
+        }  # fmt: skip
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r} and beam_width {self.beam_width}; beam search draws nothing, "
+                    f"knows no stop strings and reports no single tokens: leave {name} out, or beam_width"
+                )
+        if self.n > self.beam_width:
+            raise RequestError(f"n is {self.n} and beam_width {self.beam_width}; so many beams give no more outputs")
+
     def _check_output(self) -> None:
         _integer("n", self.n, 1)
-        if self.n > 1 and self.temperature == 0:
+        if self.n > 1 and self.temperature == 0 and self.beam_width == 1:
             raise RequestError(f"n is {self.n} and temperature 0; greedy samples would all be equal: set a temperature")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
@@ -121,7 +151,8 @@ class SamplingParams:
     @cached_property
     def plain(self) -> bool:
         """The sampling kernel alone does all that is asked, once `min_tokens` are there."""
-        return not (self.penalizes or self.truncates or self.logit_bias or self.logprobs is not None)
+        asked = self.penalizes or self.truncates or self.logit_bias or self.logprobs is not None
+        return not asked and self.beam_width == 1
 
 
 def _listed(name: str, values: Any) -> tuple:

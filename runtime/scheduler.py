@@ -5,6 +5,10 @@ tokens at most. The policy says who starts next and how prompts share a step; wh
 sequence gives up its blocks and is computed again later, as far as they are gone by then. The scheduler runs one step
 ahead of the sampled values: it needs to know that a token comes, not which one, so a step can be enqueued before the
 previous one's tokens are read.
+
+The beams of a request are sequences that start, give way and end together. They share the blocks of what they have in
+common; one that writes into a block which others hold too gets a copy first. Their next step waits until the candidates
+of all of them are read, as it is the host that chooses.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from fp8.runtime.beam_search import BeamSearch, Candidates
 from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
 from fp8.runtime.policy import Policy, Throughput, rank
 from fp8.runtime.request import Request, RequestError
@@ -52,6 +57,8 @@ class Scheduler:
         self.reused_tokens = 0
         self._arrivals = 0
         self._slots = list(range(max_batch_size - 1, -1, -1))
+        self._copies: dict[int, int] = {}
+        self._searching: dict[Request, None] = {}  # running requests with beams
 
     @property
     def unfinished(self) -> bool:
@@ -60,11 +67,13 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raises RequestError if the whole pool could not hold a request."""
         size = self.pool.block_size
-        need = blocks_for(len(request.prompt) + request.max_new_tokens, size)
+        need = self._blocks(request, len(request.prompt), len(request.prompt) + request.max_new_tokens)
         if need > self.pool.num_blocks:
+            beams = f" of {len(request.beams)} beams" if request.search else ""
             raise RequestError(
-                f"request {request.id}: {len(request.prompt)} prompt and {request.max_new_tokens} output tokens need "
-                f"{need} KV blocks, and the pool has {self.pool.num_blocks} ({self.pool.num_blocks * size} tokens); "
+                f"request {request.id}: {len(request.prompt)} prompt and {request.max_new_tokens} output tokens{beams} "
+                f"need {need} KV blocks, and the pool has "
+                f"{self.pool.num_blocks} ({self.pool.num_blocks * size} tokens); "
                 f"ask for fewer tokens, or give the pool more memory"
             )
 
@@ -78,8 +87,13 @@ class Scheduler:
 
     def schedule(self) -> list[Row]:
         """The rows of the next step, single tokens first; empty if nothing can run before a token is read."""
+        for request in list(self._searching):
+            self._regrow(request)
         decoding, prompts = self._review()
         self._make_way()
+        if self._searching:  # what may give way together must do so before any row is taken
+            for request in [r for r in self.running if r.pending]:
+                self._make_room(request)
         rows = self._decode_rows(decoding)
         budget = self.max_num_tokens - len(rows)
         prompts = [r for r in prompts if r.slot >= 0]  # some may have given way
@@ -109,20 +123,31 @@ class Scheduler:
                 continue
             if (computed if computed < known else known) >= (request.published + 1) * size:
                 self._publish(request)
-            (decoding if length - computed == 1 else prompts).append(request)
+            if length > computed:  # a beam may have to wait for others
+                (decoding if length - computed == 1 else prompts).append(request)
         for request in exhausted:  # its last token is in flight, and later steps run after that one
             self._release(request)
         return decoding, prompts
 
-    def update(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[Request]:
-        """Takes in the tokens that `rows` sampled, in order; returns the requests that got one."""
+    def take_copies(self) -> dict[int, int]:
+        """{block: block whose contents it gets}, all at once and before the next step."""
+        copies, self._copies = self._copies, {}
+        return copies
+
+    def update(self, rows: Sequence[Row], tokens: Sequence[int | Candidates]) -> list[Request]:
+        """Takes in what `rows` sampled, in order: a token, or a beam's candidates. Returns the requests that got on."""
         got = []
         for row, token in zip((r for r in rows if r.samples), tokens, strict=True):
             request = row.request
-            request.in_flight -= 1
-            if request.finish_reason:  # it ended while this step was under way: the token is surplus
-                continue
-            request.accept(token)
+            if not isinstance(token, int):
+                if not self._take_candidates(request, token):
+                    continue
+                request = request.owner
+            else:
+                request.in_flight -= 1
+                if request.finish_reason:  # it ended while this step was under way: the token is surplus
+                    continue
+                request.accept(token)
             got.append(request)
             if request.finish_reason:
                 self._forget(request)
@@ -142,6 +167,9 @@ class Scheduler:
             computed = request.computed
             if request.slot < 0 or len(rows) == most:
                 continue
+            if request.search:
+                rows.append(self._take(request, 1))
+                continue
             if computed >= len(request.blocks) * size and not self._make_room(request):
                 continue
             index = computed + 1 - len(request.prompt)
@@ -152,23 +180,35 @@ class Scheduler:
         return rows
 
     def _take(self, request: Request, count: int) -> Row:
-        row = Row(request, request.computed, count, count == request.pending, request.length - len(request.prompt))
+        search = request.search
+        samples = count == request.pending and (search is None or search.grown)
+        row = Row(request, request.computed, count, samples, request.length - len(request.prompt))
         request.computed += count
-        request.in_flight += row.samples
+        if search is None:
+            request.in_flight += samples
+        else:
+            search.unread += samples
         self.policy.served(request, count)
         return row
 
     def _make_room(self, request: Request) -> bool:
-        """Blocks for all tokens of a running request; false if the request itself had to give way."""
-        while blocks_for(request.length, self.pool.block_size) > len(request.blocks):
-            if self.pool.free_blocks:
-                request.blocks += self.pool.allocate(1)
+        """Blocks for all tokens of a running request, that to be written next its own; false if it had to give way."""
+        while request.slot >= 0:
+            begun = request.computed // self.pool.block_size
+            copied = begun < len(request.blocks) and self.pool.shared(request.blocks[begun])
+            if not copied and blocks_for(request.length, self.pool.block_size) <= len(request.blocks):
+                return True
+            if not self.pool.free_blocks:
+                self._preempt(self.running[-1])
                 continue
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
+            (block,) = self.pool.allocate(1)
+            if copied:
+                self._copies[block] = request.blocks[begun]
+                self.pool.release([request.blocks[begun]])
+                request.blocks = [*request.blocks[:begun], block]  # a new list: it has been uploaded as it was
+            else:
+                request.blocks.append(block)
+        return False
 
     def _make_way(self) -> None:
         """Preempts sequences of lower priority than who is next, if that lets it start."""
@@ -176,24 +216,40 @@ class Scheduler:
             return
         candidate = self.policy.next(self.waiting)
         lower = [r for r in self.running if r.priority < candidate.priority]
-        if not lower or candidate.in_flight or self._fits(candidate):
+        if not lower or self._under_way(candidate) or self._fits(candidate):
             return
         # A block that several hold counts several times here: the candidate may then have to wait all the same.
         free = self.pool.free_blocks + sum(len(r.blocks) for r in lower)
         kept = len(self.running) - len(lower)
-        if blocks_for(candidate.length + 1, self.pool.block_size) + kept > free:
+        need = self._blocks(candidate, candidate.length, self._longest(candidate) + 1)
+        if need + kept > free or len(candidate.beams) > len(self._slots) + len(lower):
             return
         while lower and not self._fits(candidate):
-            self._preempt(lower.pop())
+            victim = lower.pop()
+            if victim.slot >= 0:  # not gone with another beam
+                self._preempt(victim)
 
     def _fits(self, request: Request) -> bool:
         """A waiting request may start if its tokens fit and every running one can still get its next block."""
-        if not self._slots or request.in_flight:
+        if len(self._slots) < len(request.beams) or self._under_way(request):
             return False
         found = self._cached(request)
-        need = blocks_for(request.length + 1, self.pool.block_size) - len(found)
+        need = self._blocks(request, request.length, self._longest(request) + 1) - len(found)
         free = self.pool.free_blocks - self.pool.idle(found)
         return need + len(self.running) <= free or (not self.running and need <= free)
+
+    def _blocks(self, request: Request, stem: int, length: int) -> int:
+        """Blocks for `length` tokens of a request whose beams, if it has any, share those that `stem` tokens fill."""
+        common = stem // self.pool.block_size
+        return common + len(request.beams) * (blocks_for(length, self.pool.block_size) - common)
+
+    @staticmethod
+    def _longest(request: Request) -> int:
+        return len(request.search.paths[0]) if request.search else request.length
+
+    @staticmethod
+    def _under_way(request: Request) -> bool:
+        return bool(request.in_flight or (request.search and request.search.unread))
 
     def _cached(self, request: Request) -> list[int]:
         """Blocks in the pool that hold its first tokens. Its last token is always computed: that gives the logits."""
@@ -213,8 +269,13 @@ class Scheduler:
         request.computed = len(found) * self.pool.block_size
         request.reused = max(request.reused, request.computed)
         self.reused_tokens += request.computed
-        request.slot = self._slots.pop()
-        insort(self.running, request, key=rank)
+        if request.search:
+            request.search.grown = len(request.search.paths) == 1
+            self._searching[request] = None
+        for beam in request.beams:
+            beam.order = request.order
+            beam.slot = self._slots.pop()
+            insort(self.running, beam, key=rank)
         return request
 
     def _publish(self, request: Request) -> None:
@@ -228,14 +289,65 @@ class Scheduler:
         request.published = full
 
     def _preempt(self, request: Request) -> None:
-        self._release(request)
-        request.preemptions += 1
+        """With all beams, if it is one."""
+        owner = request.owner
+        for beam in request.beams:
+            self._release(beam)
+        if owner.search:
+            self._fold(owner.search)
+        owner.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, request, key=rank)
+        insort(self.waiting, owner, key=rank)
+
+    def _fold(self, search: BeamSearch) -> None:
+        """The first beam is to compute what all have in common, the others nothing."""
+        search.grown = False
+        search.found.clear()
+        for beam in search.beams:
+            beam.tokens = []
+        search.beams[0].tokens = search.stem
+        del search.beams[0].keys[len(search.stem) // self.pool.block_size :]
+
+    def _regrow(self, request: Request) -> None:
+        """Once the first beam has computed what all have in common, the others go on from there."""
+        search = request.search
+        if search and not search.grown and not request.pending:
+            search.grown = True
+            self._branch(search, [0] * search.width)
+
+    def _branch(self, search: BeamSearch, parents: Sequence[int]) -> None:
+        """Lets every beam go on from the one of `parents`: holds its blocks too, and has the tokens of its path."""
+        before = [(beam.blocks, beam.computed, beam.keys, beam.published) for beam in search.beams]
+        for parent in parents:
+            self.pool.share(before[parent][0])
+        for blocks, *_ in before:
+            self.pool.release(blocks)
+        for beam, path, parent in zip(search.beams, search.paths, parents, strict=True):
+            blocks, beam.computed, keys, beam.published = before[parent]
+            beam.tokens, beam.blocks, beam.keys = path, list(blocks), list(keys)
+
+    def _take_candidates(self, beam: Request, candidates: Candidates) -> bool:
+        """Goes on with a search once all its beams are read; false if that is not yet, or too late."""
+        search, owner = beam.search, beam.owner
+        assert search is not None
+        search.unread -= 1
+        if owner.finish_reason or not search.grown:  # it ended or gave way while this step was under way
+            return False
+        search.found[beam] = candidates
+        if len(search.found) < len(search.paths):
+            return False
+        parents = search.advance([search.found[b] for b in search.beams[: len(search.paths)]])
+        search.found.clear()
+        if parents:
+            self._branch(search, parents)
+        else:
+            owner.finish_reason = "length" if search.finished[0].stop is None else "stop"
+        return True
 
     def _forget(self, request: Request) -> None:
         if request.slot >= 0:
-            self._release(request)
+            for beam in request.beams:
+                self._release(beam)
         elif request in self.waiting:
             self.waiting.remove(request)
 
@@ -246,4 +358,5 @@ class Scheduler:
         request.computed = 0
         self._slots.append(request.slot)
         request.slot = -1
+        self._searching.pop(request, None)
         self.running.remove(request)

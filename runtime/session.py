@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from fp8.builder import engine as engine_format
 from fp8.builder.engine import Engine, EngineError, Plan
 from fp8.plugins.base import StepShape
-from fp8.runtime.logprobs import LogprobTable, TokenLogprobs
+from fp8.runtime.beam_search import Candidates
+from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.record import Recorder
-from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes
+from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes, kv_buffers
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
-from fp8.runtime.sampling_options import Options, OptionSampler, options_of
+from fp8.runtime.sampling_options import Drawn, Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
 from fp8.runtime.step_inputs import Packer, StepInputs
 
@@ -36,8 +37,8 @@ class Ticket:
     rows: Sequence[Row]
     stage: int
     count: int  # tokens it samples
+    drawn: Drawn
     options: Options | None = None
-    logprobs: LogprobTable | None = None  # of the rows that want them
 
 
 def choose_device(name: str, target: str) -> torch.device:
@@ -128,11 +129,14 @@ class Session:
             self._events = [torch.cuda.Event() for _ in range(STAGES)]
         stream.synchronize()
 
-    def enqueue(self, rows: Sequence[Row]) -> Ticket:
-        """Packs and starts a step; its tokens come from `read`."""
+    def enqueue(self, rows: Sequence[Row], copies: Mapping[int, int] | None = None) -> Ticket:
+        """Packs and starts a step; its tokens come from `read`. Before it, KV blocks get the contents of others: those
+        that the keys of `copies` name, of those that its values name."""
         stage, self._turn = self._turn, (self._turn + 1) % STAGES
-        host, options, logprobs = self._inputs.host[stage], options_of(rows), None
+        host, options = self._inputs.host[stage], options_of(rows)
         with self._scope():
+            if copies:
+                self._copy_blocks(copies)
             shape = self._packer.pack(rows, host)
             count = shape.logits_rows
             launch, forward = self._launch, self._forward
@@ -143,14 +147,14 @@ class Session:
                 launch, forward = self._graphs.run, self._logits_graphs.run
             self._inputs.upload(stage)
             if options is None:
-                tokens = launch(shape)
+                drawn = Drawn(launch(shape))
             else:
                 choose = partial(self._choose, shape)
-                tokens, logprobs = self._options.sample(options, forward(shape), choose)
-            self._tokens[stage][:count].copy_(tokens[:count], non_blocking=True)
+                drawn = self._options.sample(options, forward(shape), choose)
+            self._tokens[stage][:count].copy_(drawn.tokens[:count], non_blocking=True)
             if self._graphs is not None:
                 self._events[stage].record()
-        return Ticket(rows, stage, count, options, logprobs)
+        return Ticket(rows, stage, count, drawn, options)
 
     def use_in_this_thread(self) -> None:
         """Makes the device current; every thread that runs steps calls it once."""
@@ -159,17 +163,21 @@ class Session:
 
             torch.cuda.set_device(self.device)
 
-    def read(self, ticket: Ticket) -> list[int]:
-        """The tokens that the step sampled, in the order of its sampling rows; waits for them."""
+    def read(self, ticket: Ticket) -> list[int | Candidates]:
+        """What the step sampled, in the order of its sampling rows: a token, or a beam's candidates; waits for it."""
         if self._graphs is not None:
             self._events[ticket.stage].synchronize()
-        return self._tokens[ticket.stage][: ticket.count].tolist()
+        sampled: list[int | Candidates] = self._tokens[ticket.stage][: ticket.count].tolist()
+        if ticket.drawn.candidates is not None and ticket.options is not None:
+            for row, entry in zip(ticket.options.beam_rows, ticket.drawn.candidates.entries(), strict=True):
+                sampled[row] = entry.top
+        return sampled
 
     def read_logprobs(self, ticket: Ticket) -> list[TokenLogprobs | None]:
         """Log-probabilities of the tokens of `read`, None for rows that want none; call it after `read`."""
         found: list[TokenLogprobs | None] = [None] * ticket.count
-        if ticket.logprobs is not None and ticket.options is not None:
-            for row, entry in zip(ticket.options.logprob_rows, ticket.logprobs.entries(), strict=True):
+        if ticket.drawn.logprobs is not None and ticket.options is not None:
+            for row, entry in zip(ticket.options.logprob_rows, ticket.drawn.logprobs.entries(), strict=True):
                 found[row] = entry
         return found
 
@@ -204,6 +212,17 @@ class Session:
     @property
     def max_kv_tokens(self) -> int:
         return self.num_blocks * self.limits.block_size
+
+    def _copy_blocks(self, copies: Mapping[int, int]) -> None:
+        import torch
+
+        pairs = torch.tensor([list(copies), list(copies.values())])
+        if self.device.type == "cuda":
+            pairs = pairs.pin_memory().to(self.device, non_blocking=True)
+        for buffer in kv_buffers(self.plan):
+            # Bytes: not every type of a cache can be copied by index. All are read before any is written.
+            blocks = self.executor.weight(buffer.name).flatten(1).view(torch.uint8)
+            blocks.index_copy_(0, pairs[0], blocks.index_select(0, pairs[1]))
 
     def _pad(self, shape: StepShape, stage: int) -> StepShape:
         """A decode step grown to a size that there are graphs of."""

@@ -47,7 +47,7 @@ class Worker:
         rows = self.scheduler.schedule()
         times.append(time.perf_counter())
         if rows:
-            self._open.append(self.session.enqueue(rows))
+            self._open.append(self.session.enqueue(rows, self.scheduler.take_copies()))
             self._stamp_start(rows, times[1])
             self._score_prompts(rows)
         times.append(time.perf_counter())
@@ -70,8 +70,9 @@ class Worker:
         What lies in the pool is not shared any more: a step that failed may have left anything there.
         """
         tickets, self._open = list(self._open), deque()
-        retired = [row.request for ticket in tickets for row in ticket.rows if row.request.finish_reason is None]
-        dropped = list(dict.fromkeys([*self.scheduler.running, *self.scheduler.waiting, *retired]))
+        retired = [row.request.owner for ticket in tickets for row in ticket.rows]
+        left = [r.owner for r in (*self.scheduler.running, *self.scheduler.waiting)]
+        dropped = [r for r in dict.fromkeys([*left, *retired]) if r.finish_reason is None]
         for request in dropped:
             self.cancel(request)
         self.pool.forget_contents()
@@ -93,7 +94,7 @@ class Worker:
 
     def _score_prompts(self, rows: Sequence[Row]) -> None:
         """Log-probabilities of prompts just taken in: their blocks are still held, whatever the next step does."""
-        ended = [row.request for row in rows if row.samples]
+        ended = [row.request for row in rows if row.samples and row.request is row.request.owner]
         wanted = [r for r in ended if r.params.prompt_logprobs is not None and r.prompt_logprobs is None]
         if not wanted:
             return
@@ -102,7 +103,7 @@ class Worker:
 
     def _keep_logprobs(self, ticket: Ticket) -> None:
         """A token that came after its request's end has no place among its output."""
-        if ticket.logprobs is None:
+        if ticket.drawn.logprobs is None:
             return
         rows = [row for row in ticket.rows if row.samples]
         for row, entry in zip(rows, self.session.read_logprobs(ticket), strict=True):
@@ -116,10 +117,10 @@ class Worker:
         self.statistics.request_seconds.add(now - request.arrived)
 
     def _stamp_start(self, rows: list[Row], now: float) -> None:
-        for row in rows:
-            if not row.request.started:
-                row.request.started = now
-                self.statistics.queue_seconds.add(now - row.request.arrived)
+        for request in (row.request.owner for row in rows):
+            if not request.started:
+                request.started = now
+                self.statistics.queue_seconds.add(now - request.arrived)
 
     def _record(self, rows: list[Row], sampled: int, before: tuple[int, int], times: list[float]) -> None:
         scheduler, pool = self.scheduler, self.pool

@@ -157,7 +157,8 @@ def as_text(result: dict[str, Any]) -> str:
     for c in completions:
         prompt = prompt_text(c.prompt)
         out = f" -> {','.join(map(str, c.token_ids))}" if c.text is None else c.text
-        sample = f", sample {c.index}" if samples > 1 else ""
+        sample = f", output {c.index}" if samples > 1 else ""
+        sample += "" if c.cumulative_logprob is None else f", ln p {c.cumulative_logprob:.4f}"
         parts.append(f"{prompt}{out}\n[{c.finish_reason}, {len(c.token_ids)} tokens{sample}]")
         for title, entries in (("prompt", c.prompt_logprobs), ("output", c.logprobs)):
             parts += [f"{title} token, ln p, likeliest:\n" + "\n".join(map(_logprob, entries))] if entries else []

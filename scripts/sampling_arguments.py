@@ -13,7 +13,7 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--min_output_len", "--min_tokens", type=int, default=0, help="no stop token or string before that many tokens"
     )
-    p.add_argument("--n", type=int, default=1, help="samples per prompt; needs a temperature above 0")
+    p.add_argument("--n", type=int, default=1, help="outputs per prompt; needs a temperature above 0, or beams")
     choice = p.add_argument_group(
         "choice of tokens",
         "Applied in this order: bias, penalties, temperature, then what is unlikely is left out (top_k, top_p, min_p, "
@@ -51,6 +51,23 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--logit_bias", nargs="*", default=[], metavar="TOKEN:X", help="added to a token's logit, such as 13:-100"
     )
+    beams = p.add_argument_group(
+        "beam search", "Instead of sampling: --beam_width 4 --n 4 gives the four best outputs that four beams find."
+    )
+    beams.add_argument("--beam_width", type=int, default=1, metavar="K", help="beams per prompt; 1 (default): none")
+    beams.add_argument(
+        "--length_penalty",
+        default=1.0,
+        help="outputs are ranked by the sum of log-probabilities / length ** X; above 0 favours long ones",
+        **number,
+    )
+    beams.add_argument(
+        "--early_stopping",
+        choices=("true", "false", "never"),
+        default="false",
+        help="end once K outputs are finished (true), once the best beam would not enter them as it is (false, the "
+        "default), or once it could not at any length (never)",
+    )
     end = p.add_argument_group("end and report")
     end.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="the output ends before one of these texts")
     end.add_argument(
@@ -71,11 +88,13 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     same = (
         "temperature", "seed", "stop_token_ids", "ignore_eos", "top_k", "top_p", "min_p", "typical_p",
         "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "n", "logprobs", "prompt_logprobs",
+        "beam_width", "length_penalty",
     )  # fmt: skip
     return SamplingParams(
         max_tokens=args.max_output_len,
         min_tokens=args.min_output_len,
         logit_bias=dict(map(_bias, args.logit_bias)),
+        early_stopping="never" if args.early_stopping == "never" else args.early_stopping == "true",
         **{name: getattr(args, name) for name in same},
     )
 

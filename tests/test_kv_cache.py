@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import takewhile
 
 import pytest
@@ -84,6 +85,33 @@ def test_no_block_is_lost_or_handed_out_twice_and_contents_are_found_while_they_
         model.release(0)
     assert model.pool.free_blocks == size
     assert sorted(model.pool.allocate(size)) == list(range(size))
+
+
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.sampled_from(["take", "fork", "write", "drop"]), st.integers(0, 50)), max_size=80),
+)
+def test_forked_sequences_share_blocks_until_they_write(size: int, trace: list[tuple[str, int]]) -> None:
+    pool, held = BlockPool(size, 64), []
+    for what, n in trace:
+        chosen = held[n % len(held)] if held else []
+        if what == "take" and pool.free_blocks:
+            held.append(pool.allocate(1 + n % pool.free_blocks))
+        elif what == "fork" and chosen:
+            pool.share(chosen)
+            held.append(list(chosen))
+        elif what == "drop" and chosen:
+            held.remove(chosen)
+            pool.release(chosen)
+        elif what == "write" and chosen and pool.shared(chosen[-1]) and pool.free_blocks:
+            old, chosen[-1] = chosen[-1], pool.allocate(1)[0]
+            pool.release([old])
+        count = Counter(b for blocks in held for b in blocks)
+        assert all(pool.shared(b) == (count[b] > 1) for b in count)
+        assert pool.free_blocks == size - len(count)
+    for blocks in held:
+        pool.release(blocks)
+    assert sorted(pool.allocate(size)) == list(range(size))
 
 
 def test_a_block_released_twice_is_an_error() -> None:

@@ -70,7 +70,25 @@ def test_every_sampling_flag_is_taken(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(len(c["logprobs"][0]["top"]) == 2 and c["prompt_logprobs"][0] is None for c in completions)
     assert run.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "sample 1]" in out and "output token, ln p, likeliest:" in out and "(the first token has none)" in out
+    assert (
+        ", output 1, ln p -" in out and "output token, ln p, likeliest:" in out and "(the first token has none)" in out
+    )
+
+
+def test_beams_are_printed_best_first(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--engine_dir", str(engine_dir), "--input_tokens", "1,2,3", "4 5", "--max_tokens", "8", "--device", "cpu"]
+    flags = ["--beam_width", "4", "--n", "3", "--length_penalty", "0.5", "--early_stopping", "never"]
+    assert run.main([*where, *flags, "--output", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)["completions"]
+    assert [c["index"] for c in found] == [0, 1, 2] * 2 and [c["prompt"] for c in found] == [[1, 2, 3]] * 3 + [
+        [4, 5]
+    ] * 3
+    scores = [c["cumulative_logprob"] for c in found]  # all have eight tokens
+    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[3:] == sorted(scores[3:], reverse=True)
+    assert run.main([*where, *flags]) == 0
+    assert f"[length, 8 tokens, output 2, ln p {scores[2]:.4f}]" in capsys.readouterr().out
+    assert run.main([*where, "--beam_width", "2", "--streaming"]) == 1
+    assert "which beam wins is known at the end" in capsys.readouterr().err
 
 
 def test_help_teaches_the_order_and_the_ranges(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +106,8 @@ def test_help_teaches_the_order_and_the_ranges(capsys: pytest.CaptureFixture[str
         (["--input_tokens", "5", "--temperature", "-1"], "temperature is -1.0"),
         (["--input_tokens", "5", "--top_p", "1.5"], "top_p is 1.5; it must be above 0 and at most 1"),
         (["--input_tokens", "5", "--n", "2"], "n is 2 and temperature 0"),
+        (["--input_tokens", "5", "--beam_width", "2", "--temperature", "1"], "temperature is 1.0 and beam_width 2"),
+        (["--input_tokens", "5", "--beam_width", "9"], "beam_width is 9, and the engine's max_batch_size is 8"),
         (["--input_tokens", "5", "--logit_bias", "x:1"], "--logit_bias 'x:1' is not a token id and a number"),
         (["--input_tokens", "5", "--stop", "end"], "holds no tokenizer; give stop_token_ids"),
         (["--input_tokens", "97"], "token 97 at position 0 is outside the vocabulary"),

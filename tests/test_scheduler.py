@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp8.runtime.beam_search import BeamSearch, Hypothesis
 from fp8.runtime.kv_cache import BlockPool, blocks_for
 from fp8.runtime.policy import POLICIES, Fair
 from fp8.runtime.request import Request, RequestError, SamplingParams
@@ -19,8 +22,10 @@ BLOCK = 4
 STOP = 999
 
 
-def make(number: int, prompt: int, new: int, priority: int = 0, user: str = "", text: int | None = None) -> Request:
-    tokens, params = [number if text is None else text] * prompt, SamplingParams(max_tokens=new)
+def make(
+    number: int, prompt: int, new: int, priority: int = 0, user: str = "", text: int | None = None, beams: int = 1
+) -> Request:
+    tokens, params = [number if text is None else text] * prompt, SamplingParams(max_tokens=new, beam_width=beams)
     return Request(number, tokens, params, new, stop_tokens=frozenset({STOP}), priority=priority, user=user)
 
 
@@ -36,12 +41,30 @@ class Wanted:
     user: str
     arrives: int  # steps after the request before
     cancelled: int | None  # steps after its arrival
+    beams: int = 1
 
 
-wanted = st.builds(
+def candidates(request: Request, tokens: list[int]) -> list[tuple[int, float]]:
+    """What a model without a memory offers a beam behind `tokens`; now and then the stop token is among it."""
+    assert request.search
+    source = random.Random(hash((*request.prompt, *tokens)))
+    offered = [*source.sample(range(1000, 1020), request.search.candidates - 1), STOP]
+    return sorted(((t, -source.random()) for t in offered), key=lambda pair: -pair[1])
+
+
+def searched(request: Request) -> list[Hypothesis]:
+    """What the search of a request finds without a scheduler."""
+    search = BeamSearch(request.params, request.prompt, request.max_new_tokens, request.stop_tokens)
+    while search.advance([candidates(request, path) for path in search.paths]):
+        pass
+    return search.finished
+
+
+plain = st.builds(
     Wanted, st.integers(0, 2), st.integers(1, 30), st.integers(1, 20), st.integers(0, 25), st.integers(0, 2),
     st.sampled_from("abc"), st.integers(0, 5), st.none() | st.integers(0, 20),
 )  # fmt: skip
+mixed = st.builds(replace, plain, beams=st.sampled_from([1, 2, 3]))
 
 
 class Machine:
@@ -65,14 +88,30 @@ class Machine:
 
     def step(self) -> list[Request]:
         rows = self.scheduler.schedule()
+        if rows:
+            self.copy_blocks()
         self.check(rows)
         if rows:
             self.open.append(rows)
         if self.open and (len(self.open) > self.lag or not rows):
             done = self.open.popleft()
-            tokens = [self.truth[r.request][len(r.request.prompt) + r.index] for r in done if r.samples]
-            return self.scheduler.update(done, tokens)
+            return self.scheduler.update(done, [self.sampled(r) for r in done if r.samples])
         return []
+
+    def sampled(self, row: Row) -> int | list[tuple[int, float]]:
+        if row.request.search:
+            return candidates(row.request, self.tokens(row.request))
+        return self.truth[row.request][len(row.request.prompt) + row.index]
+
+    def tokens(self, request: Request) -> list[int]:
+        """What it computes; a beam has others after every decision."""
+        return list(request.tokens) if request.search else self.truth[request]
+
+    def copy_blocks(self) -> None:
+        before = dict(self.memory)
+        for block, source in self.scheduler.take_copies().items():
+            for i in range(BLOCK):
+                self.memory[block, i] = before.get((source, i), [])
 
     def check(self, rows: list[Row]) -> None:
         requests = [row.request for row in rows]
@@ -87,7 +126,7 @@ class Machine:
             self.check_contents(row.request, row.start)
         for row in rows:
             for i in range(row.start, row.start + row.count):
-                self.memory[row.request.blocks[i // BLOCK], i % BLOCK] = self.truth[row.request][: i + 1]
+                self.memory[row.request.blocks[i // BLOCK], i % BLOCK] = self.tokens(row.request)[: i + 1]
         for row in rows:
             self.check_contents(row.request, row.start + row.count)
         self.check_ownership()
@@ -95,7 +134,7 @@ class Machine:
     def check_contents(self, request: Request, tokens: int) -> None:
         for i in range(tokens):
             found = self.memory[request.blocks[i // BLOCK], i % BLOCK]
-            assert found == self.truth[request][: i + 1], f"request {request.id} reads another's K and V at {i}"
+            assert found == self.tokens(request)[: i + 1], f"request {request.id} reads another's K and V at {i}"
 
     def check_ownership(self) -> None:
         running = self.scheduler.running
@@ -105,15 +144,32 @@ class Machine:
         assert len(held) + self.scheduler.pool.free_blocks == self.scheduler.pool.num_blocks
 
 
+def blocks_wanted(w: Wanted) -> int:
+    common = w.prompt // BLOCK
+    return common + w.beams * (blocks_for(w.prompt + w.new, BLOCK) - common)
+
+
+limits: dict[str, st.SearchStrategy] = {
+    "max_batch": st.integers(1, 6), "max_tokens": st.integers(1, 40), "spare": st.integers(0, 10),
+    "lag": st.integers(0, 2), "policy": st.sampled_from(sorted(POLICIES)), "reuse": st.booleans(),
+}  # fmt: skip
+
+
 @settings(max_examples=10_000, deadline=None)
-@given(
-    st.lists(wanted, min_size=1, max_size=10), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10),
-    st.integers(0, 2), st.sampled_from(sorted(POLICIES)), st.booleans(),
-)  # fmt: skip
-def test_every_request_is_served_whatever_the_traffic(
-    trace: list[Wanted], max_batch: int, max_tokens: int, spare: int, lag: int, policy: str, reuse: bool
-) -> None:
-    pool = BlockPool(max(blocks_for(w.prompt + w.new, BLOCK) for w in trace) + spare, BLOCK)
+@given(trace=st.lists(plain, min_size=1, max_size=10), **limits)
+def test_every_request_is_served_whatever_the_traffic(**given: Any) -> None:
+    serve(**given)
+
+
+@settings(max_examples=500, deadline=None)
+@given(trace=st.lists(mixed, min_size=1, max_size=10), **limits)
+def test_every_request_is_served_whatever_the_traffic_with_beams(**given: Any) -> None:
+    serve(**given)
+
+
+def serve(trace: list[Wanted], max_batch: int, max_tokens: int, spare: int, lag: int, policy: str, reuse: bool) -> None:
+    trace = [replace(w, beams=min(w.beams, max_batch)) for w in trace]
+    pool = BlockPool(max(blocks_wanted(w) for w in trace) + spare, BLOCK)
     scheduler = Scheduler(pool, max_batch, max_tokens, POLICIES[policy](), reuse)
     machine, step, requests = Machine(scheduler, max_batch, lag), 0, []
     arrivals = deque(zip(accumulate(w.arrives for w in trace), trace, strict=True))
@@ -121,7 +177,7 @@ def test_every_request_is_served_whatever_the_traffic(
     while arrivals or machine.busy:
         while arrivals and arrivals[0][0] <= step:
             _, w = arrivals.popleft()
-            requests.append(make(len(requests), w.prompt, w.new, w.priority, w.user, w.text))
+            requests.append(make(len(requests), w.prompt, w.new, w.priority, w.user, w.text, w.beams))
             machine.add(requests[-1], w.stop)
             if w.cancelled is not None:
                 cancels.append((step + w.cancelled, requests[-1]))
@@ -132,7 +188,12 @@ def test_every_request_is_served_whatever_the_traffic(
         assert step < 20000, "no progress"
     for w, request in zip(trace, requests, strict=True):
         expected = list(range(min(w.new, w.stop)))
-        if request.finish_reason == "abort":
+        if request.search:
+            if request.finish_reason == "abort":
+                assert w.cancelled is not None
+            else:
+                assert request.search.finished == searched(request)
+        elif request.finish_reason == "abort":
             assert request.output == expected[: len(request.output)] and w.cancelled is not None
         else:
             assert request.output == expected, "each token once, in order"

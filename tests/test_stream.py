@@ -146,7 +146,7 @@ def test_a_failing_step_ends_its_requests_and_the_next_one_works(
 ) -> None:
     llm = LLM(engine_dir, "cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(llm.session, "enqueue", lambda rows: 1 / 0)
+        patch.setattr(llm.session, "enqueue", lambda *_: 1 / 0)
         with pytest.raises(ServiceError, match=r"a step of the engine failed .*ZeroDivisionError"):
             list(llm.stream([1, 2]))
     wait_for_free_blocks(llm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,6 +31,27 @@ def write(
     plan = _plan(weights, kv_dtype, limits, target, digest)
     (directory / "rank0.engine").write_bytes(engine_format.engine_bytes(plan, {}))
     return directory
+
+
+def twin() -> Any:
+    """The same model in transformers, in float32: the oracle of whole texts."""
+    import transformers
+
+    weights = _weights(256)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, head_dim=HEAD_DIM,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=256, rms_norm_eps=1e-5,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    for name in [n for n in weights if "qkv_proj" in n or "gate_up_proj" in n]:
+        kv = KV_HEADS * HEAD_DIM
+        parts = {"q": WIDTH, "k": kv, "v": kv} if "qkv" in name else {"gate": MLP, "up": MLP}
+        for part, weight in zip(parts, weights.pop(name).split(list(parts.values())), strict=True):
+            weights[f"{name.rsplit('.', 2)[0]}.{part}_proj.weight"] = weight
+    model = transformers.LlamaForCausalLM(config).eval()
+    kept = {n: w for n, w in weights.items() if n.endswith(".weight")}
+    model.load_state_dict(kept, strict=True)
+    return model
 
 
 def _weights(max_seq_len: int) -> dict[str, torch.Tensor]:

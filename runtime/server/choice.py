@@ -24,7 +24,8 @@ class Choice:
 
     def take(self, delta: Delta) -> tuple[str, dict[str, Any] | None]:
         """(text, the field `logprobs`) of a delta; those of the prompt come with the first one."""
-        tokens, text, entries = delta.token_ids, delta.text or "", delta.logprobs
+        tokens, text = delta.token_ids, delta.text or ""
+        entries: Sequence[TokenLogprobs | None] | None = delta.logprobs
         if self._prompt is not None:
             text = self._echo(self._prompt) + text
             if entries is not None:

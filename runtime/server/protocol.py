@@ -14,12 +14,14 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 MAX_CHOICES = 128  # prompts times n
 # Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
-    "prompt_logprobs": None, "best_of": 1, "suffix": "", "tools": [], "tool_choice": "none", "functions": [],
-    "parallel_tool_calls": True, "response_format": {"type": "text"}, "modalities": ["text"], "store": False,
-    "service_tier": "auto",
+    "prompt_logprobs": None, "best_of": 1, "use_beam_search": False, "beam_width": 1, "suffix": "", "tools": [],
+    "tool_choice": "none", "functions": [], "parallel_tool_calls": True, "response_format": {"type": "text"},
+    "modalities": ["text"], "store": False, "service_tier": "auto",
 }  # fmt: skip
 SILENT = {"metadata", "safety_identifier", "prompt_cache_key"}  # for OpenAI's own books: without effect on an answer
-SAMPLING = {f.name for f in fields(SamplingParams) if "logprob" not in f.name} - {"max_tokens", "n"}
+SAMPLING = {f.name for f in fields(SamplingParams) if "logprob" not in f.name} - {
+    "max_tokens", "n", "beam_width", "length_penalty", "early_stopping",
+}  # fmt: skip
 SERVED = {"model", "max_tokens", "stream", "stream_options", "user", "priority", "n", "echo", "logprobs"}
 OF_CHATS, OF_COMPLETIONS = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt"}
 NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty"}
