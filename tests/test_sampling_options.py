@@ -122,7 +122,7 @@ def test_a_row_comes_out_the_same_to_the_bit_in_any_batch() -> None:
 
 @pytest.mark.parametrize("wanted", [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"typical_p": 0.7}])
 def test_draws_have_the_distribution_of_plain_torch(wanted: dict[str, Any]) -> None:
-    draws, few, hot = 4000, 24, 1.3
+    draws, few, hot = 20_000, 24, 1.3
     raw = 1.5 * torch.randn(1, few, generator=torch.Generator().manual_seed(3))
     params = SamplingParams(temperature=hot, **wanted)
     kept = changed([row(0, params)], raw)
@@ -145,6 +145,38 @@ def test_draws_have_the_distribution_of_plain_torch(wanted: dict[str, Any]) -> N
     expected = draws * p[p > 0]
     chi2, freedom = float(((seen[p > 0] - expected) ** 2 / expected).sum()), len(expected) - 1
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 + 4
+
+
+ALL = SamplingParams(
+    temperature=0.8, max_tokens=100, stop_token_ids=[4, 9], min_tokens=50, top_k=60, top_p=0.95, min_p=0.01,
+    typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.5, 210: -7}, logprobs=3,
+    logprob_token_ids=[7],
+)  # fmt: skip
+BEAMS = SamplingParams(max_tokens=100, stop_token_ids=[4], min_tokens=50, beam_width=3, repetition_penalty=1.2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_option_waits_for_the_device() -> None:
+    """On a stream of its own, with a second step as the first one warms up libraries and memory."""
+    rows = [row(i, ALL if i < 6 else BEAMS, *TEXTS[i]) for i in range(ROWS)]
+    sampler, raw = OptionSampler(LIMITS, torch.device("cuda")), logits().cuda()
+    for mode in ("default", "error"):
+        options = options_of(rows)
+        assert options is not None and options.beam_rows and options.penalized and options.truncated
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            drawn = sampler.sample(options, raw.clone(), lambda x: x.argmax(1).int())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert drawn.logprobs is not None and drawn.candidates is not None
+    torch.cuda.synchronize()
+    assert torch.equal(drawn.tokens.cpu(), expected_tokens(rows))
+
+
+def expected_tokens(rows: Sequence[Row]) -> torch.Tensor:
+    options = options_of(rows)
+    assert options is not None
+    return OptionSampler(LIMITS, torch.device("cpu")).sample(options, logits(), lambda x: x.argmax(1).int()).tokens
 
 
 def test_rows_without_numbers_do_no_harm() -> None:
