@@ -149,8 +149,8 @@ def test_draws_have_the_distribution_of_plain_torch(wanted: dict[str, Any]) -> N
 
 ALL = SamplingParams(
     temperature=0.8, max_tokens=100, stop_token_ids=[4, 9], min_tokens=50, top_k=60, top_p=0.95, min_p=0.01,
-    typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.5, 210: -7}, logprobs=3,
-    logprob_token_ids=[7],
+    typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.5, 210: -7},
+    logprobs=3, logprob_token_ids=[7],
 )  # fmt: skip
 BEAMS = SamplingParams(max_tokens=100, stop_token_ids=[4], min_tokens=50, beam_width=3, repetition_penalty=1.2)
 
