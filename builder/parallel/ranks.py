@@ -45,6 +45,9 @@ def build_ranks(
         raise BuildError("--tune times kernels, which ranks built beside would disturb; build with --workers 1")
     source = open_source()
     request.place().layers(source.config.num_layers)  # refused here, before any process is started
+    if request.target != "cpu":  # the last rank has the remainders, which a kernel may not take
+        plain = dataclasses.replace(request, verify=False, dump_passes=None)
+        build.compile(source, plain, Reporter(), dry_run=True, place=request.places[-1])
     if request.verify:
         verify_ranks(source, request, reporter)
         request = dataclasses.replace(request, verify=False)

@@ -50,7 +50,8 @@ class _Rewrite:
 
     def __init__(self, graph: Graph, parallel: TensorParallel) -> None:
         self.graph, self.parallel, self.rank = graph, parallel, parallel.rank
-        self._shapes: dict[str, Shape] = {n: tuple(t.shape or ()) for n, t in graph.tensors().items()}
+        self._tensors = graph.tensors()
+        self._shapes: dict[str, Shape] = {n: tuple(t.shape or ()) for n, t in self._tensors.items()}
         self._layouts: dict[str, Layout] = {}
         self._cut: dict[tuple[str, Layout], gs.Constant] = {}
         self._integers: dict[str, gs.Constant] = {}
@@ -67,6 +68,7 @@ class _Rewrite:
         nodes += [node for tensor in self.graph.outputs for node in self._gathered(tensor)]
         self.graph.nodes = nodes
         remove_dead(self.graph)
+        self.graph.tensors(check_duplicates=True)  # no constant is there whole and in parts under one name
         return self._collectives
 
     # What rules ask for
@@ -96,7 +98,7 @@ class _Rewrite:
     def integers(self, *values: int) -> gs.Constant:
         name = "constant/" + "_".join(map(str, values))
         if name not in self._integers:
-            known = self.graph.tensors().get(name)
+            known = self._tensors.get(name)
             self._integers[name] = known or gs.Constant(name, np.array(values, np.int64))
             self._shapes.setdefault(name, (len(values),))
         return self._integers[name]
@@ -105,7 +107,7 @@ class _Rewrite:
 
     def _cut_weight(self, name: str) -> None:
         """Cuts a weight by its axes, for all readers but those that look rows up."""
-        weight = self.graph.tensors()[name]
+        weight = self._tensors[name]
         layout = self._weight_layout(name, weight)
         if not is_split(layout):
             return
