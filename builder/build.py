@@ -31,6 +31,7 @@ from fp8.builder.taps import Taps
 from fp8.builder.target import TARGETS, Journal, Target
 from fp8.builder.verify import Verifier
 from fp8.builder.workplace import BuildError, check_output, workplace
+from fp8.plugins.gemm.types import ACCUMULATIONS
 
 __all__ = ["BuildError", "check_output"]  # used through this module
 
@@ -63,6 +64,7 @@ class Request:
     tp_size: int = 1
     pp_size: int = 1
     pp_layers: tuple[int, ...] = ()  # layers of each pipeline stage; empty: as even as they go
+    fp8_accumulation: str = "fast"  # of e4m3 products: as the tensor cores add, or "precise": float32 every 128 of K
     dtype: str | None = None  # of the activations: the checkpoint's, or "float32", which only references execute
 
     def __post_init__(self) -> None:
@@ -73,6 +75,9 @@ class Request:
                 f"dtype is {self.dtype!r} for target {self.target}; only float32 for target cpu can be chosen, as the "
                 "kernels' activations have the checkpoint's 16-bit type"
             )
+        if self.fp8_accumulation not in ACCUMULATIONS:
+            expected = " or ".join(ACCUMULATIONS)
+            raise BuildError(f"fp8_accumulation is {self.fp8_accumulation!r}, expected {expected}")
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "tp_size", "pp_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -140,7 +145,9 @@ class Source:
         """What the passes are told."""
         parallel = self.tensor_parallel(place) if place.tp_size > 1 else None
         limits = self.limits(request)
-        return Target(request.target, limits, journal or Journal(), kept, parallel, request.dtype)
+        return Target(
+            request.target, limits, journal or Journal(), kept, parallel, request.fp8_accumulation, request.dtype
+        )
 
     def info(self, dtype: str | None = None) -> ModelInfo:
         """`dtype`: of the activations, if not the checkpoint's."""

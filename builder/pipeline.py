@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
+from fp8.builder.passes.accumulate import accumulate
 from fp8.builder.passes.fold import fold
 from fp8.builder.passes.fuse import fuse
 from fp8.builder.passes.lower_attention import lower_attention
@@ -29,9 +30,16 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+AFTER: tuple[Pass, ...] = (accumulate,)  # where asked for: FP8 sums promoted to float32
+
+
 def passes(target: Target) -> tuple[Pass, ...]:
-    wanted: dict[Pass, bool] = {tensor_parallel: target.parallel is not None, widen: target.dtype == "float32"}
-    return (*(p for p in BEFORE if wanted[p]), *PASSES)
+    wanted: dict[Pass, bool] = {
+        tensor_parallel: target.parallel is not None,
+        widen: target.dtype == "float32",
+        accumulate: target.fp8_accumulation != "fast",
+    }
+    return (*(p for p in BEFORE if wanted[p]), *PASSES, *(p for p in AFTER if wanted[p]))
 
 
 def run(graph: gs.Graph, target: Target, after: Callable[[str, int, gs.Graph], None] = lambda *_: None) -> gs.Graph:

@@ -34,4 +34,5 @@ class Target:
     journal: Journal = field(default_factory=Journal)
     kept: frozenset[str] = frozenset()  # tensors that no fusion may swallow, because they are tapped
     parallel: TensorParallel | None = None  # which rank's graph it is to become, if its layers are shared
+    fp8_accumulation: str = "fast"  # of e4m3 products, or "precise"
     dtype: str | None = None  # of the activations, if not the graph's own: "float32"

@@ -31,6 +31,7 @@ from fp8.builder.verify import VerificationError
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
+from fp8.plugins.gemm.types import ACCUMULATIONS
 
 ERRORS = (
     BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, SplitError,
@@ -66,6 +67,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32",), help="type of the activations (default: the checkpoint's). With float32, for "
         "--target cpu alone, nothing is rounded but to FP8: a reference to compare with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fp8_accumulation", choices=ACCUMULATIONS, default="fast", help="how FP8 linears sum: as the tensor cores "
+        "do, with some 14 bits (fast, default), or in float32 every 128 of K (precise)",
     )  # fmt: skip
     parser.add_argument(
         "--dry_run", action="store_true", help="check and print the memory budget; compile, write nothing"
@@ -116,7 +121,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
         options.tune, options.dump_passes, options.explain,
         tuple(options.debug_tensors) if options.enable_debug_output else None, options.tp_size, options.pp_size,
-        options.pp_layers, options.dtype,
+        options.pp_layers, options.fp8_accumulation, options.dtype,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
     source = open_source(options.checkpoint_dir)

@@ -54,6 +54,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "model": f"{model.architecture}, {model.num_layers} layers, {model.num_heads} heads of {model.head_dim}, "
         f"{model.num_kv_heads} KV heads, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         "types": f"{model.format}, activations {model.dtype}, KV cache {model.kv_cache_dtype}",
+        **_sums(plan),
         "limits": f"{limits.max_batch_size} sequences of {limits.max_seq_len}, {limits.max_num_tokens} tokens a step",
         "target": f"{c.target}, format version {c.format_version}, package {c.package_version}",
         **_rank(plan),
@@ -79,6 +80,13 @@ def _rank(plan: Plan) -> dict[str, str]:
         f"{axis} {start}-{stop - 1}" for axis, (start, stop) in {"layers": share.layers, **share.axes}.items()
     )
     return {f"rank {c.rank} of {c.world_size}": f"{parts} (tp_size {c.tp_size}, pp_size {c.pp_size})"}
+
+
+def _sums(plan: Plan) -> dict[str, str]:
+    """How FP8 linears add up, if there are any."""
+    steps = [s for s in plan.steps if "accumulation" in s.attributes]
+    kinds = {str(s.attributes["accumulation"]) for s in steps if plan.buffer(s.inputs[0]).dtype == "float8_e4m3fn"}
+    return {"FP8 accumulation": ", ".join(sorted(kinds))} if kinds else {}
 
 
 def layers(plan: Plan, console: Console) -> None:

@@ -34,6 +34,18 @@ def test_everything_is_shown_by_default(directory, capsys):
     assert "quantize/dequantize pairs" in text
 
 
+@pytest.mark.parametrize("accumulation", ["fast", "precise"])
+def test_how_fp8_linears_sum_is_told(tmp_path, capsys, accumulation):
+    source = tiny.source(tmp_path / "checkpoint", tiny.qformat("fp8", "fp8"))
+    request = Request(4, 128, 64, "cpu", fp8_accumulation=accumulation)
+    compiled = build.compile(source, request, Reporter())
+    build.write(compiled, source, tmp_path / "engine", Reporter())
+    linears = {s.name: s.attributes["accumulation"] for s in compiled.plan.steps if "accumulation" in s.attributes}
+    assert linears.pop("lm_head") == "fast"  # in 16 bits
+    assert set(linears.values()) == {accumulation} and len(linears) == 8
+    assert f"FP8 accumulation │ {accumulation}" in shown(tmp_path / "engine", capsys)
+
+
 def test_a_section_is_shown_alone(directory, capsys):
     text = shown(directory, capsys, "--layers")
     assert "gemm_swiglu" in text and "e4m3[T,192]" in text and "quantize/dequantize pairs" not in text

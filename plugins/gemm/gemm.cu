@@ -6,8 +6,9 @@
 // A cluster either shares what all its CTAs load (CLUSTER_M row blocks share w, or CLUSTER_N column blocks share x; each
 // CTA loads one part and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
-// Blockwise scales (of 128 of K: per row of x, per 8 rows of w) cannot wait for the epilogue: each stage's products are
-// scaled and added to a second set of accumulators, while the next stage multiplies into a third.
+// PROMOTE: the tensor cores keep some 14 bits of an e4m3 sum, so each stage's products (128 of K) are added in float32 to a
+// second set of accumulators, while the next stage multiplies into a third. Blockwise scales (of 128 of K: per row of x, per
+// 8 rows of w) cannot wait for the epilogue: they scale the products on this way.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
 // (TMA knows the buffer's rows only); nothing reads them.
@@ -20,7 +21,7 @@
 
 // Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
 // to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token, 3
-// blockwise), W_SCALE (0 none, 1 per column, 2 blockwise), BIAS; TMA_STORE; the tactic.
+// blockwise), W_SCALE (0 none, 1 per column, 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic.
 constexpr int WARPGROUPS = BLOCK_M == 64 && !PINGPONG ? 1 : 2;
 constexpr int TILE_ROWS = PINGPONG ? BLOCK_M : BLOCK_M / WARPGROUPS;  // of one warpgroup
 constexpr int MMAS = TILE_ROWS / 64;
@@ -45,7 +46,8 @@ constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread
 static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
-static_assert(!BLOCKWISE || (OPERAND == 0 && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
+static_assert(!PROMOTE || OPERAND == 0);
+static_assert(!BLOCKWISE || (PROMOTE && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 
 struct Arguments {
   const float *x_scale, *w_scale, *bias, *out_scale;
@@ -88,16 +90,21 @@ DEVICE void release(u32 empty) {
   } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
 }
 
-// sum += d * (scale of the row) * (scale of the column group).
-DEVICE void add_scaled(float (&sum)[MMAS][BLOCK_N / 2], const float (&d)[MMAS][BLOCK_N / 2], const float (&row)[MMAS][2],
-                       const float* column) {
+// sum += d, which BLOCKWISE scales: by the scale of the row and that of the column group.
+DEVICE void promote(float (&sum)[MMAS][BLOCK_N / 2], const float (&d)[MMAS][BLOCK_N / 2], const float (&row)[MMAS][2],
+                    const float* column) {
+  float one = 1.f;
+  pin(one);  // known only here: no addition comes before the products that follow are under way
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
-    float scale = column[g];
+    float scale = BLOCKWISE ? column[g] : one;
 #pragma unroll
     for (int m = 0; m < MMAS; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum[m][4 * g + i] = fmaf(d[m][4 * g + i], row[m][i / 2] * scale, sum[m][4 * g + i]);
+      for (int i = 0; i < 4; i++) {
+        float& to = sum[m][4 * g + i];
+        to = fmaf(d[m][4 * g + i], BLOCKWISE ? row[m][i / 2] * scale : scale, to);
+      }
   }
 }
 
@@ -339,8 +346,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     float scalar = X_SCALE == 1 ? x_scale[0] : 1.f, quantum = QUANT ? out_scale[0] : 1.f;
     int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
     float d[MMAS][BLOCK_N / 2];
-    float scaled_sum[BLOCKWISE ? MMAS : 1][BLOCKWISE ? BLOCK_N / 2 : 1];
-    auto& sum = pick<BLOCKWISE>(scaled_sum, d);
+    float promoted[PROMOTE ? MMAS : 1][PROMOTE ? BLOCK_N / 2 : 1];
+    auto& sum = pick<PROMOTE>(promoted, d);
     if (PINGPONG && warpgroup == 1) {  // the first tile is the other's
       stage = K_BLOCKS % STAGES, parity = K_BLOCKS / STAGES % 2;
       first += step;
@@ -366,6 +373,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
       float block_scale[MMAS][2];  // of this thread's rows, in the next k block
       auto load_block_scale = [&](int k) {
+        if (!BLOCKWISE) return;
 #pragma unroll
         for (int m = 0; m < MMAS; m++)
 #pragma unroll
@@ -382,6 +390,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           block_scales[k * GROUPS + group] = at < GEMM_N / 8 ? w_scale[(size_t)at * K_BLOCKS + k] : 0.f;
         }
         warpgroup_sync(warpgroup);
+      }
+      if constexpr (PROMOTE) {
 #pragma unroll
         for (int m = 0; m < MMAS; m++)
 #pragma unroll
@@ -403,13 +413,15 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         last = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
       };
-      if constexpr (BLOCKWISE) {
-        // Two stages are under way: while one multiplies, the other's products are scaled.
+      if constexpr (PROMOTE) {
+        // Two stages are under way: while one multiplies, the other's products are added.
         float e[MMAS][BLOCK_N / 2], now[MMAS][2];
         int k = k_begin;
+        if (K_BLOCKS < 4) pin(k_end);  // else the branches below are decided at compile time
         auto finished = [&](float (&products)[MMAS][BLOCK_N / 2]) {
 #pragma unroll
-          for (int m = 0; m < MMAS; m++) now[m][0] = block_scale[m][0], now[m][1] = block_scale[m][1];
+          for (int m = 0; m < MMAS; m++)
+            if (BLOCKWISE) now[m][0] = block_scale[m][0], now[m][1] = block_scale[m][1];
           wgmma_wait_group<0>();
 #pragma unroll
           for (int m = 0; m < MMAS; m++)
@@ -432,19 +444,19 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         for (int pair = (k_end - k_begin - 1) / 2; pair > 0; pair--) {
           finished(d);
           begin(e);
-          add_scaled(sum, d, now, block_scales + k++ * GROUPS);
+          promote(sum, d, now, block_scales + k++ * GROUPS);
           finished(e);
           begin(d);
-          add_scaled(sum, e, now, block_scales + k++ * GROUPS);
+          promote(sum, e, now, block_scales + k++ * GROUPS);
         }
         finished(d);
         if ((k_end - k_begin) % 2 == 0) {
           begin(e);
-          add_scaled(sum, d, now, block_scales + k++ * GROUPS);
+          promote(sum, d, now, block_scales + k++ * GROUPS);
           finished(e);
-          add_scaled(sum, e, now, block_scales + k * GROUPS);
+          promote(sum, e, now, block_scales + k * GROUPS);
         } else {
-          add_scaled(sum, d, now, block_scales + k * GROUPS);
+          promote(sum, d, now, block_scales + k * GROUPS);
         }
         if (PINGPONG) pass_turn(warpgroup);
       } else {

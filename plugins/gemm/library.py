@@ -42,6 +42,7 @@ def bind(plugin: Plugin, tensors: Sequence[torch.Tensor | None]) -> Launcher:
     x, w, x_scale, w_scale, _, y = tensors
     assert x is not None and w is not None and y is not None
     logits = plugin.attributes().get("rows") == "L"
+    fast = plugin.attributes()["accumulation"] == "fast"
     quantized = x_scale is not None and w_scale is not None
     row_scale = x_scale.reshape(-1, 1).expand(x.shape[0], 1).contiguous() if x_scale is not None else None
     column_scale = w_scale.reshape(1, -1) if w_scale is not None else None
@@ -52,7 +53,7 @@ def bind(plugin: Plugin, tensors: Sequence[torch.Tensor | None]) -> Launcher:
             return
         if quantized:
             scale = row_scale[:rows]
-            torch._scaled_mm(x[:rows], w.t(), scale, column_scale, out_dtype=y.dtype, use_fast_accum=True, out=y[:rows])
+            torch._scaled_mm(x[:rows], w.t(), scale, column_scale, out_dtype=y.dtype, use_fast_accum=fast, out=y[:rows])
         else:
             torch.mm(x[:rows], w.t(), out=y[:rows])
 

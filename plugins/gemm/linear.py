@@ -27,8 +27,13 @@ class Linear(Plugin):
     """Tactics, kernels and launches; a subclass adds its fields, types and reference."""
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
-        """Few-token tactics first where they apply, then the many-token ones, the library last."""
-        few = [] if blockwise(inputs) else few_tokens.candidates(self, inputs, tokens)[:OFFERED_FEW]
+        """Few-token tactics first where they apply (they scale no products and promote none), then the many-token ones,
+        the library last."""
+        few = (
+            []
+            if blockwise(inputs) or self.attributes()["accumulation"] == "precise"
+            else few_tokens.candidates(self, inputs, tokens)[:OFFERED_FEW]
+        )
         many = many_tokens.candidates(self, inputs, tokens)
         return [*few, *(many[:2] if few else many), *library.candidates(self, inputs)]
 

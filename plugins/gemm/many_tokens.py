@@ -24,7 +24,7 @@ DEVICE_BYTES = 2400.0  # of device memory per clock
 CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
-BLOCKWISE_N = 128  # columns for which a warpgroup of 64 rows has registers three times
+PROMOTED_N = 128  # columns for which a warpgroup of 64 rows has registers three times
 OFFERED = 6  # candidates that are worth timing
 
 
@@ -121,6 +121,7 @@ def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
         "X_SCALE": 0 if x_scale is None else 3 if blockwise(inputs) else 1 if x_scale.shape[0] == 1 else 2,
         "W_SCALE": 0 if w_scale is None else 2 if blockwise(inputs) else 1,
         "BIAS": int(bias is not None),
+        "PROMOTE": int(blockwise(inputs) or attributes["accumulation"] == "precise"),
         "TMA_STORE": int(out != 2 and row_bytes % 16 == 0),
     }
     return Problem(n, -(-k * BYTES[x.dtype] // ATOM), tuple(constants.items()))
@@ -141,7 +142,7 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
         if (block_m > 64 and tokens <= block_m // 2) or not p.chunk(block_n):
             continue
         rows = block_m if pingpong or block_m == 64 else block_m // 2  # of a warpgroup
-        if p.blockwise and rows * block_n > 64 * BLOCKWISE_N:
+        if p["PROMOTE"] and rows * block_n > 64 * PROMOTED_N:
             continue
         for cluster_m, cluster_n, split in CLUSTERS:
             few_tiles = -(-tokens // block_m) * -(-p.n // block_n) <= clusters(split)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fp8.plugins.base import PluginError, StepShape, Tensor
 from fp8.plugins.gemm.linear import Linear
-from fp8.plugins.gemm.types import check_tensor_cores, check_types
+from fp8.plugins.gemm.types import check_accumulation, check_tensor_cores, check_types
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +21,13 @@ class Gemm(Linear):
     [N / 8, K / 128].
 
     `rows` says which of a step's sizes counts the rows of x: "T" packed tokens or "L" rows whose logits are wanted.
+    `accumulation`: see `types.ACCUMULATIONS`; blockwise sums are precise in any case.
     """
 
     name: ClassVar[str] = "gemm"
     out_dtype: str = "bfloat16"
     rows: str = "T"
+    accumulation: str = "fast"
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         if self.rows not in ("T", "L"):
@@ -33,6 +35,7 @@ class Gemm(Linear):
                 f"rows is {self.rows!r}, expected 'T' (packed tokens) or 'L' (rows whose logits are wanted)"
             )
         rows, n = check_types(inputs, self.out_dtype)
+        check_accumulation(inputs, self.accumulation)
         return (Tensor(self.out_dtype, (rows, n)),)
 
     def reference(self, *inputs: torch.Tensor | None, step: StepShape) -> tuple[torch.Tensor, ...]:

@@ -9,6 +9,7 @@ from fp8.plugins.base import SCALE_BLOCK, Dim, PluginError, Tensor
 BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 GROUP_ROWS = 8  # of w that share a blockwise scale: neighbours in a thread's accumulators
 OUT_DTYPES = ("bfloat16", "float16", "float32")
+ACCUMULATIONS = ("fast", "precise")  # of e4m3 products: as the tensor cores add, or in float32 every 128 of K
 
 
 def operands(inputs: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,14 @@ def check_scales(inputs: Sequence[Tensor | None], rows: Dim, n: int, k: Dim) -> 
         if found != expected:
             text = f"{found.dtype} {list(found.shape)}" if found else "absent"
             raise PluginError(f"{name} is {text}, expected float32 {list(expected.shape)}")
+
+
+def check_accumulation(inputs: Sequence[Tensor | None], accumulation: str) -> None:
+    """Raises PluginError unless the sums can be taken so: "precise" is of e4m3 products, which alone lose bits."""
+    if accumulation not in ACCUMULATIONS:
+        raise PluginError(f"accumulation is {accumulation!r}, expected {' or '.join(map(repr, ACCUMULATIONS))}")
+    if accumulation == "precise" and inputs[0] is not None and inputs[0].dtype != "float8_e4m3fn":
+        raise PluginError(f"accumulation is 'precise' and x {inputs[0].dtype}, whose sums are float32 as they are")
 
 
 def check_types(inputs: Sequence[Tensor | None], out_dtype: str) -> tuple[Dim, int]:

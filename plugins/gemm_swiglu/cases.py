@@ -25,6 +25,7 @@ def case(
     quant: str = "static",
     out: str = "bfloat16",
     bias: bool = False,
+    accumulation: str = "fast",
 ) -> Case:
     def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
         inputs = operands(rows, 2 * features, k, dtype, mode, bias, generator, device)
@@ -36,7 +37,8 @@ def case(
     moved = (rows + 2 * features) * k * BYTES[dtype] + rows * features * (1 if quant == "static" else 2)
     name = f"{rows}x{features}x{k} {dtype} {mode} quant {quant} {out}{' bias' if bias else ''}"
     tolerance, why = (4e-2, TO_CODES) if quant == "static" else (5e-3, TO_16_BITS)
-    plugin = GemmSwiglu("silu", quant, out)
+    name += " precise" if accumulation == "precise" else ""
+    plugin = GemmSwiglu("silu", quant, out, accumulation)
     return Case(name, plugin, make, StepShape.prefill(rows), tolerance, why, moved, 4 * rows * features * k)
 
 
@@ -48,6 +50,9 @@ CASES += [
     case(65, 72, 328, "none", "bfloat16", "none", bias=True),
     case(129, 1000, 328, "none", "float16", "none", "float16"),
     case(515, 2752, 1024),
+    *(case(rows, 192, 320, accumulation="precise") for rows in (1, 7, 65, 300)),
+    case(129, 1384, 2064, "rowwise", quant="none", bias=True, accumulation="precise"),
+    case(512, 11008, 4096, accumulation="precise"),
 ]
 CASES += [case(m, 11008, 4096) for m in (1, 16, 64, 128, 512, 2048)]
 CASES += [case(2048, 11008, 4096, "rowwise", quant="none")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fp8.plugins.base import PluginError, StepShape, Tensor
 from fp8.plugins.gemm.linear import Linear
-from fp8.plugins.gemm.types import blockwise, check_tensor_cores, check_types, check_vector
+from fp8.plugins.gemm.types import blockwise, check_accumulation, check_tensor_cores, check_types, check_vector
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,14 @@ class GemmSwiglu(Linear):
 
     Rows of w, w_scale and bias are interleaved in groups of 8 (`reference.interleave`). Gate and up are rounded to
     `out_dtype`, the product silu(gate) * up is float32 and rounded or quantized once.
+    `accumulation`: see `gemm.types.ACCUMULATIONS`.
     """
 
     name: ClassVar[str] = "gemm_swiglu"
     activation: str = "silu"
     quant: str = "static"
     out_dtype: str = "bfloat16"
+    accumulation: str = "fast"
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         if self.activation != "silu":
@@ -34,6 +36,7 @@ class GemmSwiglu(Linear):
         if self.quant not in ("none", "static"):
             raise PluginError(f"quant is {self.quant!r}, expected 'none' or 'static'; use gemm and act_quant")
         rows, n = check_types(inputs, self.out_dtype)
+        check_accumulation(inputs, self.accumulation)
         if blockwise(inputs):
             raise PluginError("the scales are blockwise; use gemm and act_quant")
         if n % 16:

@@ -34,3 +34,4 @@ DEVICE u32 map_shared_rank(u32 address, u32 rank) {
 
 // Pins a value here: what reads it afterwards is not moved before the waits and products that stand in front.
 DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
+DEVICE void pin(int& x) { asm volatile("" : "+r"(x)); }
