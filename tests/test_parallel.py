@@ -338,6 +338,24 @@ def test_a_dry_run_tells_the_memory_of_the_largest_rank(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir() if "rank" in p.name] == []
 
 
+def test_passes_are_dumped_and_explained_per_rank(tmp_path, capsys):
+    tiny.write(tmp_path / "checkpoint", tiny.qformat("fp8_rowwise"), num_hidden_layers=1)
+    arguments = ["--checkpoint_dir", tmp_path / "checkpoint", "--target", "cpu", "--tp_size", 2, "--max_num_tokens", 64]
+    more = ["--dry_run", "--dump_passes", tmp_path / "dump", "--log_level", "error"]
+    assert command.main(list(map(str, [*arguments, *more]))) == 0
+    for rank in (0, 1):
+        names = sorted(p.name for p in (tmp_path / "dump" / f"rank{rank}").iterdir())
+        assert names[:3] == ["0_emit.txt", "1_tensor_parallel.txt", "2_fold.txt"]
+    text = (tmp_path / "dump" / "rank1" / "1_tensor_parallel.txt").read_text()
+    assert "model.layers.0.self_attn.o_proj/all_reduce: all_reduce(" in text
+    capsys.readouterr()
+    node = "model.layers.0.mlp.down_proj/row_amax"
+    assert command.main(list(map(str, [*arguments, "--explain", node, "--rank", 1]))) == 0
+    assert "taken by: model.layers.0.mlp/row_amax" in capsys.readouterr().out
+    assert command.main(list(map(str, [*arguments, "--explain", node, "--rank", 2]))) == 1
+    assert "rank is 2, expected 0 to 1" in capsys.readouterr().err
+
+
 def test_debug_tensors_of_a_rank_are_its_own_parts(directory):
     source, _ = alone(directory, "fp8", "auto", "uneven")
     wanted = request(2, debug_tensors=("model.layers.0.self_attn.o_proj*", "model.layers.0.mlp*"))
