@@ -337,7 +337,7 @@ def write_common(plans: Sequence[Plan], source: Source, directory: Path) -> None
     """Writes what all ranks share: config.json, which says how the model is divided, and the tokenizer."""
     facts: dict[str, Any] = {k: dataclasses.asdict(getattr(plans[0], k)) for k in ("compatibility", "model", "limits")}
     if len(plans) > 1:
-        facts["ranks"] = [dataclasses.asdict(p.share) for p in plans if p.share]
+        facts["ranks"] = [{**dataclasses.asdict(p.share), "weights_sha256": p.weights_sha256} for p in plans if p.share]
     text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
     engine.write_atomically(directory / "config.json", [text.encode()])
     for name in COPIED:

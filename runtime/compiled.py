@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.runtime.links import INPUT
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
 from fp8.runtime.step_inputs import StepInputs
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp8.plugins.cuda import Function
+    from fp8.runtime.links import GpuLinks
 
 RESERVE = 1 << 30  # bytes left to the driver: graphs, kernels' local memory, the allocator's rounding
 
@@ -90,31 +92,46 @@ def load_functions(engine: Engine) -> dict[str, Function]:
 
 
 class CompiledExecutor:
-    """One GPU's buffers and bound launches. `run` enqueues a step on the current stream and returns its logits."""
+    """One GPU's buffers and bound launches. `run` enqueues a step on the current stream and returns its logits, or
+    what the next pipeline stage takes. `links`: what goes between the GPUs of several ranks."""
 
-    def __init__(self, engine: Engine, weights: dict[str, torch.Tensor], inputs: StepInputs, num_blocks: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        weights: dict[str, torch.Tensor],
+        inputs: StepInputs,
+        num_blocks: int,
+        links: GpuLinks | None = None,
+    ) -> None:
         import torch
 
         plan = engine.plan
         device = inputs.input_ids.device
         self.plan = plan
         self._tensors: dict[str, torch.Tensor] = {**weights, **inputs.device, "input_ids": inputs.input_ids}
+        self._comm = None if links is None else links.group
+        if links is not None and links.hidden is not None:
+            self._tensors[INPUT] = links.hidden
         self._arena = torch.zeros(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
         self._workspace = torch.zeros(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
         plugins = load_plugins(plan)
         self._allocate(plan, plugins, num_blocks, device)
         functions = load_functions(engine)
         self._steps = [self._bind(step, plugin, functions) for step, plugin in zip(plan.steps, plugins, strict=True)]
-        self.logits = self._tensors["logits"]
+        output = next(b for b in plan.buffers if b.kind == "output")
+        self.result, self._rows = self._tensors[output.name], output.shape[0]
 
-    def run(self, shape: StepShape, observe: Observer | None = None) -> torch.Tensor:
+    def run(
+        self, shape: StepShape, observe: Observer | None = None, hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`hidden_states`, if any, lie where the launches are bound to."""
         for step, launcher in zip(self.plan.steps, self.launchers(shape), strict=True):
             launcher(shape)
             if observe:
                 for name in filter(None, step.outputs):
                     rows = shape.logits_rows if self.plan.buffer(name).shape[0] == "L" else shape.tokens
                     observe(name, self._tensors[name][:rows])
-        return self.logits[: shape.logits_rows]
+        return self.result[: shape.logits_rows if self._rows == "L" else shape.tokens]
 
     def weight(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -171,7 +188,9 @@ class CompiledExecutor:
         for choice in step.tactics:
             region = self._workspace[choice.workspace_offset :][: choice.workspace] if choice.workspace else None
             tactic = plugin.tactic(choice.tactic)
-            launchers.append(plugin.bind(tactic, [functions[h] for h in choice.kernels], tensors, region))
+            found = [functions[h] for h in choice.kernels]
+            comm = {"comm": self._comm} if plugin.collective else {}
+            launchers.append(plugin.bind(tactic, found, tensors, region, **comm))
         if not launchers:
             raise EngineError(f"{step.plugin}: {step.name}: the engine holds no tactic for it; build it again")
         ends = [choice.max_tokens for choice in step.tactics]

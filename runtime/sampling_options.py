@@ -31,7 +31,8 @@ class Options:
 
     arrays: dict[str, np.ndarray]
     changed: int  # rows whose logits change
-    penalized: Sequence[Row]
+    penalized: int  # rows with penalties
+    longest: int  # tokens before the next of the longest of them
     truncated: bool
     ordered: bool  # some row has top_k or top_p
     typical: bool
@@ -49,8 +50,28 @@ class Drawn(NamedTuple):
     candidates: LogprobTable | None = None
 
 
-def options_of(rows: Sequence[Row]) -> Options | None:
-    """The options of a step's rows; None if the sampling kernel alone will do."""
+class History:
+    """Whose tokens each slot's row of the table on the device holds; kept where steps are scheduled."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Request, int, int]] = {}  # slot -> whose, its preemptions, how many tokens
+
+    def fresh(self, rows: Sequence[Row]) -> list[Request]:
+        """The requests among `rows` whose tokens are not in the table: new ones, and those that come back to a slot
+        after a preemption; and beams, as their tokens become others. All their tokens are known to the host then.
+        The next call takes them as written."""
+        fresh = []
+        for row in rows:
+            request, length = row.request, _length(row)
+            if request.search or self._held.get(request.slot) != (request, request.preemptions, length):
+                assert length == len(request.tokens), "a request starts with nothing in flight"
+                fresh.append(request)
+            self._held[request.slot] = (request, request.preemptions, length + 1)
+        return fresh
+
+
+def options_of(rows: Sequence[Row], history: History) -> Options | None:
+    """The options of a step's rows; None if the sampling kernel alone will do. Plain data, for any rank to apply."""
     sampling = [row for row in rows if row.samples]
     if all(r.request.params.plain and r.index >= r.request.params.min_tokens for r in sampling):
         return None
@@ -73,6 +94,10 @@ def options_of(rows: Sequence[Row]) -> Options | None:
     for name in ("temperature", "top_p", "min_p", "typical_p"):
         arrays[name] = _float(getattr(params[i], name) for i in truncated)
     arrays["top_k"] = _int(min(params[i].top_k, 2**31 - 1) or 2**31 - 1 for i in truncated)
+    fresh = history.fresh([sampling[i] for i in penalized])
+    arrays["fresh_slot"] = _int(r.slot for r in fresh)
+    arrays["fresh_length"] = _int(len(r.tokens) for r in fresh)
+    arrays["fresh"] = _int(t for r in fresh for t in r.tokens)
     listed = [i for i, p in enumerate(params) if p.logprobs is not None]
     arrays["logprob_rows"] = _int(listed)
     asked = [params[i].logprob_token_ids for i in listed]
@@ -83,7 +108,8 @@ def options_of(rows: Sequence[Row]) -> Options | None:
     return Options(
         arrays,
         changed=len({*penalized, *truncated, *(i for i, _, _ in biases), *(i for i, _ in masks)}),
-        penalized=[sampling[i] for i in penalized],
+        penalized=len(penalized),
+        longest=max((_length(sampling[i]) for i in penalized), default=0),
         truncated=bool(truncated),
         ordered=any(params[i].top_k or params[i].top_p < 1 for i in truncated),
         typical=any(params[i].typical_p < 1 for i in truncated),
@@ -100,17 +126,15 @@ class OptionSampler:
     def __init__(self, limits: Limits, device: torch.device) -> None:
         self._limits, self._device = limits, device
         self._history: torch.Tensor | None = None
-        self._held: dict[int, tuple[Request, int, int]] = {}  # slot -> whose, its preemptions, how many tokens
 
     def sample(self, options: Options, logits: torch.Tensor, choose: Choose) -> Drawn:
         """Changes `logits` [L, V] in place and lets `choose` take the tokens. Log-probabilities are those of the logits
         as they came; of beams the candidates are those after the changes, which act on log-probabilities there."""
-        fresh = self._fresh(options.penalized)
-        on_device = _upload(options.arrays | {"fresh": _int(t for r in fresh for t in r.tokens)}, logits)
+        on_device = _upload(options.arrays, logits)
         listed = on_device["logprob_rows"]
         log_p = logits.index_select(0, listed).log_softmax(1) if options.logprobs else None
         if options.penalized:
-            self._write_history(fresh, on_device["fresh"])
+            self._write_history(options.arrays, on_device["fresh"])
         beams, candidates = on_device["beam_rows"], None
         if options.beam_rows:
             logits.index_copy_(0, beams, logits.index_select(0, beams).log_softmax(1))
@@ -137,8 +161,7 @@ class OptionSampler:
         logits.index_put_(at, logits[at] + bias)
         if options.penalized:
             rows, slots = on_device["penalized"], on_device["slot"]
-            longest = max(_length(row) for row in options.penalized)
-            history = self._history_table()[:, :longest].index_select(0, slots)
+            history = self._history_table()[:, : options.longest].index_select(0, slots)
             penalties = [on_device[f"{name}_penalty"] for name in ("repetition", "presence", "frequency")]
             changed = penalize(
                 logits.index_select(0, rows), history, on_device["prompt"], on_device["length"], *penalties
@@ -162,24 +185,11 @@ class OptionSampler:
         scores = keep_near_best(scores, on_device["min_p"])
         return keep_typical(scores, on_device["typical_p"]) if options.typical else scores
 
-    def _fresh(self, rows: Sequence[Row]) -> list[Request]:
-        """The requests among `rows` whose tokens are not in the table: new ones, and those that come back to a slot
-        after a preemption; and beams, as their tokens become others. All their tokens are known to the host then."""
-        fresh = []
-        for row in rows:
-            request, length = row.request, _length(row)
-            if request.search or self._held.get(request.slot) != (request, request.preemptions, length):
-                assert length == len(request.tokens), "a request starts with nothing in flight"
-                fresh.append(request)
-            self._held[request.slot] = (request, request.preemptions, length + 1)
-        return fresh
-
-    def _write_history(self, requests: Sequence[Request], tokens: torch.Tensor) -> None:
+    def _write_history(self, arrays: dict[str, np.ndarray], tokens: torch.Tensor) -> None:
         table, begin = self._history_table(), 0
-        for request in requests:
-            end = begin + len(request.tokens)
-            table[request.slot, : end - begin] = tokens[begin:end]
-            begin = end
+        for slot, length in zip(arrays["fresh_slot"].tolist(), arrays["fresh_length"].tolist(), strict=True):
+            table[slot, :length] = tokens[begin : begin + length]
+            begin += length
 
     def _history_table(self) -> torch.Tensor:
         import torch

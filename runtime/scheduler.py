@@ -46,8 +46,12 @@ class Scheduler:
         max_num_tokens: int,
         policy: Policy | None = None,
         reuse_prefixes: bool = True,
+        stages: int = 1,
     ) -> None:
+        """With several pipeline `stages` a sequence's next token is not computed before the last one is known, and a
+        step takes a part of the sequences, so that every stage has one to do."""
         self.pool = pool
+        self.stages = stages
         self.max_num_tokens = max_num_tokens
         self.policy = policy or Throughput()
         self.reuse_prefixes = reuse_prefixes
@@ -161,11 +165,12 @@ class Scheduler:
 
     def _decode_rows(self, requests: Sequence[Request]) -> list[Row]:
         """A row of one token for each, as far as they keep their place."""
-        size, most, served = self.pool.block_size, self.max_num_tokens, self.policy.served
+        size, served = self.pool.block_size, self.policy.served
+        most = min(self.max_num_tokens, -(-len(self.running) // self.stages))
         rows: list[Row] = []
         for request in requests:
             computed = request.computed
-            if request.slot < 0 or len(rows) == most:
+            if request.slot < 0 or len(rows) == most or (request.in_flight and self.stages > 1):
                 continue
             if request.search:
                 rows.append(self._take(request, 1))

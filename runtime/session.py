@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8.builder import engine as engine_format
-from fp8.builder.engine import Engine, EngineError, Plan
+from fp8.builder.engine import Engine, Plan
 from fp8.plugins.base import StepShape
+from fp8.runtime import preflight
 from fp8.runtime.beam_search import Candidates
+from fp8.runtime.comm import World
+from fp8.runtime.device import blocks_in_host_memory, choose_device
+from fp8.runtime.links import GpuLinks, HostLinks, Links
 from fp8.runtime.logprobs import TokenLogprobs
+from fp8.runtime.ranks import Command, Ranks, Reply
 from fp8.runtime.record import Recorder
-from fp8.runtime.reference import ReferenceExecutor, kv_block_bytes, kv_buffers
+from fp8.runtime.reference import ReferenceExecutor, kv_buffers
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
-from fp8.runtime.sampling_options import Drawn, Options, OptionSampler, options_of
+from fp8.runtime.sampling_options import Drawn, History, Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
 from fp8.runtime.step_inputs import Packer, StepInputs
 
@@ -27,37 +32,22 @@ if TYPE_CHECKING:
 
     from fp8.runtime.compiled import CompiledExecutor, Graphs
 
-STAGES = 2  # steps whose tokens may be unread: one running, one enqueued behind it
+UNREAD = 2  # steps whose tokens may be unread: one running, one enqueued behind it; with more stages, one for each
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A step that has been enqueued. Read tickets in order, at most STAGES of them open."""
+    """A step that has been enqueued. Read tickets in order, at most Session.max_unread of them open."""
 
     rows: Sequence[Row]
-    stage: int
+    stage: int  # which staging buffers it uses
     count: int  # tokens it samples
     drawn: Drawn
     options: Options | None = None
 
-
-def choose_device(name: str, target: str) -> torch.device:
-    """ "auto": the GPU if there is one and the engine holds kernels, else the CPU. Raises EngineError for none such."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() and target != "cpu" else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise EngineError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise EngineError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EngineError(f"device {name!r} was asked for, and torch sees no CUDA GPU; use --device cpu")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.options is not None and bool(self.options.logprob_rows)
 
 
 class Session:
@@ -65,6 +55,9 @@ class Session:
 
     `enqueue` returns before the step has run on a GPU; the next step may be enqueued before `read`, because sampled
     tokens stay on the device. Raises EngineError for an engine that cannot run on `device`, or does not fit.
+
+    `world` are the ranks of an engine that is divided among several: rank 0 enqueues and reads, the others `follow`.
+    Raises RankError, on all of them, if one cannot take part.
     """
 
     def __init__(
@@ -73,41 +66,63 @@ class Session:
         device: str = "auto",
         max_kv_blocks: int | None = None,
         kv_cache_free_gpu_memory_fraction: float = 0.9,
+        world: World | None = None,
     ) -> None:
         import torch
 
-        engine = engine_format.load(engine_dir, verify_weights=False)
+        engine = preflight.load(engine_dir, world)
         self.plan: Plan = engine.plan
         self.limits, self.model = engine.plan.limits, engine.plan.model
-        self.device = choose_device(device, engine.plan.compatibility.target)
+        self.ranks = None if world is None else Ranks(world, engine.plan)
+        target, place = engine.plan.compatibility.target, None if world is None else world.launch.local_rank
+        self.device = preflight.all_or_none(world, lambda: choose_device(device, target, place))
+        preflight.check_devices(world, self.device)
         self._packer = Packer(self.limits)
         self._stream: torch.cuda.Stream | None = None  # None on a CPU, like the graphs
         self._graphs: Graphs | None = None
         self._logits_graphs: Graphs | None = None  # the same steps up to their logits
-        self._options = OptionSampler(self.limits, self.device)
-        self._scope: Callable[[], AbstractContextManager]
+        self._links: Links | None = None
+        self._options, self._history = OptionSampler(self.limits, self.device), History()
+        self._scope: Callable[[], AbstractContextManager] = torch.inference_mode
         self._turn = 0
+        self._replies: dict[int, Reply] = {}  # of the stage that samples, by staging buffer
         self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
-        if self.device.type == "cuda":
-            self._open_on_gpu(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction)
-        else:
-            self._open_on_cpu(engine, max_kv_blocks)
+        self._open(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction, world)
         pinned = self.device.type == "cuda"
         self._tokens = [
-            torch.zeros(self.limits.logits_rows, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGES)
+            torch.zeros(self.limits.logits_rows, dtype=torch.int32, pin_memory=pinned) for _ in range(self.max_unread)
         ]
+        if world is not None:
+            world.opened = True
+            world.rest()
 
-    def _open_on_cpu(self, engine: Engine, max_kv_blocks: int | None) -> None:
-        import torch
+    def _open(self, engine: Engine, max_kv_blocks: int | None, fraction: float, world: World | None) -> None:
+        """Each stage on all ranks or on none: a rank that cannot go on is not waited for by the next stage."""
+        on_gpu = self.device.type == "cuda"
+        prepare, allocate = (
+            (self._prepare_gpu, self._allocate_on_gpu) if on_gpu else (self._prepare_cpu, self._allocate_on_cpu)
+        )
+        available = preflight.all_or_none(world, lambda: prepare(engine, max_kv_blocks, fraction))
+        self.num_blocks = available if world is None else min(map(int, world.exchange(str(available))))
+        if world is not None:
+            assert self.ranks is not None
+            with self.ranks.guard(), self._scope():
+                self._links = GpuLinks(world, self.plan, self.device) if on_gpu else HostLinks(world, self.plan)
+        preflight.all_or_none(world, lambda: allocate(engine))
 
+    def _prepare_cpu(self, engine: Engine, max_kv_blocks: int | None, _: float) -> int:
         engine_format.check_weights(engine, engine_format.file_sha256(engine.weights_path))
-        self.num_blocks = max_kv_blocks or _blocks_in_host_memory(self.plan)
-        self._inputs = StepInputs(self.limits, self.device, STAGES)
-        self.executor: ReferenceExecutor | CompiledExecutor = ReferenceExecutor(engine, self._inputs, self.num_blocks)
-        self._sample = reference_sampler(self._inputs)
-        self._scope = torch.inference_mode
+        return max_kv_blocks or blocks_in_host_memory(self.plan, self.plan.compatibility.world_size)
 
-    def _open_on_gpu(self, engine: Engine, max_kv_blocks: int | None, fraction: float) -> None:
+    def _allocate_on_cpu(self, engine: Engine) -> None:
+        group = None if self._links is None else self._links.group
+        self._inputs = StepInputs(self.limits, self.device, self.max_unread)
+        self.executor: ReferenceExecutor | CompiledExecutor = ReferenceExecutor(
+            engine, self._inputs, self.num_blocks, group
+        )
+        self._sample = reference_sampler(self._inputs)
+
+    def _prepare_gpu(self, engine: Engine, max_kv_blocks: int | None, fraction: float) -> int:
         import torch
 
         from fp8.runtime import compiled
@@ -120,40 +135,64 @@ class Session:
         with self._scope():
             free = torch.cuda.mem_get_info()[0]
             available = compiled.pool_blocks(self.plan, free, fraction)
-            self.num_blocks = min(max_kv_blocks or available, available)
-            weights = load_to_gpu(engine, self.device)
-            self._inputs = StepInputs(self.limits, self.device, STAGES)
-            self.executor = executor = compiled.CompiledExecutor(engine, weights, self._inputs, self.num_blocks)
-            self._sample = compiled_sampler(engine, self._inputs, executor.logits)
+            self._weights = load_to_gpu(engine, self.device)
+        return min(max_kv_blocks or available, available)
+
+    def _allocate_on_gpu(self, engine: Engine) -> None:
+        import torch
+
+        from fp8.runtime import compiled
+
+        assert self._stream is not None and (self._links is None or isinstance(self._links, GpuLinks))
+        with self._scope():
+            self._inputs = StepInputs(self.limits, self.device, self.max_unread)
+            self.executor = executor = compiled.CompiledExecutor(
+                engine, self._weights, self._inputs, self.num_blocks, self._links
+            )
+            if self._samples:
+                self._sample = compiled_sampler(engine, self._inputs, executor.result)
             self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._forward)
-            self._events = [torch.cuda.Event() for _ in range(STAGES)]
-        stream.synchronize()
+            self._events = [torch.cuda.Event() for _ in range(self.max_unread)]
+        self._stream.synchronize()
 
     def enqueue(self, rows: Sequence[Row], copies: Mapping[int, int] | None = None) -> Ticket:
         """Packs and starts a step; its tokens come from `read`. Before it, KV blocks get the contents of others: those
         that the keys of `copies` name, of those that its values name."""
-        stage, self._turn = self._turn, (self._turn + 1) % STAGES
-        host, options = self._inputs.host[stage], options_of(rows)
-        with self._scope():
-            if copies:
-                self._copy_blocks(copies)
-            shape = self._packer.pack(rows, host)
-            count = shape.logits_rows
-            launch, forward = self._launch, self._forward
-            replayed = self._graphs is not None and self.recorder is None
-            if replayed and shape.decode_sequences == shape.sequences == count:
-                assert self._graphs is not None and self._logits_graphs is not None
-                shape = self._pad(shape, stage)
-                launch, forward = self._graphs.run, self._logits_graphs.run
-            self._inputs.upload(stage)
-            if options is None:
-                drawn = Drawn(launch(shape))
-            else:
-                choose = partial(self._choose, shape)
-                drawn = self._options.sample(options, forward(shape), choose)
+        stage, self._turn = self._turn, (self._turn + 1) % self.max_unread
+        with self._guard(), self._scope():
+            host = self._inputs.host[stage]
+            shape, options = self._packer.pack(rows, host), options_of(rows, self._history)
+            self._tell("step", shape, stage, options, copies)
+            return self._start(rows, shape, stage, options, copies)
+
+    def _start(
+        self,
+        rows: Sequence[Row],
+        shape: StepShape,
+        stage: int,
+        options: Options | None,
+        copies: Mapping[int, int] | None,
+    ) -> Ticket:
+        """Runs, or enqueues, the step whose inputs lie in that staging buffer."""
+        if copies:
+            self._copy_blocks(copies)
+        count = shape.logits_rows
+        launch, forward = self._launch, self._forward
+        replayed = self._graphs is not None and self.recorder is None
+        if replayed and shape.decode_sequences == shape.sequences == count:
+            assert self._graphs is not None and self._logits_graphs is not None
+            shape = self._pad(shape, stage)
+            launch, forward = self._graphs.run, self._logits_graphs.run
+        self._inputs.upload(stage)
+        if options is None or not self._samples:
+            drawn = Drawn(launch(shape))
+        else:
+            choose = partial(self._choose, shape)
+            drawn = self._options.sample(options, forward(shape), choose)
+        if self._samples:
             self._tokens[stage][:count].copy_(drawn.tokens[:count], non_blocking=True)
-            if self._graphs is not None:
-                self._events[stage].record()
+        if self._graphs is not None:
+            self._events[stage].record()
         return Ticket(rows, stage, count, drawn, options)
 
     def use_in_this_thread(self) -> None:
@@ -165,8 +204,20 @@ class Session:
 
     def read(self, ticket: Ticket) -> list[int | Candidates]:
         """What the step sampled, in the order of its sampling rows: a token, or a beam's candidates; waits for it."""
-        if self._graphs is not None:
-            self._events[ticket.stage].synchronize()
+        with self._guard():
+            if not self._samples:
+                assert self.ranks is not None
+                self._replies[ticket.stage] = reply = self.ranks.receive_reply()
+                sampled = reply.sampled
+            else:
+                self._wait(ticket.stage)
+                sampled = self._sampled(ticket)
+            if self.ranks is not None:
+                self.ranks.end()
+        return sampled
+
+    def _sampled(self, ticket: Ticket) -> list[int | Candidates]:
+        """Of a step that has ended here."""
         sampled: list[int | Candidates] = self._tokens[ticket.stage][: ticket.count].tolist()
         if ticket.drawn.candidates is not None and ticket.options is not None:
             for row, entry in zip(ticket.options.beam_rows, ticket.drawn.candidates.entries(), strict=True):
@@ -175,6 +226,8 @@ class Session:
 
     def read_logprobs(self, ticket: Ticket) -> list[TokenLogprobs | None]:
         """Log-probabilities of the tokens of `read`, None for rows that want none; call it after `read`."""
+        if not self._samples:
+            return self._replies[ticket.stage].logprobs
         found: list[TokenLogprobs | None] = [None] * ticket.count
         if ticket.drawn.logprobs is not None and ticket.options is not None:
             for row, entry in zip(ticket.options.logprob_rows, ticket.drawn.logprobs.entries(), strict=True):
@@ -183,17 +236,83 @@ class Session:
 
     def token_logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits f32 [T, V] after every token of `rows` (T at most `max_logits_rows`); good until the next step."""
-        host = self._inputs.host[self._turn]
-        with self._scope():
-            if self._graphs is not None:
-                self._events[self._turn].synchronize()
+        stage = self._turn
+        host = self._inputs.host[stage]
+        with self._guard(), self._scope():
+            self._wait(stage)
             shape = self._packer.want_all_logits(self._packer.pack(rows, host), host)
-            self._inputs.upload(self._turn)
-            self._inputs.gather_input_ids(shape.tokens)
-            logits = self._run(shape)
-        if self._stream is not None:
-            self._stream.synchronize()
+            self._tell("logits", shape, stage)
+            logits = self._score(shape, stage)
+            if self.ranks is not None:
+                logits = logits if self.ranks.last else self.ranks.receive_logits(self.device)
+                self.ranks.end()
         return logits
+
+    def _score(self, shape: StepShape, stage: int) -> torch.Tensor:
+        self._inputs.upload(stage)
+        logits = self._forward(shape)
+        if self._graphs is not None:
+            self._events[stage].record()
+            self._wait(stage)
+        return logits
+
+    def follow(self) -> None:
+        """Runs the steps that rank 0 schedules, until it says stop. For every other rank."""
+        assert self.ranks is not None
+        open_: deque[Ticket] = deque()
+        with self._guard():
+            while (command := self.ranks.next_command(partial(self._tell_sampled, open_))).what != "stop":
+                self.ranks.begin(command.what)
+                self._perform(command, open_)
+                self.ranks.end()
+
+    def _perform(self, command: Command, open_: deque[Ticket]) -> None:
+        assert self.ranks is not None and command.inputs is not None and command.shape is not None
+        stage, shape = self._turn, command.shape
+        with self._scope():
+            self._wait(stage)  # what is there has been read
+            self._packer.restore(shape, command.inputs, self._inputs.host[stage])
+            if command.what == "logits":
+                logits = self._score(shape, stage)
+                if self.ranks.tells:
+                    self.ranks.send_logits(logits)
+                return
+            self._turn = (self._turn + 1) % self.max_unread
+            ticket = self._start((), shape, stage, command.options, command.copies)
+        if self.ranks.tells:
+            open_.append(ticket)
+
+    def _tell_sampled(self, open_: deque[Ticket]) -> None:
+        """Answers the steps that have ended, in order."""
+        while open_ and (self._graphs is None or self._events[open_[0].stage].query()):
+            ticket = open_.popleft()
+            assert self.ranks is not None
+            self.ranks.reply(Reply(self._sampled(ticket), self.read_logprobs(ticket)))
+
+    def _tell(
+        self,
+        what: str,
+        shape: StepShape,
+        stage: int,
+        options: Options | None = None,
+        copies: Mapping[int, int] | None = None,
+    ) -> None:
+        if self.ranks is not None:
+            self.ranks.begin(what)
+            live = self._packer.live(shape, self._inputs.host[stage])
+            self.ranks.tell(Command(what, shape, live, options, copies))
+
+    def _wait(self, stage: int) -> None:
+        """Until the step that used that staging buffer last has ended."""
+        if self._graphs is None:
+            return
+        if self.ranks is None:
+            self._events[stage].synchronize()
+        else:
+            self.ranks.wait_for(self._events[stage])
+
+    def _guard(self) -> AbstractContextManager:
+        return nullcontext() if self.ranks is None else self.ranks.guard()
 
     def time_launches(self, rows: Sequence[Row], repeats: int) -> list[float]:
         """Seconds that each step of the plan takes for `rows` by itself; writes their K and V, samples nothing."""
@@ -204,6 +323,20 @@ class Session:
             self._inputs.upload(self._turn)
             self._inputs.gather_input_ids(shape.tokens)
             return self.executor.time_launches(shape, repeats)
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline, each of which is to have a step to do."""
+        return self.plan.compatibility.pp_size
+
+    @property
+    def max_unread(self) -> int:
+        return max(UNREAD, self.stages)
+
+    @property
+    def _samples(self) -> bool:
+        """Whether this rank's stage has the logits."""
+        return self.ranks is None or self.ranks.last
 
     @property
     def max_logits_rows(self) -> int:
@@ -237,19 +370,22 @@ class Session:
         return self._choose(shape, self._forward(shape))
 
     def _forward(self, shape: StepShape) -> torch.Tensor:
-        """A step up to its logits [L, V]."""
-        self._inputs.gather_input_ids(shape.tokens)
+        """A step up to its logits [L, V], or to what the next pipeline stage takes."""
+        if self.ranks is None or self.ranks.first:
+            self._inputs.gather_input_ids(shape.tokens)
         return self._run(shape)
 
     def _choose(self, shape: StepShape, logits: torch.Tensor) -> torch.Tensor:
         """Samples, into the table too."""
-        if not shape.logits_rows:
+        if not shape.logits_rows or not self._samples:
             return self._inputs.sampled[:0]
         tokens = self._sample(shape, logits)
         self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], tokens)
         return tokens
 
     def _run(self, shape: StepShape) -> torch.Tensor:
+        if self.ranks is not None:
+            return self._run_stage(shape)
         if self.recorder is None:
             return self.executor.run(shape)
         self.recorder.begin(shape, self._inputs)
@@ -257,17 +393,12 @@ class Session:
         self.recorder.end()
         return logits
 
-
-def _blocks_in_host_memory(plan: Plan) -> int:
-    """As many blocks as all sequences need, or as half of the free memory holds."""
-    limits = plan.limits
-    per_sequence = -(-limits.max_seq_len // limits.block_size)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    blocks = min(per_sequence * limits.max_batch_size, free // 2 // kv_block_bytes(plan))
-    if blocks < per_sequence:
-        raise EngineError(
-            f"the KV pool would have {blocks} blocks in {free / 2**30:.1f} GiB of free memory, and one sequence of "
-            f"max_seq_len {limits.max_seq_len} needs {per_sequence}; build with a smaller --max_seq_len, "
-            f"or give max_kv_blocks"
-        )
-    return blocks
+    def _run_stage(self, shape: StepShape) -> torch.Tensor:
+        """One of several ranks' part."""
+        assert self.ranks is not None and self._links is not None
+        hidden = self._links.receive(shape.tokens)
+        observe = self.ranks.tick if self._graphs is None else None
+        out = self.executor.run(shape, observe, hidden)
+        if not self.ranks.last:
+            self._links.send(out)
+        return out

@@ -93,6 +93,22 @@ class Packer:
         host["logits_indices"][:rows] = np.arange(rows, dtype=np.int32)
         return StepShape(rows, rows, rows, 0, max_context, rows)
 
+    def live(self, shape: StepShape, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of the packed arrays a step of that shape reads, for another rank's `restore`."""
+        return {name: host[name][where] for name, where in self._live(shape).items()}
+
+    def restore(self, shape: StepShape, live: dict[str, np.ndarray], host: dict[str, np.ndarray]) -> None:
+        for name, where in self._live(shape).items():
+            host[name][where] = live[name]
+
+    def _live(self, shape: StepShape) -> dict[str, tuple[slice, ...]]:
+        tokens, sequences, rows = (slice(0, n) for n in (shape.tokens, shape.sequences, shape.logits_rows))
+        columns = slice(0, -(-shape.max_context // self.limits.block_size))
+        sizes = {"query_start": (slice(0, shape.sequences + 1),), "block_tables": (sequences, columns)}
+        sizes |= {name: (tokens,) for name in ("token_ids", "sources", "position_ids", "slot_mapping")}
+        sizes |= {name: (rows,) for name in ("logits_indices", "temperature", "counter", "seed", "slots")}
+        return sizes | {"sequence_lengths": (sequences,)}
+
     def _padding(self) -> dict[str, int]:
         return {
             "sources": self.spare_slot, "position_ids": 0, "slot_mapping": -1, "sequence_lengths": 0, "temperature": 0,

@@ -25,8 +25,13 @@ class Worker:
         limits = session.limits
         self.session = session
         self.pool = BlockPool(session.num_blocks, limits.block_size)
-        self.scheduler = Scheduler(self.pool, limits.max_batch_size, limits.max_num_tokens, policy, reuse_prefixes)
+        stages = session.stages
+        self.scheduler = Scheduler(
+            self.pool, limits.max_batch_size, limits.max_num_tokens, policy, reuse_prefixes, stages
+        )
         self.lag = (1 if session.device.type == "cuda" else 0) if lag is None else lag
+        if stages > 1:  # all are busy with a part of the sequences each
+            self.lag = stages - 1
         self.statistics = Statistics()
         self._open: deque[Ticket] = deque()
 
@@ -103,7 +108,7 @@ class Worker:
 
     def _keep_logprobs(self, ticket: Ticket) -> None:
         """A token that came after its request's end has no place among its output."""
-        if ticket.drawn.logprobs is None:
+        if not ticket.wants_logprobs:
             return
         rows = [row for row in ticket.rows if row.samples]
         for row, entry in zip(rows, self.session.read_logprobs(ticket), strict=True):

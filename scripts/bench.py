@@ -14,12 +14,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import write_atomically
 from fp8.scripts.benchmarks import host, kernel, latency, roofline, startup, throughput
 from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.ranks import on_all_ranks
 from fp8.scripts.run import ERRORS
 
 MODES = {
@@ -57,6 +59,13 @@ def _cell(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    args.world = None
+    if "engine_dir" not in args or args.mode == "startup":
+        return command(argv, args)
+    return on_all_ranks("fp8-bench", args, partial(command, argv))
+
+
+def command(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     try:
         rows, facts = MODES[args.mode][0].run(args)
         result = {"mode": args.mode, **provenance("fp8-bench", argv, args.commit), **facts, "results": rows}

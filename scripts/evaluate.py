@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fp8.builder.engine import write_atomically
-from fp8.runtime.launcher import Launch, launched
 from fp8.runtime.llm import LLM
+from fp8.runtime.peers import Peers
 from fp8.runtime.request import RequestError
 from fp8.scripts.evaluation.models import Engine, Model, Reference
 from fp8.scripts.evaluation.statistics import chance_limit
 from fp8.scripts.evaluation.task import Task, modules, task_name
+from fp8.scripts.ranks import among_peers, is_divided, on_all_ranks
 from fp8.scripts.run import ERRORS, add_session_arguments, fraction, positive
 
 SHARED = ("data", "max_items", "skip_long", "max_ppl_increase", "min_accuracy")  # flags that a task's COMMON may name
@@ -97,26 +97,27 @@ def check_flags(args: argparse.Namespace) -> None:
             raise RequestError(f"--{gate} compares with --reference HF_DIR; give it")
 
 
-def evaluate(args: argparse.Namespace, launch: Launch) -> dict[str, Any] | None:
+def evaluate(args: argparse.Namespace, peers: Peers) -> dict[str, Any] | None:
     """The result as it is written, on rank 0; None elsewhere."""
     check_flags(args)
-    device = own_device(args.device, launch)
-    engine = Engine(LLM(args.engine_dir, device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction))
+    device = own_device(args.device, peers)
+    memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
+    engine = Engine(LLM(args.engine_dir, device, *memory, world=args.world))
     task: Task = modules()[args.task].Task(args, engine)
     session = engine.llm.session
     begin = time.perf_counter()
-    ours = outcomes(task, engine, launch, "engine")
+    ours = outcomes(task, engine, peers, "engine")
     seconds = time.perf_counter() - begin
     theirs = None
     if args.reference:
         reference = Reference(args.reference, str(session.device), session.model.eos_token_ids)
-        theirs = outcomes(task, reference, launch, "reference")
+        theirs = outcomes(task, reference, peers, "reference")
     if ours is None:
         return None
     figures = task.figures(ours)
     result = {
         "task": args.task, **figures, "engine_dir": str(args.engine_dir), "format": session.model.format,
-        "kv_cache_dtype": session.model.kv_cache_dtype, "device": str(session.device), "processes": launch.world,
+        "kv_cache_dtype": session.model.kv_cache_dtype, "device": str(session.device), "processes": peers.world,
         "seconds": seconds, "tokens_per_second": figures["tokens"] / seconds, "reference": None,
     }  # fmt: skip
     if theirs is not None:
@@ -124,11 +125,11 @@ def evaluate(args: argparse.Namespace, launch: Launch) -> dict[str, Any] | None:
     return result | {"warnings": warnings(args, result)}
 
 
-def outcomes(task: Task, model: Model, launch: Launch, title: str) -> list[Any] | None:
+def outcomes(task: Task, model: Model, peers: Peers, title: str) -> list[Any] | None:
     """Of all items, in order, on rank 0; every rank runs its share."""
-    share = launch.share(task.items)
-    with progress(f"{title}, {task.unit}", len(share), launch.rank == 0) as advance:
-        return launch.gather(task.run(model, share, advance) if share else [])
+    share = peers.share(task.items)
+    with progress(f"{title}, {task.unit}", len(share), peers.rank == 0) as advance:
+        return peers.gather(task.run(model, share, advance) if share else [])
 
 
 @contextmanager
@@ -139,14 +140,14 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[[int], No
         yield lambda count: bar.advance(task, count)
 
 
-def own_device(name: str, launch: Launch) -> str:
+def own_device(name: str, peers: Peers) -> str:
     """Of several processes on a machine, each takes a GPU of its own, where the user names none."""
-    if launch.world == 1 or name not in ("auto", "cuda"):
+    if peers.world == 1 or name not in ("auto", "cuda"):
         return name
     import torch
 
     count = torch.cuda.device_count()
-    return f"cuda:{launch.local_rank % count}" if count else name
+    return f"cuda:{peers.launch.local_rank % count}" if count else name
 
 
 def warnings(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
@@ -200,26 +201,25 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    launch = Launch()
+    if is_divided(args.engine_dir):
+        return on_all_ranks("fp8-eval", args, lambda args: command(args, Peers()))
+    return among_peers("fp8-eval", args, command)
+
+
+def command(args: argparse.Namespace, peers: Peers) -> int:
     try:
-        launch = launched()
-        result = evaluate(args, launch)
+        result = evaluate(args, peers)
         return 0 if result is None else finish(args, result)
     except ERRORS as error:
-        where = f"process {launch.rank} of {launch.world}: " if launch.world > 1 else ""
-        print(f"fp8-eval: {where}{error}", file=sys.stderr, flush=True)
-        launch.abort(1)
+        if peers.world > 1:
+            peers.fail(str(error))
+        print(f"fp8-eval: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        if peers.world > 1:
+            peers.fail("interrupted")
         print("fp8-eval: interrupted", file=sys.stderr)
         return 130
-    except Exception:
-        if launch.world == 1:
-            raise
-        traceback.print_exc()  # the others would wait for this process for ever
-        sys.stderr.flush()
-        launch.abort(1)
-        return 1
 
 
 if __name__ == "__main__":

@@ -14,15 +14,17 @@ from typing import Any
 from fp8.builder.engine import EngineError
 from fp8.plugins.base import PluginError
 from fp8.runtime.kv_cache import KVCacheError
+from fp8.runtime.launcher import RankError
 from fp8.runtime.llm import LLM, Completion, Prompt
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.record import Dump
 from fp8.runtime.sampling_params import RequestError
 from fp8.runtime.service import ServiceError
 from fp8.scripts.prompts import read_prompts
+from fp8.scripts.ranks import add_rank_arguments, on_all_ranks
 from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
 
-ERRORS = (EngineError, RequestError, KVCacheError, PluginError, ServiceError, OSError)
+ERRORS = (EngineError, RequestError, KVCacheError, PluginError, RankError, ServiceError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +53,7 @@ def add_session_arguments(p: argparse.ArgumentParser) -> None:
         "--max_kv_blocks", type=positive, help="size of the KV pool in blocks of 64 tokens; default: what fits"
     )
     p.add_argument("--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9)
+    add_rank_arguments(p)
 
 
 def positive(text: str) -> int:
@@ -75,7 +78,9 @@ def token_ids(text: str) -> list[int]:
 
 
 def open_llm(args: argparse.Namespace) -> LLM:
-    return LLM(args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction)
+    return LLM(
+        args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction, world=args.world
+    )
 
 
 def read_input(args: argparse.Namespace) -> list[Any]:
@@ -96,6 +101,8 @@ def as_prompt(llm: LLM, given: Any, chat: bool) -> Prompt:
 
 def _record(llm: LLM, args: argparse.Namespace) -> None:
     if args.debug_mode:
+        if args.world is not None:
+            raise RequestError("--debug_mode dumps the tensors of engines of one rank only; this one has several")
         llm.session.recorder = Dump(llm.session.plan, llm.session.executor.weight, args.debug_dir)
 
 
@@ -175,6 +182,10 @@ def _logprob(entry: TokenLogprobs | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    return on_all_ranks("fp8-run", args, command)
+
+
+def command(args: argparse.Namespace) -> int:
     if args.streaming and args.output == "json":
         print("fp8-run: --streaming prints as it goes; use --output text or jsonl", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from fp8.builder.engine import EngineError
 from fp8.runtime.async_llm import AsyncLLM
 from fp8.runtime.llm import LLM
 from fp8.runtime.policy import POLICIES
+from fp8.scripts.ranks import on_all_ranks
 from fp8.scripts.run import ERRORS, add_session_arguments, positive
 
 API_KEY_VARIABLE = "FP8_API_KEY"
@@ -74,6 +75,7 @@ def server(args: argparse.Namespace) -> Any:
         args.max_kv_blocks,
         args.kv_cache_free_gpu_memory_fraction,
         policy=args.policy,
+        world=args.world,
     )
     limits = ServerLimits(
         args.max_requests,
@@ -97,6 +99,10 @@ def server(args: argparse.Namespace) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    return on_all_ranks("fp8-serve", args, command)
+
+
+def command(args: argparse.Namespace) -> int:
     try:
         server(args).run()
     except ERRORS as error:

@@ -25,7 +25,7 @@ from fp8.runtime.llm import LLM, Completion, sample_seed
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.record import Dump
 from fp8.runtime.request import Request, SamplingParams
-from fp8.runtime.sampling_options import OptionSampler, options_of
+from fp8.runtime.sampling_options import History, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
 from fp8.scripts import compare
 
@@ -216,7 +216,7 @@ def by_noise(llm: LLM, a: Completion, b: Completion, params: SamplingParams, mos
     generator, drawn = torch.Generator().manual_seed(at), set()
     for _ in range(DRAWS):
         noisy = logits + most * (2 * torch.rand(logits.shape, generator=generator) - 1)
-        if options := options_of([row]):
+        if options := options_of([row], History()):
             OptionSampler(llm.session.limits, noisy.device).sample(options, noisy, lambda x: x.argmax(1).int())
         drawn.add(int(sample(noisy, *fields)))
     ends = drawn - {wanted_a, wanted_b}

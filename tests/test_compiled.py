@@ -42,6 +42,8 @@ def engine_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 class Stub:
     """A plugin whose launches run its reference over the step's rows, writing into the bound buffers."""
 
+    collective = False
+
     step_buffers: ClassVar[set[int]] = set()  # addresses of what holds a step's rows, cut to size for the reference
 
     def __init__(self, plugin: Any, rows: str, outputs: int) -> None:
@@ -86,21 +88,20 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         pairs = zip(plan.steps, reference.load_plugins(plan), strict=True)
         return [Stub(plugin, str(plan.buffer(s.outputs[0]).shape[0]), len(s.outputs)) for s, plugin in pairs]
 
-    def open_on_cpu(self: Session, engine: engine_format.Engine, max_kv_blocks: int | None) -> None:
-        self.num_blocks = max_kv_blocks or 12
+    def allocate(self: Session, engine: engine_format.Engine) -> None:
+        self.num_blocks = min(self.num_blocks, 12)
         self.plan = with_tactics(self.plan)
         engine = dataclasses.replace(engine, plan=self.plan)
-        self._inputs = StepInputs(self.limits, self.device, session.STAGES)
+        self._inputs = StepInputs(self.limits, self.device, session.UNREAD)
         self.executor = compiled.CompiledExecutor(engine, reference.map_weights(engine), self._inputs, self.num_blocks)
         step_kinds = {b.name for b in self.plan.buffers if b.kind in ("input", "activation", "output")}
         Stub.step_buffers = {t.data_ptr() for n, t in self.executor._tensors.items() if n in step_kinds}
         self._sample = reference_sampler(self._inputs)
-        self._scope = torch.inference_mode
         self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._forward)
-        self._events = [Event()] * session.STAGES
+        self._events = [Event()] * session.UNREAD
 
     monkeypatch.setattr(compiled, "load_plugins", stubs)
-    monkeypatch.setattr(Session, "_open_on_cpu", open_on_cpu)
+    monkeypatch.setattr(Session, "_allocate_on_cpu", allocate)
     yield engine_dir
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ from typing import Any
 import evaluation_data
 import numpy as np
 import pytest
+import rank_jobs
 import torch
 import transformers
 
-from fp8.runtime.launcher import Launch, launched
 from fp8.runtime.llm import LLM
+from fp8.runtime.peers import share
 from fp8.runtime.request import RequestError
 from fp8.scripts import build, evaluate
 from fp8.scripts.evaluation import statistics
@@ -345,15 +344,6 @@ def test_help_has_an_example_of_every_task(capsys: Captured) -> None:
 # --- all ranks of a launcher ---
 
 
-def mpirun(count: int, *command: str) -> subprocess.CompletedProcess[str]:
-    launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    pytest.importorskip("mpi4py")
-    if launcher is None:
-        pytest.skip("there is no mpirun")
-    line = [launcher, "--allow-run-as-root", "--oversubscribe", "-n", str(count), sys.executable, *command]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
-
-
 def test_all_ranks_give_the_figures_of_one_process(engine_dir: Path, mmlu: Path, tmp_path: Path) -> None:
     results = []
     for name in ("one", "two"):
@@ -363,9 +353,9 @@ def test_all_ranks_give_the_figures_of_one_process(engine_dir: Path, mmlu: Path,
         if name == "one":
             assert evaluate.main(flags) == 0
         else:
-            done = mpirun(2, "-m", "fp8.scripts.evaluate", *flags)
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("compared by the tokens") == 1, "one rank prints"
+            done = rank_jobs.run(rank_jobs.mpirun((2, rank_jobs.module("evaluate", *flags))))
+            assert done.status == 0, done.err
+            assert done.out.count("compared by the tokens") == 1, "one rank prints"
         result = json.loads(output.read_text())
         results.append({k: v for k, v in result.items() if "second" not in k})
     assert results[1].pop("processes") == 2 and results[0].pop("processes") == 1
@@ -376,38 +366,18 @@ def test_a_failing_rank_ends_the_job(tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
         "from fp8.scripts import evaluate\n"
-        "from fp8.runtime.launcher import launched\n"
-        "def fail(args, launch):\n"
-        "    if launch.rank == 1: raise OSError('disk on fire')\n"
-        "    return launch.gather([1]) and None\n"
+        "def fail(args, peers):\n"
+        "    if peers.rank == 1: raise OSError('disk on fire')\n"
+        "    return peers.gather([1]) and None\n"
         "evaluate.evaluate = fail\n"
         "sys.exit(evaluate.main(['--engine_dir', 'x']))\n"
     )
-    done = mpirun(2, "-c", code)
-    assert done.returncode != 0
-    assert "process 1 of 2: disk on fire" in done.stderr
-
-
-def test_a_launcher_is_known_by_its_environment() -> None:
-    assert launched({}) == Launch(0, 1, 0)
-    assert launched({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == Launch(), "a batch script alone, without srun"
-    assert launched({"PMI_RANK": "0", "PMI_SIZE": "1"}).world == 1
-
-
-@pytest.mark.parametrize("names", ["OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE", "SLURM_PROCID SLURM_STEP_NUM_TASKS"])
-def test_processes_that_mpi_does_not_connect_are_refused(names: str) -> None:
-    pytest.importorskip("mpi4py")
-    with pytest.raises(RequestError, match="process 1 of 3, and mpi4py's library of 0 of 1"):
-        launched(dict(zip(names.split(), ("1", "3"), strict=True)))
-
-
-def test_a_launcher_needs_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(RequestError, match=r"fp8-engine\[mpi\]"):
-        launched({"PMI_RANK": "0", "PMI_SIZE": "2"})
+    done = rank_jobs.run(rank_jobs.mpirun((2, [sys.executable, "-c", code])))
+    assert done.status != 0
+    assert "fp8-eval: rank 1: disk on fire" in done.err
 
 
 @pytest.mark.parametrize(("items", "world"), [(7, 3), (2, 5), (0, 2), (6, 1)])
 def test_every_item_is_in_one_share(items: int, world: int) -> None:
-    shares = [list(Launch(rank, world).share(range(items))) for rank in range(world)]
+    shares = [list(share(range(items), rank, world)) for rank in range(world)]
     assert [item for share in shares for item in share] == list(range(items))

@@ -19,7 +19,7 @@ from fp8.plugins.sampling.reference import sample
 from fp8.runtime.llm import LLM, sample_seed
 from fp8.runtime.logits import keep_likely, keep_near_best, keep_typical
 from fp8.runtime.request import Request
-from fp8.runtime.sampling_options import OptionSampler, options_of
+from fp8.runtime.sampling_options import History, OptionSampler, options_of
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.text_stream import TextStream
@@ -41,7 +41,7 @@ def row(slot: int, params: SamplingParams, prompt: Sequence[int] = (1,), output:
 
 def changed(rows: Sequence[Row], raw: torch.Tensor) -> torch.Tensor:
     """The logits that the draw gets to see."""
-    options, out = options_of(rows), raw.clone()
+    options, out = options_of(rows, History()), raw.clone()
     if options is not None:
         OptionSampler(LIMITS, raw.device).sample(options, out, lambda x: x.argmax(1).int())
     return out

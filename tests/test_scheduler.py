@@ -118,6 +118,9 @@ class Machine:
         assert len(set(requests)) == len(requests) <= self.max_batch
         assert sum(row.count for row in rows) <= self.scheduler.max_num_tokens
         assert all(row.count > 0 for row in rows)
+        if self.scheduler.stages > 1:
+            waiting = {row.request for step in self.open for row in step if row.samples}
+            assert not waiting & set(requests), "a sequence goes on once its token is known"
         counts = [row.count > 1 for row in rows]
         assert counts == sorted(counts), "single tokens come first"
         slots = [row.request.slot for row in rows]
@@ -152,6 +155,7 @@ def blocks_wanted(w: Wanted) -> int:
 limits: dict[str, st.SearchStrategy] = {
     "max_batch": st.integers(1, 6), "max_tokens": st.integers(1, 40), "spare": st.integers(0, 10),
     "lag": st.integers(0, 2), "policy": st.sampled_from(sorted(POLICIES)), "reuse": st.booleans(),
+    "stages": st.sampled_from((1, 1, 2, 4)),
 }  # fmt: skip
 
 
@@ -167,10 +171,13 @@ def test_every_request_is_served_whatever_the_traffic_with_beams(**given: Any) -
     serve(**given)
 
 
-def serve(trace: list[Wanted], max_batch: int, max_tokens: int, spare: int, lag: int, policy: str, reuse: bool) -> None:
+def serve(
+    trace: list[Wanted], max_batch: int, max_tokens: int, spare: int, lag: int, policy: str, reuse: bool, stages: int
+) -> None:
     trace = [replace(w, beams=min(w.beams, max_batch)) for w in trace]
     pool = BlockPool(max(blocks_wanted(w) for w in trace) + spare, BLOCK)
-    scheduler = Scheduler(pool, max_batch, max_tokens, POLICIES[policy](), reuse)
+    scheduler = Scheduler(pool, max_batch, max_tokens, POLICIES[policy](), reuse, stages)
+    lag = stages - 1 if stages > 1 else lag
     machine, step, requests = Machine(scheduler, max_batch, lag), 0, []
     arrivals = deque(zip(accumulate(w.arrives for w in trace), trace, strict=True))
     cancels: list[tuple[int, Request]] = []
@@ -375,3 +382,17 @@ def test_a_long_prompt_leaves_room_for_a_short_one_under_the_fair_policy() -> No
         scheduler.add(make(1, 6, 1))
         counts[policy] = [(row.request.id, row.count) for row in scheduler.schedule()]
     assert counts == {"throughput": [(0, 20)], "fair": [(0, 14), (1, 6)]}
+
+
+def test_pipeline_stages_share_the_sequences() -> None:
+    """With four stages and eight sequences, four steps are under way at once, of two sequences each."""
+    scheduler = Scheduler(BlockPool(64, BLOCK), 8, 100, stages=4)
+    for i in range(8):
+        scheduler.add(make(i, 1, 20))
+    first = scheduler.schedule()
+    scheduler.update(first, [0] * len(first))
+    steps = [scheduler.schedule() for _ in range(5)]
+    assert [len(rows) for rows in steps] == [2, 2, 2, 2, 0]
+    assert len({row.request for rows in steps for row in rows}) == 8
+    scheduler.update(steps[0], [0, 0])
+    assert {row.request for row in scheduler.schedule()} == {row.request for row in steps[0]}

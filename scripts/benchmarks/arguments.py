@@ -23,7 +23,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_llm(args: argparse.Namespace, reuse_prefixes: bool) -> LLM:
     memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
-    llm = LLM(args.engine_dir, args.device, *memory, reuse_prefixes=reuse_prefixes)
+    llm = LLM(args.engine_dir, args.device, *memory, reuse_prefixes=reuse_prefixes, world=args.world)
     gc.collect()
     gc.freeze()  # the modules and the engine stay; going through them costs the loop tens of milliseconds now and then
     return llm

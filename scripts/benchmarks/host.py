@@ -7,7 +7,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from fp8.builder.engine import Limits
 from fp8.runtime.kv_cache import blocks_for
 from fp8.runtime.policy import POLICIES
 from fp8.runtime.request import Request, SamplingParams
-from fp8.runtime.sampling_options import options_of
+from fp8.runtime.sampling_options import History, options_of
 from fp8.runtime.scheduler import Row
 from fp8.runtime.step_inputs import Packer, layout
 from fp8.runtime.worker import Worker
@@ -33,12 +33,13 @@ class HostSession:
     def __init__(self, limits: Limits, num_blocks: int) -> None:
         self.limits, self.num_blocks = limits, num_blocks
         self.device = SimpleNamespace(type="cuda")  # so that the worker runs one step ahead
-        self._packer = Packer(limits)
+        self.stages = 1
+        self._packer, self._history = Packer(limits), History()
         self._host = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout(limits).items()}
 
-    def enqueue(self, rows: Sequence[Row]) -> SimpleNamespace:
-        shape, options = self._packer.pack(rows, self._host), options_of(rows)
-        return SimpleNamespace(rows=rows, count=shape.logits_rows, options=options, logprobs=None)
+    def enqueue(self, rows: Sequence[Row], copies: Mapping[int, int] | None = None) -> SimpleNamespace:
+        shape, options = self._packer.pack(rows, self._host), options_of(rows, self._history)
+        return SimpleNamespace(rows=rows, count=shape.logits_rows, options=options, wants_logprobs=False)
 
     def read(self, ticket: SimpleNamespace) -> list[int]:
         return [7] * ticket.count

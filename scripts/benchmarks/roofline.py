@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of every step asked for: the step as a whole, then its kernels, the largest losses first."""
-    session = Session(args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction)
+    memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
+    session = Session(args.engine_dir, args.device, *memory, world=args.world)
+    if session.ranks is not None:
+        raise RequestError("fp8-bench roofline times launches one by one, which engines of one rank alone can do")
     fill_cache(session)
     found = ceilings.measure() if session.device.type == "cuda" else None
     rows = []
