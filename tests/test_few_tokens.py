@@ -63,7 +63,7 @@ def test_float32_operands_are_refused_with_what_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("n", "k_bytes"), LAYERS)
-@pytest.mark.parametrize("tokens", [1, 16, 33, 64])
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 65, 128])
 def test_tactics_hold_the_tokens_and_fit_shared_memory(n: int, k_bytes: int, tokens: int) -> None:
     found = few_tokens.enumerate_tactics(n, k_bytes, tokens)
     assert found and len(found) == len(set(found))
@@ -79,16 +79,24 @@ def test_the_model_puts_one_wave_on_nearly_every_sm_first(n: int, k_bytes: int) 
     assert 0.9 * SMS <= ctas <= SMS * best.ctas_per_sm
 
 
-def test_more_than_64_tokens_are_left_to_other_tactics() -> None:
-    assert few_tokens.candidates(Gemm(), operands(E4M3, 4096, 4096), 65) == []
+def test_more_than_128_tokens_are_left_to_other_tactics() -> None:
+    assert few_tokens.candidates(Gemm(), operands(E4M3, 4096, 4096), 129) == []
+
+
+def test_beyond_96_tokens_only_a_long_k_comes_first() -> None:
+    kinds = {(n, k, m): Gemm().tactics(operands(E4M3, n, k), m)[0].kind for n, k in LAYERS[:4] for m in (96, 128)}
+    assert {layer for layer, kind in kinds.items() if kind == "few_tokens"} == {
+        *((n, k, 96) for n, k in LAYERS[:4]),
+        (4096, 11008, 128),
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels_compile_without_spills_or_serialized_wgmma(variant: str) -> None:
     plugin, inputs = VARIANTS[variant]
-    for tactic in (FewTokens(8, 32, 1, 3, 2, 2), FewTokens(64, 128, 4, 2, 1, 1, 2)):
+    for tactic in (FewTokens(8, 32, 1, 3, 2, 2), FewTokens(64, 128, 4, 2, 1, 1, 2), FewTokens(128, 176, 1, 2, 1, 1, 3)):
         cubin = compile_kernel(few_tokens.kernels(plugin, tactic, inputs)[0])
-        assert not cubin.serialized and cubin.spill_bytes == 0 and cubin.registers <= 128
+        assert not cubin.serialized and cubin.spill_bytes == 0 and cubin.registers <= 144
 
 
 def random_tensors(inputs: list[Tensor | None], rows: int) -> list[torch.Tensor | None]:
@@ -109,19 +117,19 @@ def test_every_cut_computes_the_reference_and_writes_no_other_row(variant: str) 
     from fp8.plugins.cuda import Module
 
     plugin, inputs = VARIANTS[variant]
-    tactics = [t for width in (8, 16, 32, 64) for t in cuts(width)]
+    tactics = [t for width in few_tokens.WIDTHS for t in cuts(width)]
     cubins = compile_all(few_tokens.kernels(plugin, t, inputs)[0] for t in tactics)
     (out,) = plugin.infer(inputs)
     # The tensor cores add e4m3 products in about 22 bits: ~1e-3 beside the output's own rounding.
     limit = {E4M3: 2e-2, BF16: 4e-3, F16: 3e-3, F32: 2e-3}[out.dtype]
-    for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 97, 128):
         step = StepShape(rows, 1, 0, rows, rows, rows)
-        tensors = random_tensors(inputs, 70)
-        valid = [t[:rows] if t is not None and t.shape[0] == 70 else t for t in tensors]
+        tensors = random_tensors(inputs, 130)
+        valid = [t[:rows] if t is not None and t.shape[0] == 130 else t for t in tensors]
         expected = plugin.reference(*valid, step=step)[0].float()
         tensors[0].view(torch.uint8)[rows:] = 0x7F  # rows past the last hold NaN
         for tactic in (t for t in tactics if rows <= t.TOKENS):
-            y = torch.empty(70, out.shape[1], device="cuda", dtype=getattr(torch, out.dtype))
+            y = torch.empty(130, out.shape[1], device="cuda", dtype=getattr(torch, out.dtype))
             y.view(torch.uint8).fill_(0x7F)
             function = Module(cubins[key(few_tokens.kernels(plugin, tactic, inputs)[0])].code).function("few_tokens")
             few_tokens.bind(plugin, tactic, [function], [*tensors, y], None)(step)

@@ -175,11 +175,12 @@ def test_tactics_survive_a_round_trip_through_fields() -> None:
             assert load("gemm")().tactic(dataclasses.asdict(tactic)) == tactic
 
 
-def test_few_tokens_come_first_up_to_64_and_many_after() -> None:
+def test_few_tokens_come_first_up_to_96_and_end_at_128() -> None:
     inputs = [*operands(4096, 4096)[:4], None]
-    kinds = [[t.kind for t in Gemm().tactics(inputs, tokens)] for tokens in (64, 65)]
-    assert kinds[0][0] == "few_tokens" and "many_tokens" in kinds[0]
-    assert set(kinds[1]) == {"many_tokens", "library"} and kinds[1][0] == "many_tokens"
+    few, both, many = ([t.kind for t in Gemm().tactics(inputs, tokens)] for tokens in (96, 97, 129))
+    assert few[0] == "few_tokens" and "many_tokens" in few
+    assert both[0] == "many_tokens" and "few_tokens" in both
+    assert set(many) == {"many_tokens", "library"} and many[0] == "many_tokens"
 
 
 def test_precise_sums_are_offered_by_what_can_promote_them() -> None:
@@ -203,7 +204,7 @@ def test_precise_sums_are_of_e4m3() -> None:
 
 
 def test_buckets_end_at_the_maximum() -> None:
-    assert Gemm().buckets(1000) == [8, 16, 32, 64, 128, 256, 512, 1000]
+    assert Gemm().buckets(1000) == [8, 16, 32, 64, 96, 128, 256, 512, 1000]
     assert GemmSwiglu().buckets(8) == [8]
 
 

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] w[N, K]^T for M <= TOKENS <= 64: the weights stream through once, so device memory is the bound.
+// y[M, N] = x[M, K] w[N, K]^T for M <= TOKENS <= 128: the weights stream through once, so device memory is the bound.
 //
 // Operands swap: 64 weight rows are wgmma's M, the tokens its N. One CTA takes ROWS weight rows (any multiple of 16: that is
 // what balances N over the SMs) and 1/SPLIT of K; the SPLIT CTAs of a cluster add their partial sums through distributed
@@ -16,9 +16,13 @@
 //   + FOLD (32 rows)   13.1        5.3         -          11.7     wgmma takes 2 KB of A in ~50 clocks whatever its N
 //   + evict_first      12.6        5.3        22.9        11.6     at 64 tokens 14.7 -> 13.7, 6.9 -> 6.6, 26.8 -> 25.9, 14.2 -> 13.6
 // With these, 6144x4096: 7.4 (9.5), 28672x4096: 29.6 (30.4), 4096x14336: 14.9 (20.1), in parentheses cuBLASLt in another run.
+// At 96 tokens 15.0 (16.1), 7.7 (7.8), 24.9 (27.3), 14.4 (14.8); at 128 gemm.cu is as fast or faster but where K is long:
+// 4096x11008 15.9 (gemm.cu 17.3, cuBLASLt 17.1), 4096x14336 18.8 (21.3, 21.1).
 // Without gain: two or four independent accumulators in turn (+-0.5%); x of the first fill by ordinary loads instead of TMA
 // (+1 to 5% at one token, +30% at eight) and, on top of that, releasing a stage at once while the ring is empty (+0 to 5%),
-// L2 prefetch past the ring, before the wait or after it (+10 to 50%); launch_dependents after the first fill (+-0.5%).
+// L2 prefetch past the ring, before the wait or after it (+10 to 50%), of the linear after next's weights by a CTA that is
+// through (whole decode step of llama-7B: at best -0.4 of 68.3 us a layer, at worst +3); RMSNorm of x at this kernel's start
+// instead of a kernel of its own (+2.1 us a layer for qkv); launch_dependents after the first fill (+-0.5%).
 // Not measured: warpgroups that take stages in turn, and A from registers (the wgmma rate bounds 32 rows without FOLD). Mind
 // that a stage must then always be the same warpgroup's: a wait by parity passes early when one runs a phase ahead.
 #include "fp8/convert.cuh"
@@ -43,7 +47,7 @@ constexpr int UNIT_BYTES = 64 * 8 * 4;
 // The last tile of a stage may reach past its rows; what it reads there only feeds rows that are never stored.
 constexpr int OVERRUN = TILES * 64 * ATOM - W_ATOM * FOLD - ATOMS * X_ATOM;
 constexpr int RING = STAGES * STAGE + (OVERRUN > 0 ? OVERRUN : 0);
-static_assert(ROWS % 16 == 0 && ROWS <= 256 && TOKENS % 8 == 0 && TOKENS <= 64);
+static_assert(ROWS % 16 == 0 && ROWS <= 256 && TOKENS % 8 == 0 && TOKENS <= 128);
 static_assert(TILES % WARPGROUPS == 0 && K_BLOCKS >= SPLIT && STAGES >= 2 && ATOMS % FOLD == 0);
 static_assert(FOLD == 1 || (ROWS * FOLD == 64 && WARPGROUPS == 1));
 

@@ -1,4 +1,4 @@
-"""Linear layers of at most 64 tokens: the tactic of few_tokens.cu, its legality, its cost model and its launch.
+"""Linear layers of at most 128 tokens: the tactic of few_tokens.cu, its legality, its cost model and its launch.
 
 Serves `gemm` and `gemm_swiglu`. The kernel streams the weights once; a tactic says how the weight matrix is cut over
 the SMs and how much of it is in flight.
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from fp8.plugins.cuda import Function, Launch
 
-MAX_TOKENS = 64
+MAX_TOKENS = 128
+WIDTHS = (8, 16, 32, 64, 96, 128)  # values of TOKENS that are offered
 SMS = 132  # of an H200
 SM_SHARED = 228 * 1024  # bytes of shared memory per SM, of which every CTA costs CTA_SHARED beside what it asks for
 CTA_SHARED = 1024
@@ -32,7 +33,7 @@ _OUTPUTS = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3}
 class FewTokens:
     """Constants of few_tokens.cu. A CTA: ROWS weight rows, 1/SPLIT of K, a ring of STAGES x ATOMS * 128 bytes of K."""
 
-    TOKENS: int  # wgmma's N: 8, 16, 32, 64
+    TOKENS: int  # wgmma's N: one of WIDTHS
     ROWS: int  # multiple of 16, at most 256
     SPLIT: int  # CTAs of a cluster that share the rows
     STAGES: int
@@ -154,7 +155,7 @@ def bind(
 
 
 def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> list[FewTokens]:
-    """Tactics for up to `tokens` rows (none if that is more than 64), best first by `cost`."""
+    """Tactics for up to `tokens` rows (none if that is more than MAX_TOKENS), best first by `cost`."""
     if tokens > MAX_TOKENS or legal(inputs):
         return []
     n, k, size = _sizes(inputs)
@@ -162,9 +163,16 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> 
     return sorted(found, key=lambda t: (cost(t, n, k * size, tokens), repr(t)))
 
 
+def favoured(inputs: Sequence[Tensor | None], tokens: int) -> bool:
+    """Whether few_tokens.cu is likely to beat gemm.cu: beyond 96 tokens the products bound it, unless K is so long that
+    gemm.cu has too few tiles (measurements in few_tokens.cu)."""
+    _, k, size = _sizes(inputs)
+    return tokens <= 96 or k * size > 8192
+
+
 def enumerate_tactics(n: int, k_bytes: int, tokens: int) -> list[FewTokens]:
     """What is worth timing: the row counts of `_row_counts`, stages of 8 to 16 KB of weights where the rows allow."""
-    width = next(t for t in (8, 16, 32, 64) if t >= tokens)
+    width = next(t for t in WIDTHS if t >= tokens)
     atoms_of_k = -(-k_bytes // ATOM)
     found = set()
     for split in (s for s in (1, 2, 4) if s <= atoms_of_k):
@@ -208,11 +216,13 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
     memory = weights / 4.25e6
     l2 = (weights + ctas * tokens * k_bytes / t.SPLIT) / 9.7e6
     wgmmas = -(-ctas // SMS) * t.tiles * 4 * k_bytes / t.SPLIT / ATOM / t.FOLD  # per SM
-    mma = wgmmas * 21 / 1.9e3  # 64 rows of A from shared memory bound each, whatever the tokens
+    mma = wgmmas * max(21, t.TOKENS * t.FOLD / 2) / 1.9e3  # 64 rows of A bound each, then the products
     turnover = (-(-ctas // slots) - 1) * (3.2 if t.ctas_per_sm == 1 else 2.7)  # a CTA that follows one starts cold
     ahead = min(ctas, slots) * t.STAGES * t.ATOMS * t.ROWS * ATOM  # bytes that PDL lets this kernel fetch early
     short = 13.9 * (1 - min(1.0, ahead / (0.148 * weights)))
     alone = 0.67 if weights < 26e6 and 2 * ctas > slots else 0.0  # the next kernel finds no room beside this one
     idle = 3.1 * (1 - min(1.0, ctas / SMS))
     split = 0.17 * (t.SPLIT - 1) * (1 + 0.14 * t.TOKENS)
-    return max(memory, l2, mma) + 0.44 * mma + turnover + short + alone + idle + split + 4.7 / t.STAGES
+    depth = t.STAGES * t.ATOMS * min(t.ctas_per_sm, -(-ctas // SMS))  # of the rings of this kernel on an SM
+    wide = 18 / depth if t.TOKENS > 64 else 0.0
+    return max(memory, l2, mma) + 0.44 * mma + turnover + short + alone + idle + split + wide + 4.7 / t.STAGES

@@ -27,19 +27,21 @@ class Linear(Plugin):
     """Tactics, kernels and launches; a subclass adds its fields, types and reference."""
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
-        """Few-token tactics first where they apply (they scale no products and promote none), then the many-token ones,
-        the library last."""
-        few = (
-            []
-            if blockwise(inputs) or self.attributes()["accumulation"] == "precise"
-            else few_tokens.candidates(self, inputs, tokens)[:OFFERED_FEW]
-        )
+        """Few-token tactics first where they are likely to win (they scale no products and promote none), then the
+        many-token ones, the library last."""
+        precise = blockwise(inputs) or self.attributes()["accumulation"] == "precise"
+        few = [] if precise else few_tokens.candidates(self, inputs, tokens)
         many = many_tokens.candidates(self, inputs, tokens)
-        return [*few, *(many[:2] if few else many), *library.candidates(self, inputs)]
+        if few and few_tokens.favoured(inputs, tokens):
+            ours: list[Tactic] = [*few[:OFFERED_FEW], *many[:2]]
+        else:
+            ours = [*many, *few[:2]]
+        return [*ours, *library.candidates(self, inputs)]
 
     def buckets(self, max_tokens: int) -> list[int]:
-        """Powers of two from 8 up, then `max_tokens`."""
-        return [n for n in (1 << i for i in range(3, 31)) if n < max_tokens] + [max_tokens]
+        """Powers of two from 8 up, 96, then `max_tokens`."""
+        ends = sorted([96, *(1 << i for i in range(3, 31))])
+        return [n for n in ends if n < max_tokens] + [max_tokens]
 
     def tactic(self, fields: dict[str, Any]) -> Tactic:
         return KINDS[fields["kind"]](**fields)
