@@ -11,8 +11,13 @@
 // and the last block to arrive joins them in the order of the context, so results do not depend on timing.
 // The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
 //
-// Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of the output, and of q and the cache if not FP8), QUANT_OUT,
-// SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
+// Rotary embedding, quantization and the write of the new token are part of it: before a unit begins, the block makes the
+// unit's queries and the newest key and value in shared memory; the warp that has the last tile of a context puts the
+// newest token into the slot where its page has arrived, and into the cache. (A kernel of its own cost 15 us at 64 x 1024
+// with 32 KV heads, most of it for single bytes of transposed values in sectors that the L2 cache did not hold yet.)
+//
+// Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of qkv and the output, and of the cache if not FP8), ROTARY_DIM
+// (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
 #include "fp8/cp_async.cuh"
 #include "fp8/ex2.cuh"
 #include "fp8/mbarrier.cuh"
@@ -20,11 +25,12 @@
 #include "fp8/rows.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
+#include "rotary.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int PAGE = 64;                       // tokens
 constexpr int TILE = FP8_CACHE ? 64 : 32;      // tokens: 8 KB of keys or values for a head of 128
-constexpr int BYTES = FP8_CACHE ? 1 : 2;       // of a cached value
+constexpr int BYTES = CACHE_BYTES;
 constexpr int SLOT_BYTES = TILE * HEAD_DIM * BYTES;
 constexpr int PARTS = (GROUP + 15) / 16;       // units for one KV head
 constexpr int ROWS = (GROUP + PARTS - 1) / PARTS;  // heads in a unit, at most
@@ -45,7 +51,6 @@ struct Partial {
 };
 
 struct Problem {
-  const u8* q;
   const int *block_tables, *starts;
   int sequences, max_blocks, unit_cost;
   int end;  // of this block's run of tiles
@@ -129,14 +134,24 @@ struct Producer {
   }
 };
 
+// Of a unit, as in the cache: queries, the newest key, the newest value. The padding spreads rows over the banks.
+struct Fresh {
+  alignas(16) u8 rows[ROWS + 2][HEAD_DIM * BYTES + 16];
+  int length;  // of the context. What a warp needs once a tile or seldom is here: the products need the registers
+  int slot;  // of the newest token; negative: it is not written
+  int head;  // of keys and values
+  bool writes;  // this unit writes it into the cache: the first of those that share its head
+};
+
 struct Shared {
   alignas(1024) u8 ring[WARPS * SLOTS][SLOT_BYTES];
   alignas(16) float o[WARPS][ROWS][PITCH];
   float m[WARPS][ROWS], l[WARPS][ROWS];
   alignas(8) u64 full[WARPS * SLOTS];
   Producer producers[WARPS];  // here, not in registers: only one lane of a warp needs them
+  Fresh fresh;
   int last, run;
-  int starts[1];  // [sequences + 1]: places of one unit in the sequences before
+  int starts[1];  // [sequences + 1]: places of one unit in the sequences before; then the sequences' positions
 };
 
 // Where TMA's swizzle has put 16-byte unit `chunk` of a row of Span bytes, row < 8; the pattern repeats every 8 rows.
@@ -263,18 +278,89 @@ struct State {
 DEVICE int rows_of(int unit) { return GROUP % ROWS == 0 ? ROWS : min(ROWS, GROUP - unit % PARTS * ROWS); }
 DEVICE int first_head(int unit) { return unit / PARTS * GROUP + unit % PARTS * ROWS; }
 
-DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Problem& p, const Cursor& at) {
-  if (at.index >= p.end) return;
+struct Inputs {
+  const u16* qkv;
+  const int *lengths, *slots, *positions;  // of each sequence
+  const float *cos, *sin, *q_scale, *k_scale, *v_scale;
+};
+
+// A unit's part of its row of qkv, rotated and in the cache's type. A thread takes the same pairs of every STEP-th row.
+DEVICE void refresh(Fresh& fresh, const Inputs& in, int sequence, int unit) {
+  constexpr int STEP = THREADS / Pairs<VEC>::COUNT, EACH = (ROWS + 2 + STEP - 1) / STEP;
+  static_assert(THREADS % Pairs<VEC>::COUNT == 0);
+  const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
+  const int begin = threadIdx.x / Pairs<VEC>::COUNT;
+  const u16* token = in.qkv + (u64)sequence * (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+  Raw<VEC> left[EACH], right[EACH];
+  float c[VEC], s[VEC];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int row = begin + i * STEP, of_kv = row - ROWS;
+    if (row >= ROWS + 2 || of_kv < 0 && row >= rows_of(unit)) continue;
+    const int head = of_kv < 0 ? first_head(unit) + row : HEADS + of_kv * KV_HEADS + unit / PARTS;
+    left[i].load(token + head * HEAD_DIM + pairs.first);
+    right[i].load(token + head * HEAD_DIM + pairs.second);
+  }
+  if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[sequence]);
+  const float scales[3] = {FP8_CACHE ? *in.q_scale : 1.0f, FP8_CACHE ? *in.k_scale : 1.0f, FP8_CACHE ? *in.v_scale : 1.0f};
+  if (threadIdx.x == 0) {
+    fresh.length = in.lengths[sequence], fresh.slot = in.slots[sequence];
+    fresh.head = unit / PARTS, fresh.writes = unit % PARTS == 0;
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int row = begin + i * STEP;
+    if (row >= ROWS + 2) continue;
+    float a[VEC], b[VEC];
+    left[i].convert(a);
+    right[i].convert(b);
+    if (row <= ROWS) pairs.rotate(a, b, c, s);
+    const Divisor d(row < ROWS ? scales[0] : row == ROWS ? scales[1] : scales[2]);
+    const auto divided = [&](float x) { return d.divide(x); };
+    store_codes(fresh.rows[row] + pairs.first * BYTES, a, divided);
+    store_codes(fresh.rows[row] + pairs.second * BYTES, b, divided);
+  }
+}
+
+DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Fresh& fresh, int rows) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;  // bytes
-  const u8* first = p.q + (u64)(at.sequence * HEADS + first_head(at.unit)) * HEAD_DIM * BYTES + column;
 #pragma unroll
   for (int k = 0; k < K_STEPS; k++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int r = row + i % 2 * 8;
-      const bool there = (ROWS > 8 || i % 2 == 0) && r < rows_of(at.unit);
-      q[k][i] = there ? *(const u32*)(first + r * HEAD_DIM * BYTES + 32 * k + i / 2 * 16) : 0u;
+      const bool there = (ROWS > 8 || i % 2 == 0) && r < rows;
+      q[k][i] = there ? *(const u32*)&fresh.rows[r][column + 32 * k + i / 2 * 16] : 0u;
     }
+}
+
+// Puts the newest token, `row` in its tile, into a slot of keys or of values, and into the cache. Run by a warp.
+template <bool VALUES> DEVICE void add_newest(const Fresh& fresh, u8* cache, u32 slot, int row) {
+  if (fresh.slot < 0) return;
+  const int lane = threadIdx.x % 32, token = fresh.slot % PAGE;
+  const u64 head = (u64)(fresh.slot / PAGE) * KV_HEADS + fresh.head;
+  const u8* from = fresh.rows[ROWS + VALUES];
+  if (FP8_CACHE && VALUES) {
+    const int place = value_place(token);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 32; i++) {
+      const int d = 32 * i + lane;
+      const u8 code = from[d];
+      *(u8*)shared_pointer(slot + d / 8 * 8 * 64 + swizzled<64>(d % 8, place / 16) + place % 16) = code;
+      if (fresh.writes) cache[(head * HEAD_DIM + d) * PAGE + place] = code;
+    }
+  } else {
+#pragma unroll
+    for (int i = lane; i < HEAD_DIM * BYTES / 4; i += 32) {
+      const u32 word = *(const u32*)(from + 4 * i);
+      const int chunk = i / 4;  // of 16 bytes
+      const u32 start = slot + chunk / 8 * TILE * 128 + row / 8 * 8 * SPAN;
+      *(u32*)shared_pointer(start + swizzled<SPAN>(row % 8, chunk % 8) + i % 4 * 4) = word;
+      if (fresh.writes) *(u32*)(cache + (head * PAGE + token) * HEAD_DIM * BYTES + 4 * i) = word;
+    }
+  }
+  fence_proxy_async();  // TMA will fill the slot again
+  __syncwarp();
 }
 
 struct Output {
@@ -399,10 +485,11 @@ DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
   return shared.last;
 }
 
-// starts[i] = places in a unit, over the sequences before i.
-DEVICE void count_places(Shared& shared, const int* sequence_lengths, int sequences, int unit_cost) {
+// starts[i] = places in a unit, over the sequences before i. Positions are fetched along: a unit's begin waits for them.
+DEVICE void count_places(Shared& shared, const int* sequence_lengths, const int* position_ids, int sequences, int unit_cost) {
   for (int i = threadIdx.x; i < sequences; i += THREADS) {
     const int tiles = (sequence_lengths[i] + TILE - 1) / TILE;
+    if (ROTARY_DIM) shared.starts[sequences + 1 + i] = position_ids[i];
     shared.starts[i + 1] = tiles ? tiles + unit_cost : 0;
   }
   if (threadIdx.x == 0) shared.starts[0] = 0;
@@ -430,8 +517,9 @@ DEVICE void clear_empty(const int* starts, int sequences, void* y) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const u8* q,
-       const int* block_tables, const int* sequence_lengths, const float* q_scale, const float* k_scale,
+decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const u16* qkv,
+       const int* position_ids, const int* slot_mapping, const int* block_tables, const int* sequence_lengths,
+       const float* cos, const float* sin, u8* key_cache, u8* value_cache, const float* q_scale, const float* k_scale,
        const float* v_scale, const float* out_scale, void* y, int* counters, Partial* partials, int sequences,
        int max_blocks, int unit_cost) {
   extern __shared__ __align__(1024) u8 memory[];
@@ -447,7 +535,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (FP8_CACHE ? *q_scale * *k_scale : 1.0f);
   griddepcontrol_wait();
 
-  count_places(shared, sequence_lengths, sequences, unit_cost);
+  count_places(shared, sequence_lengths, position_ids, sequences, unit_cost);
   __syncthreads();
   clear_empty(shared.starts, sequences, y);
   const int total = shared.starts[sequences] * UNITS;
@@ -456,7 +544,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // Contexts of one length: no unit is cut, if little is lost by it.
   if (unit * sequences == shared.starts[sequences] && whole - run <= run / 8) run = whole;
   const int begin = min(total, (int)blockIdx.x * run);
-  const Problem p = {q, block_tables, shared.starts, sequences, max_blocks, unit_cost, min(total, begin + run)};
+  const Problem p = {block_tables, shared.starts, sequences, max_blocks, unit_cost, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
   __syncthreads();
 
@@ -482,27 +570,33 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   };
 
   const Output output = {y, v_scale, out_scale};
+  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, shared.starts + sequences + 1, cos, sin, q_scale, k_scale, v_scale};
   State state;
-  u32 queries[K_STEPS][4];
   Cursor at;
   at.seek(p, begin);
   at.skip_nothing(p, 1);
-  load_queries(queries, p, at);
   while (at.index < p.end) {
+    refresh(shared.fresh, inputs, at.sequence, at.unit);
+    __syncthreads();
+    u32 queries[K_STEPS][4];
+    load_queries(queries, shared.fresh, rows_of(at.unit));
     const int stop = min(at.tiles(p), at.tile + p.end - at.index);
-    const int length = sequence_lengths[at.sequence];
     state.clear();
     for (int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS; tile < stop; tile += WARPS) {
       float s[S_TILES][4];
-      multiply_keys(s, queries, wait());
+      const int valid = shared.fresh.length - tile * TILE;
+      const u32 keys = wait();
+      if (valid <= TILE) add_newest<false>(shared.fresh, key_cache, keys, valid - 1);
+      multiply_keys(s, queries, keys);
       release();
-      state.soften(s, scale, length - tile * TILE);
-      multiply_values(state.o, s, wait());
+      state.soften(s, scale, valid);
+      const u32 values = wait();
+      if (valid <= TILE) add_newest<true>(shared.fresh, value_cache, values, valid - 1);
+      multiply_values(state.o, s, values);
       release();
     }
     const Cursor done = at;
     at.advance(p, min(at.places(p) - at.tile, p.end - at.index));
-    load_queries(queries, p, at);  // of the next unit, to arrive during the merge of this one
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
     const int rows = rows_of(done.unit);
     const int origin = done.index - done.tile;  // of the unit, in the line of tiles

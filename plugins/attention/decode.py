@@ -4,10 +4,12 @@ shares with the prefill part see prefill.py; for the method see decode.cu."""
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp8.plugins.attention import rope_kv_write
 from fp8.plugins.base import Kernel, Launcher, StepShape, Tensor
 
 if TYPE_CHECKING:
@@ -80,10 +82,12 @@ class Shape:
         return -(-8 * self.rows // 16) * 16 + 4 * self.rows * self.head_dim
 
     def shared_bytes(self, tactic: Decode, sequences: int) -> int:
-        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers, producers, tiles."""
+        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers, producers; the unit's
+        queries, newest key and value; places and position of each sequence."""
         columns = min(self.head_dim, 128 if self.rows <= 4 else 64 if self.rows <= 8 else 32)
         warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 8 + 2) + 24
-        return tactic.decode_warps * warp + 4 * (sequences + 2) + 32
+        fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 16
+        return tactic.decode_warps * warp + fresh + 4 * (2 * sequences + 2) + 48
 
     def fits(self, tactic: Decode, sequences: int) -> bool:
         size = self.shared_bytes(tactic, sequences)
@@ -99,7 +103,7 @@ def shape(plugin: Attention, inputs: Sequence[Tensor | None]) -> Shape:
 
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decode]:
     """Four blocks of two warps, two of four, one of eight: rings of up to 192 KB on a multiprocessor in each."""
-    sequences = 256  # the tables of more of them fit too, with fewer blocks on a multiprocessor
+    sequences = 128  # the tables of more of them fit too, with fewer blocks on a multiprocessor
     of = shape(plugin, inputs)
     slots = 24576 // of.slot_bytes
     wanted = [Decode(2, slots, 4), Decode(4, slots, 2), Decode(8, slots, 1), Decode(2, max(2, slots - 1), 4)]
@@ -112,7 +116,7 @@ def kernels(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) 
 
 
 def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> Kernel:
-    of, qkv = shape(plugin, inputs), inputs[0]
+    of, qkv, rotary_dim = shape(plugin, inputs), inputs[0], rope_kv_write.rotary_dim(inputs[6])
     assert qkv is not None
     constants = (
         ("HEAD_DIM", of.head_dim),
@@ -120,6 +124,8 @@ def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -
         ("GROUP", of.group),
         ("FP8_CACHE", int(of.fp8)),
         ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
+        ("ROTARY_DIM", rotary_dim),
+        ("VEC", math.gcd(2, rotary_dim // 2) if rotary_dim else 2),
         ("QUANT_OUT", int(plugin.quant_out)),
         ("SOFTMAX_SCALE", plugin.softmax_scale),
         ("WARPS", tactic.decode_warps),
@@ -145,13 +151,12 @@ def bind(
     plugin: Attention,
     tactic: Decode,
     functions: Sequence[Function],
-    q: torch.Tensor,
     tensors: Sequence[torch.Tensor | None],
     workspace: torch.Tensor | None,
 ) -> Launcher:
     from fp8.plugins.cuda import Launch, matrix_map
 
-    lengths, tables, key, value = tensors[4], tensors[5], tensors[8], tensors[9]
+    qkv, positions, slots, _, lengths, tables, cos, sin, key, value = tensors[:10]
     assert lengths is not None and tables is not None and key is not None and value is not None
     assert workspace is not None
     of = Shape(plugin.head_dim, plugin.num_kv_heads, plugin.num_heads // plugin.num_kv_heads, key.element_size() == 1)
@@ -164,7 +169,9 @@ def bind(
     sequences, unit_cost = ctypes.c_int(), ctypes.c_int()
     scales = tensors[10:14]  # q, k, v, out
     partials, width = workspace[start:], ctypes.c_int(tables.shape[1])
-    args = [*maps, q, tables, lengths, *scales, tensors[14], workspace, partials, sequences, width, unit_cost]
+    steps = [qkv, positions, slots, tables, lengths]
+    outputs = [tensors[14], workspace, partials]
+    args = [*maps, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost]
     many, few = (
         Launch(function, 32 * t.decode_warps, args, of.shared_bytes(t, len(lengths)))
         for function, t in zip(functions, (tactic, tactic.few()), strict=True)

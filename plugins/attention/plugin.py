@@ -39,7 +39,8 @@ class Attention(Plugin):
     -> y (e4m3 | out_dtype) [T, H D].
 
     Rows: first the sequences with one new token (decode), then prefill chunks, whose tokens are the last of their
-    context. Writes the caches in place. Rows of a sequence of length 0 and rows of none become zero.
+    context. A token's slot is the place of its position in the block tables, or -1. Writes the caches in place. Rows of
+    a sequence of length 0 and rows of none become zero.
     """
 
     name: ClassVar[str] = "attention"
@@ -201,11 +202,12 @@ class Attention(Plugin):
         prefill_functions = len(prefill.kernels(self, tactic, types))
         decode_functions, of_prefill = functions[1:-prefill_functions], functions[-prefill_functions:]
         write = rope_kv_write.bind(self, functions[0], q, tensors, for_prefill)
-        decode_rows = decode.bind(self, tactic, decode_functions, q, tensors, for_decode)
+        decode_rows = decode.bind(self, tactic, decode_functions, tensors, for_decode)
         prefill_rows = prefill.bind(self, tactic, of_prefill, q, tensors, for_prefill)
 
         def run(step: StepShape) -> None:
-            write(step)
+            if step.tokens > step.decode_sequences:
+                write(step)
             if step.decode_sequences:
                 decode_rows(step)
             if step.sequences > step.decode_sequences:

@@ -1,5 +1,5 @@
-"""The first kernel of attention, for all rows: rotary embedding, quantization, KV-cache write, and the prefill part's
-work list. Constants and launch of rope_kv_write.cu; it has no tactic."""
+"""The first kernel of attention for prefill rows and rows of no sequence: rotary embedding, quantization, KV-cache write,
+and the prefill part's work list. Constants and launch of rope_kv_write.cu; it has no tactic."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ HEADS = 4  # of a thread
 VALUE_DIMS = 32  # of a thread that transposes values
 
 
+def rotary_dim(cos: Tensor | torch.Tensor | None) -> int:
+    """Rotated dimensions of a head, 0 for none: twice the width of the table."""
+    return 2 * int(cos.shape[1]) if cos is not None else 0
+
+
 def vector(rotary_dim: int) -> int:
     """Rotation pairs of a thread: as many as keep every access aligned, at most 8."""
     return math.gcd(8, rotary_dim // 2) if rotary_dim else 8
 
 
 def kernel(plugin: Attention, inputs: Sequence[Tensor | None]) -> Kernel:
-    qkv, cos, cache = inputs[0], inputs[6], inputs[8]
+    qkv, cache, rotated = inputs[0], inputs[8], rotary_dim(inputs[6])
     assert qkv is not None and cache is not None
-    rotary_dim = 2 * int(cos.shape[1]) if cos is not None else 0
     constants = (
         ("NUM_HEADS", plugin.num_heads),
         ("NUM_KV_HEADS", plugin.num_kv_heads),
         ("HEAD_DIM", plugin.head_dim),
-        ("ROTARY_DIM", rotary_dim),
-        ("VEC", vector(rotary_dim)),
+        ("ROTARY_DIM", rotated),
+        ("VEC", vector(rotated)),
         ("FP8_CACHE", int(cache.dtype == E4M3)),
         ("QUANT_OUT", int(plugin.quant_out)),
         ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
@@ -52,7 +56,7 @@ def bind(
     tiles: torch.Tensor,
 ) -> Launcher:
     """q: [max_tokens, H, D] of the cache's dtype, written; tiles: the prefill part's workspace, written if it has rows.
-    tensors: the plugin's inputs, then its output."""
+    tensors: the plugin's inputs, then its output. The launcher enqueues the rows [step.decode_sequences, step.tokens)."""
     from fp8.plugins.cuda import Launch
 
     qkv, position_ids, slot_mapping, query_start, lengths, _, cos, sin, key, value, *scales = tensors[:13]
@@ -63,17 +67,16 @@ def bind(
     args = [*steps, cos, sin, key, value, *scales, q, tensors[14], tiles, *sizes]
     launch = Launch(function, THREADS, args)
     fp8 = key.element_size() == 1
-    vec = vector(2 * cos.shape[1] if cos is not None else 0)
+    vec = vector(rotary_dim(cos))
     moved = plugin.num_heads + (1 if fp8 else 2) * plugin.num_kv_heads
     units = -(-moved // HEADS) * (plugin.head_dim // (2 * vec))
 
     def run(step: StepShape) -> None:
         tokens.value, sequences.value, decode_sequences.value = step.tokens, step.sequences, step.decode_sequences
-        blocks = -(-step.tokens * units // THREADS)
-        if fp8:  # two dimensions a thread for decode rows, warps of 32 tokens for the rest
-            blocks += -(-step.decode_sequences * plugin.num_kv_heads * plugin.head_dim // (2 * THREADS))
-            groups = (step.tokens - step.decode_sequences + 31) // 32
-            blocks += -(-groups * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS) // 8)
+        rows = step.tokens - step.decode_sequences
+        blocks = -(-rows * units // THREADS)
+        if fp8:  # warps of 32 tokens
+            blocks += -(-((rows + 31) // 32) * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS) // 8)
         launch(blocks + (step.sequences > step.decode_sequences))
 
     return run

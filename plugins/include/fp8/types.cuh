@@ -10,3 +10,4 @@ typedef unsigned long long u64;
 struct alignas(64) TensorMap { u8 bytes[128]; };
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE void* shared_pointer(u32 address) { return __cvta_shared_to_generic(address); }
