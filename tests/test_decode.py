@@ -41,10 +41,9 @@ def test_kernels_of_all_group_sizes_compile(cache: str) -> None:
     plugins = [attention(*shape) for shape in SHAPES]
     every = [(p, t) for p in plugins for t in decode.candidates(p, inputs(p, cache))[:1]]
     cubins = compile.compile_all(k for p, t in every for k in decode.kernels(p, t, inputs(p, cache))).values()
-    assert len(cubins) == 2 * len(plugins)  # for many units, and for few
+    assert len(cubins) == sum(1 + (t != t.few()) for _, t in every)  # for many units, and for few
     assert not any(c.serialized for c in cubins)
-    spilled = [dict(c.kernel.constants)["GROUP"] for c in cubins if c.spill_bytes > 64]
-    assert all(group >= 16 for group in spilled)  # a few scalars, outside of the products
+    assert all(c.spill_bytes <= 256 for c in cubins)  # scalars that lie still during the products, once a unit
 
 
 def test_groups_of_more_than_sixteen_heads_are_several_units() -> None:

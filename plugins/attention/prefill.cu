@@ -1,5 +1,5 @@
 // Causal attention of packed prefill chunks over the paged cache: O = softmax(scale Q K^T) V, per query tile of 128 rows
-// and head. Persistent, warp-specialised: a TMA warp fills rings of K and V tiles of 128 tokens (two pages); two consumer
+// and head. Persistent (blocks take items from a list), warp-specialised: a TMA warp fills rings of K and V tiles of 128 tokens (two pages); two consumer
 // warpgroups of 64 query rows each issue Q K^T of tile j, then P V of tile j - 1, and take the softmax of tile j under it.
 //
 // The running maximum is an integer in the log2 domain, so that rescaling is exact and P is quantized to the same codes in
@@ -42,12 +42,13 @@ struct Shared {
   Item items[Q_STAGES];  // beside each Q tile
 };
 
-// The n-th item of this block: rounds over the sorted list go back and forth, so that sums of lengths stay even.
-DEVICE bool get_item(Item& item, const int4* tiles, int count, int n) {
-  const int rank = n * gridDim.x + (n & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-  if (rank >= count * NUM_HEADS) return false;
-  const int4 tile = tiles[1 + rank / NUM_HEADS];
-  item = {tile.x, tile.y, tile.z, tile.w, rank % NUM_HEADS};
+// The item of some rank in the list (tiles.cuh), of which `list` is the first entry.
+DEVICE bool get_item(Item& item, const int4* tiles, int4 list, int rank) {
+  if (rank >= list.x * NUM_HEADS) return false;
+  const int section = rank / (list.x * list.z), inside = rank - section * list.x * list.z;
+  const int heads = min(list.z, NUM_HEADS - section * list.z);
+  const int4 tile = tiles[1 + inside / heads];
+  item = {tile.x, tile.y, tile.z, tile.w, section * list.z + inside % heads};
   return true;
 }
 
@@ -188,16 +189,19 @@ DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, Di
   }
 }
 
-DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, const int4* tiles, const int* block_tables,
+DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, int4* tiles, const int* block_tables,
                     int max_blocks, Shared& b, u32 q_smem, u32 k_smem, u32 v_smem) {
   const int lane = threadIdx.x % 32;
-  const int count = tiles[0].x;
+  const int4 list = tiles[0];
   Ring<Q_STAGES> q;
   Ring<STAGES> ring;
   Item item;
+  int rank = blockIdx.x;
 #pragma unroll 1
-  for (int n = 0; get_item(item, tiles, count, n); n++) {
+  while (get_item(item, tiles, list, rank)) {
+    int taken;  // arrives during this item
     if (lane == 0) {
+      taken = atomicAdd(&tiles[0].y, 1);
       mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
       const u32 bar = shared_address(&b.q_full[q.stage]);
       b.items[q.stage] = item;
@@ -241,6 +245,7 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
       }
       ring.next();
     }
+    rank = gridDim.x + __shfl_sync(~0u, taken, 0);
   }
   if (lane == 0) {
     mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
@@ -389,7 +394,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
-        const int4* tiles, const int* block_tables, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
+        int4* tiles, const int* block_tables, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
         u8* y, int max_blocks) {
   extern __shared__ __align__(1024) u8 smem[];
   __shared__ Shared b;

@@ -108,6 +108,7 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
     const u32 token = decode_sequences + rest / NUM_KV_HEADS * 32 + threadIdx.x % 32;
     if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, divisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
   } else {
-    write_tiles(tiles, query_start, sequence_lengths, decode_sequences, sequences);
+    write_tiles(tiles, query_start, sequence_lengths, decode_sequences, sequences, 2 * HEAD_DIM * CACHE_BYTES, NUM_KV_HEADS,
+                NUM_HEADS / NUM_KV_HEADS);
   }
 }

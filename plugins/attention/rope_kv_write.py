@@ -1,5 +1,5 @@
-"""The first kernel of attention for prefill rows and rows of no sequence: rotary embedding, quantization, KV-cache write,
-and the prefill part's work list. Constants and launch of rope_kv_write.cu; it has no tactic."""
+"""The first kernel of attention for prefill rows and rows of no sequence: rotary embedding, quantization, KV-cache
+write, and the prefill part's work list. Constants and launch of rope_kv_write.cu; it has no tactic."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bind(
     tiles: torch.Tensor,
 ) -> Launcher:
     """q: [max_tokens, H, D] of the cache's dtype, written; tiles: the prefill part's workspace, written if it has rows.
-    tensors: the plugin's inputs, then its output. The launcher enqueues the rows [step.decode_sequences, step.tokens)."""
+    tensors: the plugin's inputs, then its output. The launcher enqueues rows [step.decode_sequences, step.tokens)."""
     from fp8.plugins.cuda import Launch
 
     qkv, position_ids, slot_mapping, query_start, lengths, _, cos, sin, key, value, *scales = tensors[:13]
