@@ -43,7 +43,8 @@ def test_kernels_of_all_group_sizes_compile(cache: str) -> None:
     cubins = compile.compile_all(k for p, t in every for k in decode.kernels(p, t, inputs(p, cache))).values()
     assert len(cubins) == sum(1 + (t != t.few()) for _, t in every)  # for many units, and for few
     assert not any(c.serialized for c in cubins)
-    assert all(c.spill_bytes <= 256 for c in cubins)  # scalars that lie still during the products, once a unit
+    spilled = [dict(c.kernel.constants)["GROUP"] for c in cubins if c.spill_bytes]
+    assert all(group > 16 for group in spilled)  # a few scalars, outside of the products
 
 
 def test_groups_of_more_than_sixteen_heads_are_several_units() -> None:

@@ -140,7 +140,8 @@ struct Producer {
 // Of a unit, as in the cache: queries, the newest key, the newest value. The padding spreads rows over the banks.
 struct Fresh {
   alignas(16) u8 rows[ROWS + 2][HEAD_DIM * BYTES + 16];
-  int length;  // of the context. What a warp needs once a tile or seldom is here: the products need the registers
+  Cursor at;   // of the unit. What a warp needs once a tile or seldom is here: the products need the registers
+  int length;  // of the context
   int slot;  // of the newest token; negative: it is not written
   int head;  // of keys and values
   bool writes;  // this unit writes it into the cache: the first of those that share its head
@@ -288,7 +289,8 @@ struct Inputs {
 };
 
 // A unit's part of its row of qkv, rotated and in the cache's type. A thread takes the same pairs of every STEP-th row.
-DEVICE void refresh(Fresh& fresh, const Inputs& in, int sequence, int unit) {
+DEVICE void refresh(Fresh& fresh, const Inputs& in, const Cursor& at) {
+  const int sequence = at.sequence, unit = at.unit;
   constexpr int STEP = THREADS / Pairs<VEC>::COUNT, EACH = (ROWS + 2 + STEP - 1) / STEP;
   static_assert(THREADS % Pairs<VEC>::COUNT == 0);
   const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
@@ -307,6 +309,7 @@ DEVICE void refresh(Fresh& fresh, const Inputs& in, int sequence, int unit) {
   if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[sequence]);
   const float scales[3] = {FP8_CACHE ? *in.q_scale : 1.0f, FP8_CACHE ? *in.k_scale : 1.0f, FP8_CACHE ? *in.v_scale : 1.0f};
   if (threadIdx.x == 0) {
+    fresh.at = at;
     fresh.length = in.lengths[sequence], fresh.slot = in.slots[sequence];
     fresh.head = unit / PARTS, fresh.writes = unit % PARTS == 0;
   }
@@ -579,7 +582,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   at.seek(p, begin);
   at.skip_nothing(p, 1);
   while (at.index < p.end) {
-    refresh(shared.fresh, inputs, at.sequence, at.unit);
+    refresh(shared.fresh, inputs, at);
     __syncthreads();
     u32 queries[K_STEPS][4];
     load_queries(queries, shared.fresh, rows_of(at.unit));
@@ -598,7 +601,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
       multiply_values(state.o, s, values);
       release();
     }
-    const Cursor done = at;
+    const Cursor done = shared.fresh.at;
+    at = done;
     at.advance(p, min(at.places(p) - at.tile, p.end - at.index));
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
     const int rows = rows_of(done.unit);

@@ -87,7 +87,7 @@ class Shape:
         columns = min(self.head_dim, 128 if self.rows <= 4 else 64 if self.rows <= 8 else 32)
         warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 8 + 2) + 24
         fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 16
-        return tactic.decode_warps * warp + fresh + 4 * (2 * sequences + 2) + 48
+        return tactic.decode_warps * warp + fresh + 4 * (2 * sequences + 2) + 64
 
     def fits(self, tactic: Decode, sequences: int) -> bool:
         size = self.shared_bytes(tactic, sequences)
