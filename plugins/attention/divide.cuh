@@ -8,6 +8,7 @@ struct Divisor { float scale, reciprocal; };
 
 DEVICE Divisor divisor(float scale) { return {scale, __frcp_rn(scale)}; }
 DEVICE float divide(float x, Divisor d) {
-  const float q = fminf(fmaxf(x * d.reciprocal, -512.f), 512.f);  // an infinite product would have no remainder
+  float q;  // x * reciprocal, at most 512 in magnitude: an infinite product would have no remainder
+  asm("min.xorsign.abs.f32 %0, %1, 0f44000000;" : "=f"(q) : "f"(x * d.reciprocal));
   return fmaf(fmaf(-q, d.scale, x), d.reciprocal, q);
 }
