@@ -13,7 +13,7 @@
 #     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.log
 #     example       quantize, build, run, evaluate the example; its engines against themselves
 #                   interpreted on the CPU                                                       example.txt engines.json
-#     service       random arrivals, sampling, prefixes, streaming, debug tensors on the example   service.json
+#     service       random arrivals, sampling, beams, prefixes, streaming, debug tensors on the example   service.json
 #     whole         the 8B shape's throughput of whole queues, as vLLM was measured              llama-3.1-8b-whole.json
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)

@@ -4,13 +4,15 @@
 
 Quantizes and builds the example in BF16 and in FP8 with FP8 KV, without and with debug tensors, and checks of each that
 requests arriving at random on a pool too small for them give the text that each has alone and lose no block; that a
-seed fixes a text whatever the batch, with every sampling option in it; that shared prefixes, debug tensors, streaming
-and cancelling change nothing; and that `fp8-inspect compare` holds the engine against its Hugging Face model.
+seed fixes a text whatever the batch, with every sampling option in it, and no option waits for the device; that beam
+search finds what transformers finds; that shared prefixes, debug tensors, streaming and cancelling change nothing; and
+that `fp8-inspect compare` holds the engine against its Hugging Face model.
 
 Kernels sum in another order for another number of rows, so texts may part where two tokens are all but equal: a greedy
 text where the log-probabilities of the best two, alone, differ by less than 0.05; a sampled one where noise of 0.05 on
-the logits leads to the other token. With FP8 it is 0.4 and 0.2: a code that is rounded to its other side changes much
-at once, though seldom. Every such place is told. Exits with 1 if anything else is found.
+the logits leads to the other token; a beam search where searches with such noise end as far away. With FP8 it is 0.4
+and 0.2: a code that is rounded to its other side changes much at once, though seldom. Every such place is told. Exits
+with 1 if anything else is found.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,15 @@ from fp8.builder.engine import write_atomically
 from fp8.runtime.llm import LLM
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.quickstart import EXAMPLES, StepFailed, Variant, command
-from fp8.scripts.service_checks import CHECKS, Engine
+from fp8.scripts.service_checks.beams import beams
+from fp8.scripts.service_checks.engine import Engine
+from fp8.scripts.service_checks.load import prefixes, random_arrivals, streaming
+from fp8.scripts.service_checks.outputs import against_hugging_face, debug_outputs
+from fp8.scripts.service_checks.sampling import options_without_a_wait, sampling
 
+CHECKS: list[Callable[[Engine], tuple[bool, dict[str, Any]]]] = [
+    random_arrivals, sampling, options_without_a_wait, beams, prefixes, streaming, debug_outputs, against_hugging_face
+]  # fmt: skip
 MODEL = EXAMPLES / "tiny-python-llama"
 VARIANTS = [Variant("bf16", "bf16"), Variant("fp8", "fp8", "fp8")]
 # Taps of buffers that are stored anyway, and taps inside the fused MLP, which then runs in two steps.

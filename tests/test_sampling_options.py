@@ -24,6 +24,7 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.text_stream import TextStream
 from fp8.scripts import build
+from fp8.scripts.service_checks.sampling import rows_with_every_option, sample_without_a_wait
 
 V, ROWS = 211, 8
 LIMITS = Limits(max_batch_size=40, max_seq_len=256, max_num_tokens=96)
@@ -147,36 +148,11 @@ def test_draws_have_the_distribution_of_plain_torch(wanted: dict[str, Any]) -> N
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 + 4
 
 
-ALL = SamplingParams(
-    temperature=0.8, max_tokens=100, stop_token_ids=[4, 9], min_tokens=50, top_k=60, top_p=0.95, min_p=0.01,
-    typical_p=0.9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 2.5, 210: -7},
-    logprobs=3, logprob_token_ids=[7],
-)  # fmt: skip
-BEAMS = SamplingParams(max_tokens=100, stop_token_ids=[4], min_tokens=50, beam_width=3, repetition_penalty=1.2)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_no_option_waits_for_the_device() -> None:
-    """On a stream of its own, with a second step as the first one warms up libraries and memory."""
-    rows = [row(i, ALL if i < 6 else BEAMS, *TEXTS[i]) for i in range(ROWS)]
-    sampler, raw = OptionSampler(LIMITS, torch.device("cuda")), logits().cuda()
-    for mode in ("default", "error"):
-        options = options_of(rows)
-        assert options is not None and options.beam_rows and options.penalized and options.truncated
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            drawn = sampler.sample(options, raw.clone(), lambda x: x.argmax(1).int())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert drawn.logprobs is not None and drawn.candidates is not None
-    torch.cuda.synchronize()
-    assert torch.equal(drawn.tokens.cpu(), expected_tokens(rows))
-
-
-def expected_tokens(rows: Sequence[Row]) -> torch.Tensor:
-    options = options_of(rows)
-    assert options is not None
-    return OptionSampler(LIMITS, torch.device("cpu")).sample(options, logits(), lambda x: x.argmax(1).int()).tokens
+    rows = rows_with_every_option(TEXTS)
+    drawn, expected = (sample_without_a_wait(rows, LIMITS, logits().to(device)) for device in ("cuda", "cpu"))
+    assert torch.equal(drawn.tokens.cpu(), expected.tokens)
 
 
 def test_rows_without_numbers_do_no_harm() -> None:
