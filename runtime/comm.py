@@ -19,7 +19,7 @@ T = TypeVar("T")
 RANK_TIMEOUT = 20.0  # seconds
 
 # Tags: messages of one kind from one rank arrive in order.
-TALK, COMMAND, REPLY, LOGITS, HIDDEN, PART = range(6)
+TALK, COMMAND, REPLY, LOGITS, HIDDEN, SAMPLED, PART = range(7)
 
 
 class World:
@@ -42,6 +42,11 @@ class World:
 
     def send(self, data: bytes, to: int, tag: int) -> None:
         self.transport.send(data, to, tag)
+
+    def deliver(self) -> None:
+        """Returns when what was sent arrives without help of this rank, which may then turn to something that others
+        have to hear of first."""
+        self.wait_for(lambda: self.transport.delivered() or None, *(r for r in range(self.world) if r != self.rank))
 
     def receive(self, source: int, tag: int) -> bytes:
         return self.wait_for(lambda: self.transport.receive(source, tag), source)

@@ -9,25 +9,26 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SPIN_SECONDS = 100e-6  # then a waiting rank sleeps: ranks may share a core
-FIRST_SLEEP, LONGEST_SLEEP = 20e-6, 1e-3
+LONGEST_SLEEP = 1e-3
+OVERSLEPT = 1 / 16  # of the time waited so far
 
 
 class Backoff:
     """What to do between two looks: first give way, then sleep longer and longer."""
 
     def __init__(self) -> None:
-        self._begin, self._sleep = time.perf_counter(), FIRST_SLEEP
+        self._begin = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._begin
 
     def wait(self) -> None:
-        if self.seconds < SPIN_SECONDS:
+        seconds = self.seconds
+        if seconds < SPIN_SECONDS:
             os.sched_yield()
         else:
-            time.sleep(self._sleep)
-            self._sleep = min(self._sleep * 1.2, LONGEST_SLEEP)
+            time.sleep(min(seconds * OVERSLEPT, LONGEST_SLEEP))
 
 
 def poll(look: Callable[[], T | None]) -> T:

@@ -173,6 +173,10 @@ class SocketTransport:
         for wire in self._wires.values():
             wire.push()
 
+    def delivered(self) -> bool:
+        self.progress()
+        return not any(wire.unsent for wire in self._wires.values())
+
     def receive(self, source: int, tag: int) -> bytes | None:
         self.progress()
         wire = self._wires[source]
@@ -182,11 +186,7 @@ class SocketTransport:
         return found
 
     def close(self) -> None:
-        def sent() -> bool | None:
-            self.progress()
-            return None if any(wire.unsent for wire in self._wires.values()) else True
-
-        poll(sent)
+        poll(lambda: self.delivered() or None)
         for wire in self._wires.values():
             wire.close()
 

@@ -28,6 +28,9 @@ class Transport(Protocol):
     def progress(self) -> None:
         """A rank that waits for something else than a message calls this now and then."""
 
+    def delivered(self) -> bool:
+        """Whether what was sent will arrive without further `progress`."""
+
     def receive(self, source: int, tag: int) -> bytes | None:
         """The next message, None while there is none."""
 
@@ -64,6 +67,10 @@ class MpiTransport:
         while self._sent and self._sent[0][0].Test():
             self._sent.popleft()
 
+    def delivered(self) -> bool:
+        self.progress()
+        return not self._sent
+
     def receive(self, source: int, tag: int) -> bytes | None:
         self.progress()
         if (source, tag) not in self._coming:
@@ -80,11 +87,7 @@ class MpiTransport:
         return bytes(data)
 
     def close(self) -> None:
-        def sent() -> bool | None:
-            self.progress()
-            return None if self._sent else True
-
-        poll(sent)
+        poll(lambda: self.delivered() or None)
         barrier = self._comm.Ibarrier()
         poll(lambda: barrier.Test() or None)
         self._finalize()
