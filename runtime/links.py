@@ -1,16 +1,17 @@
 """What a rank's device exchanges with others' inside a step: through host messages on CPUs, through NCCL on GPUs.
 
-Both have `group`, the ranks of this pipeline stage, and hand hidden states from stage to stage, each rank to its
-counterpart: all ranks of a stage hold the same ones.
+Both have `group`, the ranks of this pipeline stage, and hand hidden states from stage to stage and sampled tokens from
+the last one to the first, each rank to its counterpart: all ranks of a stage hold the same ones.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from fp8.builder.engine import Plan
 from fp8.plugins.base import Communicator
-from fp8.runtime.comm import HIDDEN, HostGroup, World, tensor_bytes, tensor_of
+from fp8.runtime.comm import HIDDEN, SAMPLED, HostGroup, World, tensor_bytes, tensor_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,44 @@ class Links(Protocol):
     def send(self, hidden: torch.Tensor) -> None:
         """Hands [T, H] to the next stage. `hidden` may be overwritten by the next step."""
 
+    def return_sampled(self, table: torch.Tensor) -> None:
+        """On the last stage: hands the table of sampled tokens i32 to the first. The next step may overwrite it."""
+
+    def take_sampled(self, table: torch.Tensor) -> None:
+        """On the first stage: the table becomes what the last stage returned, one step's after the other."""
+
+
+class Returned:
+    """The tables of sampled tokens that the last stage returns to this rank, which is of the first: one for every step
+    that samples. A step needs what was sampled `stages` steps before it, no later ones; so each stage has a step to
+    do, and no host stands between a token and the next."""
+
+    def __init__(self, links: Links, table: torch.Tensor, stages: int) -> None:
+        self._links, self._table, self._stages = links, table, stages
+        self._begun = self._read = 0  # steps
+        self._coming: deque[int] = deque()  # the steps whose tables were not taken
+
+    def begin(self, samples: bool) -> None:
+        """Before a step: takes the tables that it needs."""
+        self._take(self._begun - self._stages)
+        if samples:
+            self._coming.append(self._begun)
+        self._begun += 1
+
+    def read(self) -> None:
+        """The next step is known to have ended: its table is there."""
+        self._take(self._read)
+        self._read += 1
+
+    def finish(self) -> None:
+        """Takes what is left: nobody sends what is never received."""
+        self._take(self._begun)
+
+    def _take(self, last: int) -> None:
+        while self._coming and self._coming[0] <= last:
+            self._links.take_sampled(self._table)
+            self._coming.popleft()
+
 
 def stage_of(world: World, plan: Plan) -> int:
     return world.rank // plan.compatibility.tp_size
@@ -39,15 +78,20 @@ def peers(world: World, plan: Plan) -> range:
     return range(first, first + tp)
 
 
+def neighbours(world: World, plan: Plan) -> tuple[int, int]:
+    """This rank's counterparts in the stages before and after its own; the stages are a ring."""
+    tp = plan.compatibility.tp_size
+    return (world.rank - tp) % world.world, (world.rank + tp) % world.world
+
+
 class HostLinks:
     """Every tensor as a message."""
 
     def __init__(self, world: World, plan: Plan) -> None:
         import torch
 
-        tp = plan.compatibility.tp_size
         self._world, self._first = world, stage_of(world, plan) == 0
-        self._before, self._after = world.rank - tp, world.rank + tp
+        self._before, self._after = neighbours(world, plan)
         self._dtype = None if self._first else getattr(torch, plan.buffer(INPUT).dtype)
         self.group: Communicator = HostGroup(world, peers(world, plan))
 
@@ -61,6 +105,12 @@ class HostLinks:
     def send(self, hidden: torch.Tensor) -> None:
         self._world.send(tensor_bytes(hidden), self._after, HIDDEN)
 
+    def return_sampled(self, table: torch.Tensor) -> None:
+        self._world.send(tensor_bytes(table), self._after, SAMPLED)
+
+    def take_sampled(self, table: torch.Tensor) -> None:
+        table.copy_(tensor_of(self._world.receive(self._before, SAMPLED), table.dtype))
+
 
 class GpuLinks:
     """NCCL on the current stream, into a buffer that launches are bound to."""
@@ -70,22 +120,46 @@ class GpuLinks:
 
         from fp8.runtime.nccl import NcclGroup
 
-        tp = plan.compatibility.tp_size
-        self._before, self._after = world.rank - tp, world.rank + tp
+        self._before, self._after = neighbours(world, plan)
         self.group: Communicator = NcclGroup(world, peers(world, plan))
-        self._all = NcclGroup(world, range(world.world)) if plan.compatibility.pp_size > 1 else None
+        self._ring = NcclGroup(world, range(world.world)) if plan.compatibility.pp_size > 1 else None
         self.hidden: torch.Tensor | None = None
         if stage_of(world, plan):
             buffer = plan.buffer(INPUT)
             shape = (plan.limits.max_num_tokens, int(buffer.shape[1]))
             self.hidden = torch.zeros(shape, dtype=getattr(torch, buffer.dtype), device=device)
+        self._connect(world, device)
+
+    def _connect(self, world: World, device: torch.device) -> None:
+        """NCCL connects two GPUs when they first exchange something, and the calls wait for each other: here, where all
+        ranks make them at once, and not in a step that some have not heard of yet."""
+        import torch
+
+        part = torch.zeros(1 << 22, dtype=torch.uint8, device=device)
+        if self.group.world > 1:
+            for size in (1 << 4, 1 << 16, len(part)):  # NCCL takes another way for each
+                self.group.nccl_all_reduce(part[:size], part[:size], "max")  # type: ignore[attr-defined]
+            self.group.all_gather(part[:16])
+        if self._ring is not None:
+            self._ring.exchange(part[:16], self._after, part[16:32], self._before)
+        event = torch.cuda.Event()
+        event.record()
+        world.wait_for(lambda: event.query() or None)
 
     def receive(self, tokens: int) -> torch.Tensor | None:
-        if self.hidden is None or self._all is None:
+        if self.hidden is None or self._ring is None:
             return None
-        self._all.receive(self.hidden[:tokens], self._before)
+        self._ring.receive(self.hidden[:tokens], self._before)
         return self.hidden[:tokens]
 
     def send(self, hidden: torch.Tensor) -> None:
-        assert self._all is not None
-        self._all.send(hidden, self._after)
+        assert self._ring is not None
+        self._ring.send(hidden, self._after)
+
+    def return_sampled(self, table: torch.Tensor) -> None:
+        # Some hundred bytes: NCCL keeps them for the receiver, so this rank's next step does not wait for it.
+        self.send(table)
+
+    def take_sampled(self, table: torch.Tensor) -> None:
+        assert self._ring is not None
+        self._ring.receive(table, self._before)

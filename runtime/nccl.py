@@ -99,6 +99,13 @@ class NcclGroup:
     def receive(self, into: torch.Tensor, source: int) -> None:
         self._nccl("ncclRecv", _address(into), *_count(into), source, self._comm, _stream())
 
+    def exchange(self, tensor: torch.Tensor, to: int, into: torch.Tensor, source: int) -> None:
+        """Sends and receives at once: a ring of ranks that all do so does not wait for itself."""
+        self._nccl("ncclGroupStart")
+        self.send(tensor, to)
+        self.receive(into, source)
+        self._nccl("ncclGroupEnd")
+
 
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
     assert tensor.is_contiguous()

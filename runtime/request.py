@@ -30,6 +30,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0
+    sampled_in: int = 0  # the step whose last token is in flight
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
     published: int = 0  # blocks from the first that others may share

@@ -48,8 +48,8 @@ class Scheduler:
         reuse_prefixes: bool = True,
         stages: int = 1,
     ) -> None:
-        """With several pipeline `stages` a sequence's next token is not computed before the last one is known, and a
-        step takes a part of the sequences, so that every stage has one to do."""
+        """With several pipeline `stages` a step takes a part of the sequences, so that every stage has one to do; a
+        token that is not known yet can be the next one's input so many steps later."""
         self.pool = pool
         self.stages = stages
         self.max_num_tokens = max_num_tokens
@@ -57,6 +57,7 @@ class Scheduler:
         self.reuse_prefixes = reuse_prefixes
         self.waiting: list[Request] = []  # the best ranked first
         self.running: list[Request] = []  # the best ranked first
+        self.steps = 0
         self.preemptions = 0
         self.reused_tokens = 0
         self._arrivals = 0
@@ -111,7 +112,9 @@ class Scheduler:
             pending.append(candidate.pending)
         shares = self.policy.shares(pending, budget)
         taken = [self._take(r, count) for r, count in zip(prompts, shares, strict=True) if count]
-        return rows + sorted(taken, key=lambda row: row.count > 1)  # stable
+        rows += sorted(taken, key=lambda row: row.count > 1)  # stable
+        self.steps += bool(rows)
+        return rows
 
     def _review(self) -> tuple[list[Request], list[Request]]:
         """Retires the running requests that need no further step, publishes what is complete, and returns the others:
@@ -170,7 +173,9 @@ class Scheduler:
         rows: list[Row] = []
         for request in requests:
             computed = request.computed
-            if request.slot < 0 or len(rows) == most or (request.in_flight and self.stages > 1):
+            if request.slot < 0 or len(rows) == most:
+                continue
+            if request.in_flight and self.steps - request.sampled_in < self.stages:
                 continue
             if request.search:
                 rows.append(self._take(request, 1))
@@ -180,6 +185,7 @@ class Scheduler:
             index = computed + 1 - len(request.prompt)
             request.computed = computed + 1
             request.in_flight += 1
+            request.sampled_in = self.steps
             served(request, 1)
             rows.append(Row(request, computed, 1, True, index))
         return rows
@@ -191,6 +197,7 @@ class Scheduler:
         request.computed += count
         if search is None:
             request.in_flight += samples
+            request.sampled_in = self.steps
         else:
             search.unread += samples
         self.policy.served(request, count)

@@ -17,7 +17,7 @@ from fp8.runtime import preflight
 from fp8.runtime.beam_search import Candidates
 from fp8.runtime.comm import World
 from fp8.runtime.device import blocks_in_host_memory, choose_device
-from fp8.runtime.links import GpuLinks, HostLinks, Links
+from fp8.runtime.links import GpuLinks, HostLinks, Links, Returned
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.ranks import Command, Ranks, Reply
 from fp8.runtime.record import Recorder
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from fp8.runtime.compiled import CompiledExecutor, Graphs
-
-UNREAD = 2  # steps whose tokens may be unread: one running, one enqueued behind it; with more stages, one for each
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ class Session:
         self._graphs: Graphs | None = None
         self._logits_graphs: Graphs | None = None  # the same steps up to their logits
         self._links: Links | None = None
+        self._returned: Returned | None = None  # where another stage samples for this one
         self._options, self._history = OptionSampler(self.limits, self.device), History()
         self._scope: Callable[[], AbstractContextManager] = torch.inference_mode
         self._turn = 0
@@ -109,6 +108,8 @@ class Session:
             with self.ranks.guard(), self._scope():
                 self._links = GpuLinks(world, self.plan, self.device) if on_gpu else HostLinks(world, self.plan)
         preflight.all_or_none(world, lambda: allocate(engine))
+        if self._links is not None and not self._samples and self._first:
+            self._returned = Returned(self._links, self._inputs.sampled, self.stages)
 
     def _prepare_cpu(self, engine: Engine, max_kv_blocks: int | None, _: float) -> int:
         engine_format.check_weights(engine, engine_format.file_sha256(engine.weights_path))
@@ -177,6 +178,8 @@ class Session:
         if copies:
             self._copy_blocks(copies)
         count = shape.logits_rows
+        if self._returned is not None:
+            self._returned.begin(bool(count))
         launch, forward = self._launch, self._forward
         replayed = self._graphs is not None and self.recorder is None
         if replayed and shape.decode_sequences == shape.sequences == count:
@@ -191,6 +194,9 @@ class Session:
             drawn = self._options.sample(options, forward(shape), choose)
         if self._samples:
             self._tokens[stage][:count].copy_(drawn.tokens[:count], non_blocking=True)
+        if self._samples and not self._first and count:
+            assert self._links is not None
+            self._links.return_sampled(self._inputs.sampled)
         if self._graphs is not None:
             self._events[stage].record()
         return Ticket(rows, stage, count, drawn, options)
@@ -209,6 +215,9 @@ class Session:
                 assert self.ranks is not None
                 self._replies[ticket.stage] = reply = self.ranks.receive_reply()
                 sampled = reply.sampled
+                assert self._returned is not None
+                with self._scope():
+                    self._returned.read()
             else:
                 self._wait(ticket.stage)
                 sampled = self._sampled(ticket)
@@ -265,6 +274,9 @@ class Session:
                 self.ranks.begin(command.what)
                 self._perform(command, open_)
                 self.ranks.end()
+            if self._returned is not None:
+                with self._scope():
+                    self._returned.finish()
 
     def _perform(self, command: Command, open_: deque[Ticket]) -> None:
         assert self.ranks is not None and command.inputs is not None and command.shape is not None
@@ -331,12 +343,18 @@ class Session:
 
     @property
     def max_unread(self) -> int:
-        return max(UNREAD, self.stages)
+        """Steps whose tokens may be unread: one that runs in every stage, and one enqueued behind them."""
+        return self.stages + 1
 
     @property
     def _samples(self) -> bool:
         """Whether this rank's stage has the logits."""
         return self.ranks is None or self.ranks.last
+
+    @property
+    def _first(self) -> bool:
+        """Whether this rank's stage takes in token ids."""
+        return self.ranks is None or self.ranks.first
 
     @property
     def max_logits_rows(self) -> int:
@@ -371,7 +389,7 @@ class Session:
 
     def _forward(self, shape: StepShape) -> torch.Tensor:
         """A step up to its logits [L, V], or to what the next pipeline stage takes."""
-        if self.ranks is None or self.ranks.first:
+        if self._first:
             self._inputs.gather_input_ids(shape.tokens)
         return self._run(shape)
 

@@ -17,7 +17,8 @@ from fp8.runtime.statistics import Statistics, StepStatistics
 
 class Worker:
     """Requests of one session. With `lag` 1 a step is enqueued before the tokens of the one before are read, so the
-    device never waits for the host; with 0 each step is read at once. For one thread at a time."""
+    device never waits for the host; with 0 each step is read at once. An engine of several pipeline stages has a step
+    in every one of them and one more enqueued. For one thread at a time."""
 
     def __init__(
         self, session: Session, lag: int | None = None, policy: Policy | None = None, reuse_prefixes: bool = True
@@ -29,9 +30,8 @@ class Worker:
         self.scheduler = Scheduler(
             self.pool, limits.max_batch_size, limits.max_num_tokens, policy, reuse_prefixes, stages
         )
-        self.lag = (1 if session.device.type == "cuda" else 0) if lag is None else lag
-        if stages > 1:  # all are busy with a part of the sequences each
-            self.lag = stages - 1
+        ahead = stages if stages > 1 or session.device.type == "cuda" else 0
+        self.lag = ahead if lag is None else lag
         self.statistics = Statistics()
         self._open: deque[Ticket] = deque()
 

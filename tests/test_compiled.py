@@ -16,7 +16,7 @@ from fp8.builder.engine import EngineError, Plan, TacticChoice
 from fp8.plugins import base
 from fp8.plugins.attention import plugin as attention
 from fp8.plugins.base import StepShape
-from fp8.runtime import compiled, reference, session, weights
+from fp8.runtime import compiled, reference, weights
 from fp8.runtime.llm import LLM
 from fp8.runtime.record import Recorder
 from fp8.runtime.request import SamplingParams
@@ -92,13 +92,13 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         self.num_blocks = min(self.num_blocks, 12)
         self.plan = with_tactics(self.plan)
         engine = dataclasses.replace(engine, plan=self.plan)
-        self._inputs = StepInputs(self.limits, self.device, session.UNREAD)
+        self._inputs = StepInputs(self.limits, self.device, self.max_unread)
         self.executor = compiled.CompiledExecutor(engine, reference.map_weights(engine), self._inputs, self.num_blocks)
         step_kinds = {b.name for b in self.plan.buffers if b.kind in ("input", "activation", "output")}
         Stub.step_buffers = {t.data_ptr() for n, t in self.executor._tensors.items() if n in step_kinds}
         self._sample = reference_sampler(self._inputs)
         self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._forward)
-        self._events = [Event()] * session.UNREAD
+        self._events = [Event()] * self.max_unread
 
     monkeypatch.setattr(compiled, "load_plugins", stubs)
     monkeypatch.setattr(Session, "_allocate_on_cpu", allocate)

@@ -119,8 +119,9 @@ class Machine:
         assert sum(row.count for row in rows) <= self.scheduler.max_num_tokens
         assert all(row.count > 0 for row in rows)
         if self.scheduler.stages > 1:
-            waiting = {row.request for step in self.open for row in step if row.samples}
-            assert not waiting & set(requests), "a sequence goes on once its token is known"
+            stages = list(self.open)[1 - self.scheduler.stages :]
+            waiting = {row.request for step in stages for row in step if row.samples}
+            assert not waiting & set(requests), "the last stage has not come to its token"
         counts = [row.count > 1 for row in rows]
         assert counts == sorted(counts), "single tokens come first"
         slots = [row.request.slot for row in rows]
@@ -177,7 +178,7 @@ def serve(
     trace = [replace(w, beams=min(w.beams, max_batch)) for w in trace]
     pool = BlockPool(max(blocks_wanted(w) for w in trace) + spare, BLOCK)
     scheduler = Scheduler(pool, max_batch, max_tokens, POLICIES[policy](), reuse, stages)
-    lag = stages - 1 if stages > 1 else lag
+    lag = stages - lag % 2 if stages > 1 else lag
     machine, step, requests = Machine(scheduler, max_batch, lag), 0, []
     arrivals = deque(zip(accumulate(w.arrives for w in trace), trace, strict=True))
     cancels: list[tuple[int, Request]] = []
@@ -385,14 +386,23 @@ def test_a_long_prompt_leaves_room_for_a_short_one_under_the_fair_policy() -> No
 
 
 def test_pipeline_stages_share_the_sequences() -> None:
-    """With four stages and eight sequences, four steps are under way at once, of two sequences each."""
+    """With four stages and eight sequences, four steps are under way at once, of two sequences each; then the first two
+    go on, as the last stage hands their tokens to the first without the host."""
     scheduler = Scheduler(BlockPool(64, BLOCK), 8, 100, stages=4)
     for i in range(8):
         scheduler.add(make(i, 1, 20))
     first = scheduler.schedule()
     scheduler.update(first, [0] * len(first))
     steps = [scheduler.schedule() for _ in range(5)]
-    assert [len(rows) for rows in steps] == [2, 2, 2, 2, 0]
-    assert len({row.request for rows in steps for row in rows}) == 8
-    scheduler.update(steps[0], [0, 0])
-    assert {row.request for row in scheduler.schedule()} == {row.request for row in steps[0]}
+    assert [len(rows) for rows in steps] == [2, 2, 2, 2, 2]
+    assert len({row.request for rows in steps[:4] for row in rows}) == 8
+    assert {row.request for row in steps[4]} == {row.request for row in steps[0]}
+
+
+def test_a_sequence_alone_waits_for_its_token_in_a_pipeline() -> None:
+    scheduler = Scheduler(BlockPool(64, BLOCK), 8, 100, stages=2)
+    scheduler.add(make(0, 1, 20))
+    rows = scheduler.schedule()
+    assert len(rows) == 1 and not scheduler.schedule()
+    scheduler.update(rows, [0])
+    assert len(scheduler.schedule()) == 1
