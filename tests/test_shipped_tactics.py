@@ -27,7 +27,7 @@ def test_every_kernel_of_an_engine_compiles_clean(
     # One layer and a short vocabulary: the kernels of the layers are those of the whole model.
     config: dict[str, Any] = {**PRESETS[model], "num_hidden_layers": 1, "vocab_size": 1000}
     format = load_format(qformat)(kv_cache_dtype=kv_cache_dtype)
-    write_random_checkpoint(tmp_path / "checkpoint", config, format, "cpu", 0)
+    write_random_checkpoint(tmp_path / "checkpoint", config, format, 0)
     source = build.Source(load_model(config), Checkpoint(tmp_path / "checkpoint"))
     warnings: list[str] = []
     compiled = build.compile(source, build.Request(max_seq_len=2048), build.Reporter(warn=warnings.append))
