@@ -66,11 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
+    def origin() -> dict[str, Any]:
+        return provenance("fp8-bench", argv, args.commit)
+
+    def save(rows: Sequence[dict[str, Any]], facts: dict[str, Any], of: dict[str, Any] | None = None) -> None:
+        """Modes that take long call it with the rows so far: what is known is not lost with what is not."""
+        if args.output:
+            result = {"mode": args.mode, **(of or before), **facts, "results": rows}
+            write_atomically(args.output, [json.dumps(result, indent=2).encode() + b"\n"])
+
+    before = origin()
+    args.save = save
     try:
         rows, facts = MODES[args.mode][0].run(args)
-        result = {"mode": args.mode, **provenance("fp8-bench", argv, args.commit), **facts, "results": rows}
-        if args.output:
-            write_atomically(args.output, [json.dumps(result, indent=2).encode() + b"\n"])
+        save(rows, facts, origin())
     except ERRORS as error:
         print(f"fp8-bench: {error}", file=sys.stderr)
         return 1

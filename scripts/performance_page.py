@@ -48,6 +48,9 @@ def _summary(record: dict[str, Any]) -> str:
     facts = [
         f"{key.replace('_', ' ')} {', '.join(record[key])}" for key in ("device", "driver", "torch") if record[key]
     ]
+    load = [record.get("under_load", {}).get(key) for key in ("sm_clock", "memory_clock", "power_draw", "power_limit")]
+    if all(load):
+        facts.append(f"under load SM {load[0]}, memory {load[1]}, {load[2]} of {load[3]}")
     head = f"{'; '.join(facts)}; commit {', '.join(c[:12] for c in record['commit'])}.\n\n"
     return head + _markdown(["section", "met", "missed", "not measured"], rows)
 

@@ -17,23 +17,29 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> dict[str, Any]:
-    """Facts for the head of a results file; None for what cannot be found out."""
+    """Facts for the head of a results file; None for what cannot be found out. The command is told without where its
+    results went and of which commit they are."""
     import torch
 
     here = str(Path(__file__).resolve().parent)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "command": " ".join([program, *map(str, sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join([program, *_telling(list(map(str, sys.argv[1:] if argv is None else argv)))]),
         "commit": commit or _output("git", "-C", here, "rev-parse", "HEAD"),
         "device": gpu or platform.processor() or platform.machine(),
-        **_card(),
+        **card(),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _card() -> dict[str, str | None]:
-    """Of the first GPU; clocks and power as they are right now, after the work."""
+def _telling(arguments: list[str]) -> list[str]:
+    untold = {i + j for i, word in enumerate(arguments) if word in ("--output", "--commit") for j in (0, 1)}
+    return [word for i, word in enumerate(arguments) if i not in untold]
+
+
+def card() -> dict[str, str | None]:
+    """Of the first GPU; clocks and power as they are right now."""
     fields = {
         "driver": "driver_version", "max_sm_clock": "clocks.max.sm", "sm_clock": "clocks.sm",
         "memory_clock": "clocks.mem", "power_limit": "power.limit", "power_draw": "power.draw",

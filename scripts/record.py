@@ -41,6 +41,7 @@ def record(documents: dict[str, Document]) -> dict[str, Any]:
     return {
         "command": "python -m fp8.scripts.record",
         **header,
+        "under_load": next((d["under_load"] for d in documents.values() if "under_load" in d), {}),
         "sources": sources,
         "rows": rows,
         "losses": losses(documents),

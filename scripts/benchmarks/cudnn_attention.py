@@ -95,7 +95,7 @@ def _graph(shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], softmax_
     out, _, *maxima = graph.sdpa_fp8(
         **places, generate_stats=False, attn_scale=softmax_scale, use_causal_mask=True, name="sdpa"
     )
-    out.set_output(True).set_dim(list(shapes[3][0])).set_stride(list(shapes[3][1]))
+    out.set_output(True).set_dim(list(shapes[3][0])).set_stride(list(shapes[3][1])).set_data_type(kinds.FP8_E4M3)
     for name, amax in zip(("amax_s", "amax_o"), maxima, strict=True):
         places[name] = amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(kinds.FLOAT)
     graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])

@@ -28,22 +28,16 @@ def peers_of(plugin: Plugin, step: StepShape, tensors: Tensors) -> dict[str, Pee
     if plugin.name in ("gemm", "gemm_swiglu"):
         if fp8 and tensors[2] is not None and tensors[2].dim() == 2:  # scaled in blocks
             return {}
-        return _gemm_peers() if fp8 else {"cuBLAS": lambda t: _product(t)}
+        return {"cuBLASLt": _scaled_product} if fp8 else {"cuBLAS": _product}
     if plugin.name == "attention" and not step.decode_sequences:
         return cudnn_attention.peers(plugin, step, tensors)
     simple: dict[str, Peer] = {"norm_quant": _norm, "embedding": _gather, "concat": _cat, "sampling": _argmax}
     return {f"torch {plugin.name}": simple[plugin.name]} if plugin.name in simple else {}
 
 
-def _gemm_peers() -> dict[str, Peer]:
-    return {
-        "cuBLASLt": lambda t: _scaled_product(t, fast=True),
-        "cuBLASLt, precise accumulation": lambda t: _scaled_product(t, fast=False),
-    }
-
-
-def _scaled_product(tensors: Tensors, fast: bool) -> Launch:
-    """torch._scaled_mm with scalar scales, or with one per row and column where x has one per row."""
+def _scaled_product(tensors: Tensors) -> Launch:
+    """torch._scaled_mm with scalar scales, or with one per row and column where x has one per row; sums as the tensor
+    cores do, like ours."""
     import torch
 
     x, w, x_scale, w_scale = tensors[:4]
@@ -59,7 +53,7 @@ def _scaled_product(tensors: Tensors, fast: bool) -> Launch:
     else:
         both = (x_scale.reshape(()), w_scale[0].clone().reshape(()))
     out = torch.empty(rows, n, dtype=torch.bfloat16, device=x.device)
-    return lambda: torch._scaled_mm(padded, w.t(), *both, out_dtype=out.dtype, use_fast_accum=fast, out=out)
+    return lambda: torch._scaled_mm(padded, w.t(), *both, out_dtype=out.dtype, use_fast_accum=True, out=out)
 
 
 def _product(tensors: Tensors) -> Launch:

@@ -43,15 +43,18 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     if session.ranks is not None:
         raise RequestError("fp8-bench roofline times launches one by one, which engines of one rank alone can do")
     fill_cache(session)
-    found = ceilings.measure() if session.device.type == "cuda" else None
-    rows = []
+    found = ceilings.measure()[0] if session.device.type == "cuda" else None
+    rows: list[dict[str, Any]] = []
+    facts = {"engine": engine_facts(session.plan), "ceilings": found and found.as_dict()}
     for batch in args.batch_size:
         step = step_rows(session, [(args.context_len, 1)] * batch, args.seed)
         rows += _measure(session, found, f"decode {batch} x {args.context_len}", step, args.runs)
+        args.save(rows, facts)
     for length in args.prompt_len:
         step = step_rows(session, [(length, length)], args.seed)
         rows += _measure(session, found, f"prompt {length}", step, args.runs)
-    return rows, {"engine": engine_facts(session.plan), "ceilings": found and found.as_dict()}
+        args.save(rows, facts)
+    return rows, facts
 
 
 def step_rows(session: Session, sequences: Sequence[tuple[int, int]], seed: int) -> list[Row]:
@@ -89,7 +92,7 @@ def _measure(
     groups: dict[tuple[str, str], list[tuple[float, float, float, float | None]]] = defaultdict(list)
     for step, seconds in zip(session.plan.steps, session.time_launches(rows, runs), strict=True):
         work = work_of(session.plan, step, shape, rows)
-        least = found and found.seconds(work.bytes, work.flops, work.dtype)
+        least = None if found is None else found.seconds(work.bytes, work.flops, work.dtype)
         groups[label(step), step.plugin].append((seconds, work.bytes, work.flops, least))
     alone = sum(one[0] for group in groups.values() for one in group)
     kernels = [_row(name, *key, group, alone) for key, group in groups.items()]

@@ -41,7 +41,7 @@ class Graph:
 
 def sets_for(size: int) -> int:
     """How many sets of buffers of `size` bytes one launch after the other is to rotate over."""
-    return max(2, min(MOST_SETS, -(-COLD // max(size, 1))))
+    return min(MOST_SETS, -(-COLD // max(size, 1)))
 
 
 def capture(launches: Sequence[Callable[[], object]]) -> Graph:
@@ -87,7 +87,7 @@ def _replays(graph: Graph, seconds: float) -> list[float]:
     """Microseconds of a launch, by replay; enqueued together, so that the device never waits for the host."""
     import torch
 
-    count = max(3, min(400, int(seconds / (graph.seconds * graph.count))))
+    count = max(1, min(400, round(seconds / (graph.seconds * graph.count))))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:

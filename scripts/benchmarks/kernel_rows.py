@@ -1,0 +1,185 @@
+"""The process of fp8-bench kernel that has the GPU: compiles ahead on all cores, times one case when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+from fp8.builder.tune import Site
+from fp8.plugins import compile
+from fp8.plugins.base import Kernel, Tensor
+from fp8.scripts.benchmarks import ceilings
+from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases, types
+from fp8.scripts.benchmarks.ceilings import Ceilings
+from fp8.scripts.benchmarks.kernel_cases import Timed, timed_cases
+from fp8.scripts.benchmarks.peers import peers_of
+from fp8.scripts.benchmarks.timing import BRIEF, SUSTAINED, Graph, capture, compare
+
+MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
+HEAVY = 5e10  # FLOP from which a case is timed under sustained load
+KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
+CEILINGS = -1  # asks for them, in place of a case
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Which cases are timed, and how."""
+
+    plugin: str = ""
+    parts: Sequence[str] = ("",)
+    own: bool = False
+    seed: int = 0
+    tactics: int = 1
+    peers: bool = True
+
+    def cases(self) -> list[Timed]:
+        found = timed_cases()
+        if self.own:
+            found = [Timed(c.name, name, c) for name, c in all_cases() if not c.plugin.collective]
+        return [
+            t
+            for t in found
+            if (not self.plugin or t.plugin == self.plugin) and any(part in t.name for part in self.parts)
+        ]
+
+
+def answers(chosen: Chosen, first: int) -> Callable[[int], tuple[Any, bool]]:
+    """Of this process: the ceilings, or the row of a case by its place; and whether the GPU is still usable."""
+    timed, measured = chosen.cases(), Measured(chosen)
+    measured.compile(timed[first:])
+
+    def answer(place: int) -> tuple[Any, bool]:
+        if place == CEILINGS:
+            return {"ceilings": measured.ceilings.as_dict(), "under_load": measured.under_load}, True
+        row = measured.row(timed[place])
+        return row, "failure" not in row or _usable()
+
+    return answer
+
+
+def _usable() -> bool:
+    """False after an illegal access, say: such an error stays with the process."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").item()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Measured:
+    """The GPU's side of it."""
+
+    def __init__(self, chosen: Chosen) -> None:
+        self._chosen, self._functions = chosen, Functions()
+        self._compiling: dict[Kernel, Future] = {}
+
+    @cached_property
+    def _measured(self) -> tuple[Ceilings, dict[str, str | None]]:
+        return ceilings.measure()
+
+    @property
+    def ceilings(self) -> Ceilings:
+        return self._measured[0]
+
+    @property
+    def under_load(self) -> dict[str, str | None]:
+        """The card's clocks and power."""
+        return self._measured[1]
+
+    def compile(self, timed: Sequence[Timed]) -> None:
+        """Begins with all kernels, on all cores but one, in order."""
+        pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
+        for t in timed:
+            with contextlib.suppress(Exception):  # `row` meets it again, and tells
+                for kernels in tactics_of(t, case_types(t, self._chosen.seed), self._chosen.tactics)[1]:
+                    for k in kernels:
+                        if k not in self._compiling:
+                            self._compiling[k] = pool.submit(compile.compile_kernel, k)
+        pool.shutdown(wait=False)
+
+    def row(self, t: Timed) -> Row:
+        row: Row = {"name": t.name, "plugin": t.plugin}
+        begin = time.perf_counter()
+        try:
+            return {**row, **self._times(t, row), "seconds": time.perf_counter() - begin}
+        except Exception as failed:
+            text = (str(failed).splitlines() or [""])[0]
+            return {**row, "failure": f"{type(failed).__name__}: {text[:300]}"}
+
+    def _times(self, t: Timed, row: Row) -> Row:
+        import torch
+
+        if torch.cuda.memory_reserved() > KEPT:
+            torch.cuda.empty_cache()
+        buffers = CaseBuffers(t.case, self._chosen.seed, "cuda")
+        tactics, kernels = tactics_of(t, buffers.types, self._chosen.tactics)
+        for k in (k for several in kernels for k in several):
+            if k in self._compiling:
+                self._compiling[k].result()
+        ours = [buffers.captured(one, self._functions.of(k)) for one, k in zip(tactics, kernels, strict=True)]
+        peers = _peer_graphs(buffers, row) if self._chosen.peers else {}
+        heavy = t.case.flops >= HEAVY
+        times = compare([*ours, *peers.values()], SUSTAINED if heavy else BRIEF)
+        us, tactic = min(zip(times, tactics, strict=False), key=lambda pair: pair[0])
+        peer_us = dict(zip(peers, times[len(ours) :], strict=True))
+        least = self.ceilings.seconds(t.case.bytes, t.case.flops, _factor_dtype(buffers))
+        first = next(iter(peer_us.items()), (None, None))
+        return {
+            "us": us, "tb_per_second": t.case.bytes / us / 1e6, "tflops": t.case.flops / us / 1e6,
+            "fraction": least * 1e6 / us, "peer": first[0], "peer_us": first[1], "ratio": first[1] and first[1] / us,
+            "all_peers_us": peer_us, "tactic": dataclasses.asdict(tactic), "sustained": heavy,
+        }  # fmt: skip
+
+
+def _peer_graphs(buffers: CaseBuffers, row: Row) -> dict[str, Graph]:
+    graphs = {}
+    for name, peer in peers_of(buffers.plugin, buffers.case.step, buffers.inputs).items():
+        try:
+            graphs[name] = capture([peer(tensors) for tensors in buffers.sets])
+        except Exception as failed:  # a peer that is not there on this machine leaves its place empty, and says why
+            row.setdefault("peer_failures", {})[name] = f"{type(failed).__name__}: {str(failed)[:300]}"
+    return graphs
+
+
+def case_types(t: Timed, seed: int) -> list[Tensor | None]:
+    """Of a case's inputs; where they cannot be known without their values, these are made."""
+    import torch
+
+    try:
+        return types(t.case.make(torch.Generator().manual_seed(seed), "meta"))
+    except NotImplementedError:
+        return types(t.case.make(torch.Generator("cuda").manual_seed(seed), "cuda"))
+
+
+def tactics_of(t: Timed, found: Sequence[Tensor | None], count: int) -> tuple[list[Any], list[Sequence[Kernel]]]:
+    """The tactics to time, and the kernels of each."""
+    plugin, step = t.case.plugin, t.case.step
+    tokens = step.logits_rows if plugin.attributes().get("rows") == "L" else step.tokens
+    if not t.rows:
+        chosen = plugin.tactics(found, tokens)[:count]
+    else:
+        symbolic = tuple(_symbolic(x) if i in t.rows else x for i, x in enumerate(found))
+        bucket = next(n for n in [*plugin.buckets(MAX_NUM_TOKENS), tokens] if n >= tokens)
+        chosen = Site(plugin, symbolic, bucket).candidates()[:count]
+    return chosen, [plugin.kernels(tactic, found) for tactic in chosen]
+
+
+def _symbolic(x: Tensor | None) -> Tensor | None:
+    return x and Tensor(x.dtype, ("T", *x.shape[1:]))
+
+
+def _factor_dtype(buffers: CaseBuffers) -> str:
+    """Of what the tensor cores multiply: a linear's x, attention's keys."""
+    factor = buffers.inputs[buffers.places[0] if buffers.places else 0]
+    assert factor is not None
+    return str(factor.dtype).removeprefix("torch.")
