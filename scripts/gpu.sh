@@ -3,11 +3,11 @@
 #
 #   bash scripts/gpu.sh OUT_DIR [--no-venv] [--commit HASH] [PART...]     all parts of the first list by default:
 #     kernel        kernels of Llama 7B, 8B and 70B against cuBLASLt, cuDNN and torch            kernel.json
+#     first-token   prompts of 1024 to 131072 tokens, attention in FP8 and in BF16               llama-7b-first-*.json
+#     llama-7b-bf16 latency of the 7B shape in BF16                                              llama-7b-bf16.json
+#     llama-3.1-8b  latency of the grid, throughput of a full queue at every pair of lengths     llama-3.1-8b*.json
 #     llama-7b      random weights in FP8 with FP8 KV: build and start-up times, latency of the
 #                   grid, where a step's time goes                                               llama-7b*.json
-#     llama-7b-bf16 latency of the same shape in BF16                                            llama-7b-bf16.json
-#     llama-3.1-8b  latency of the grid, throughput of a full queue at every pair of lengths     llama-3.1-8b*.json
-#     first-token   prompts of 1024 to 131072 tokens, attention in FP8 and in BF16               llama-7b-first-*.json
 #   and, by name:
 #     kernels       every plugin's cases on every tactic against its reference, and their times  kernels.json
 #     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.log
@@ -15,13 +15,16 @@
 #                   interpreted on the CPU                                                       example.txt engines.json
 #     service       random arrivals, sampling, beams, prefixes, streaming, debug tensors on the example   service.json
 #     whole         the 8B shape's throughput of whole queues, as vLLM was measured              llama-3.1-8b-whole.json
+#
+# Parts run in this order. Engines take some 50 GB under $TMPDIR; they are made while kernels are measured. A part that
+# fails or takes too long loses its own figures alone.
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-measured='kernel llama-7b llama-7b-bf16 llama-3.1-8b first-token'
+measured='kernel first-token llama-7b-bf16 llama-3.1-8b llama-7b'
 named='kernels sanitizer example service whole'
 no_venv='' commit='' parts=''
 while [ $# -gt 0 ]; do
@@ -36,69 +39,101 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+asked=${parts:-$measured}
+parts=''
+for part in $measured $named; do
+  case " $asked " in *" $part "*) parts="$parts $part" ;; esac
+done
 prepare "" "$no_venv"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 failed=0
 
-bench() { # bench SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.json
+bench() { # bench SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.json; engines and checkpoints by their names
   local seconds=$1 mode=$2 name=$3 begin=$SECONDS
   shift 3
-  timeout "$seconds" "$PYTHON" -m fp8.scripts.bench "$mode" --commit "$commit" --output "$out/$name.json" "$@" || failed=1
+  (cd "$work" && timeout "$seconds" "$PYTHON" -X faulthandler -m fp8.scripts.bench "$mode" \
+    --commit "$commit" --output "$out/$name.json" "$@") || failed=1
   say "$name: $mode took $((SECONDS - begin)) s"
 }
 
-checkpoint() { # checkpoint MODEL QFORMAT KV [ARGUMENT...]: in $work/checkpoint
-  rm -rf "$work/checkpoint"
-  "$PYTHON" -m fp8.scripts.random_checkpoint --model "$1" --qformat "$2" --kv_cache_dtype "$3" "${@:4}" \
-    --output_dir "$work/checkpoint"
+checkpoint() { # checkpoint NAME MODEL QFORMAT KV [ARGUMENT...]
+  (cd "$work" && nice "$PYTHON" -m fp8.scripts.random_checkpoint --output_dir "$1" --model "$2" --qformat "$3" \
+    --kv_cache_dtype "$4" "${@:5}")
 }
 
-build() { # build ARGUMENT...: $work/checkpoint to $work/engine
-  rm -rf "$work/engine"
-  "$PYTHON" -m fp8.scripts.build --checkpoint_dir "$work/checkpoint" --output_dir "$work/engine" --log_level warning "$@"
+build() { # build CHECKPOINT NAME [ARGUMENT...]
+  (cd "$work" && nice "$PYTHON" -m fp8.scripts.build --checkpoint_dir "$1" --output_dir "$2" --log_level warning "${@:3}")
 }
 
-grid() { # grid NAME
-  bench 120 latency "$1" --engine_dir "$work/engine" --batch_size 1 8 16 32 64 --input_len 1024 --output_len 128
+engine() { # engine NAME MODEL QFORMAT KV [ARGUMENT...]
+  checkpoint "$1-checkpoint" "$2" "$3" "$4" --max_position_embeddings 131136 && build "$1-checkpoint" "$1" "${@:5}"
+  rm -rf "$work/$1-checkpoint"
 }
 
 small=(--max_batch_size 64 --max_seq_len 2048 --max_num_tokens 8192)
 queue=(--max_batch_size 1024 --max_seq_len 22528 --max_num_tokens 8192)
+long=(--max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192)
 lengths=(--input_len 128 128 500 1000 2048 2048 5000 20000 --output_len 128 2048 2000 1000 128 2048 500 2000)
+prompts=(--input_len 1024 4096 16384 32768 65536 131072 --output_len 1)
 
-for part in ${parts:-$measured}; do
+ahead() { # makes what the parts measure: by the CPU alone
+  local part
+  for part in $parts; do
+    case $part in
+      first-token)
+        engine llama-7b-first-token llama-7b fp8 fp8 "${long[@]}"
+        engine llama-7b-first-token-bf16-kv llama-7b fp8 auto "${long[@]}" ;;
+      llama-7b-bf16) engine llama-7b-bf16 llama-7b bf16 auto "${small[@]}" ;;
+      llama-3.1-8b | whole) [ -d "$work/llama-3.1-8b" ] || engine llama-3.1-8b llama-3.1-8b fp8 fp8 "${queue[@]}" ;;
+      llama-7b) checkpoint llama-7b-checkpoint llama-7b fp8 fp8 ;;
+      *) continue ;;
+    esac
+    touch "$work/$part.made"
+    say "$part: what it measures was made after $SECONDS s"
+  done
+}
+
+made() { # made PART: waits for what is measured; PART all: and leaves the host at rest
+  until [ -e "$work/$1.made" ] || [ -e "$work/all.made" ]; do sleep 0.1; done
+}
+
+grid() { # grid ENGINE [ARGUMENT...]
+  bench 120 latency "$1" --engine_dir "$1" --batch_size 1 8 16 32 64 --input_len 1024 --output_len 128 "${@:2}"
+}
+
+set -m # the work ahead is a group of processes, ended as one
+{ ahead || true; touch "$work/all.made"; } &
+set +m
+trap 'kill -- -$! 2>/dev/null || true; rm -rf "$work"' EXIT
+for part in $parts; do
   say "$part"
   begin=$SECONDS
   case $part in
-    kernel) bench 180 kernel kernel --max_seconds 150 ;;
-    llama-7b)
-      checkpoint llama-7b fp8 fp8
-      bench 200 startup llama-7b-startup --checkpoint_dir "$work/checkpoint" --engine_dir "$work/engine" -- "${small[@]}"
-      grid llama-7b
-      bench 90 roofline llama-7b-roofline --engine_dir "$work/engine" --batch_size 1 64 --prompt_len 1024 8192 ;;
-    llama-7b-bf16)
-      checkpoint llama-7b bf16 auto
-      build "${small[@]}"
-      grid llama-7b-bf16 ;;
-    llama-3.1-8b)
-      checkpoint llama-3.1-8b fp8 fp8
-      build "${queue[@]}"
-      grid llama-3.1-8b
-      bench 90 roofline llama-3.1-8b-roofline --engine_dir "$work/engine" --batch_size 1 64 1024 --prompt_len 8192
-      bench 180 throughput llama-3.1-8b-throughput --engine_dir "$work/engine" "${lengths[@]}" --max_seconds 6 ;;
-    whole)
-      checkpoint llama-3.1-8b fp8 fp8
-      build "${queue[@]}"
-      bench 200 throughput llama-3.1-8b-whole --engine_dir "$work/engine" --input_len 128 1000 2048 \
-        --output_len 128 1000 128 --num_requests 4096 512 1024 ;;
+    kernel) bench 180 kernel kernel --max_seconds 100 ;;
     first-token)
-      for kv in fp8 auto; do
-        checkpoint llama-7b fp8 $kv --max_position_embeddings 131136
-        build --max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192
-        bench 120 latency "llama-7b-first-token-$kv" --engine_dir "$work/engine" --output_len 1 --runs 1 \
-          --input_len 1024 4096 16384 32768 65536 131072
+      made first-token
+      for name in llama-7b-first-token llama-7b-first-token-bf16-kv; do
+        bench 90 latency $name --engine_dir $name "${prompts[@]}" --runs 5 --max_seconds 1
+        rm -rf "$work/$name"
       done ;;
+    llama-7b-bf16)
+      made all
+      grid llama-7b-bf16 --runs 2
+      rm -rf "$work/llama-7b-bf16" ;;
+    llama-3.1-8b)
+      made all
+      grid llama-3.1-8b
+      bench 90 roofline llama-3.1-8b-roofline --engine_dir llama-3.1-8b --batch_size 1 64 1024 --prompt_len 8192
+      bench 180 throughput llama-3.1-8b-throughput --engine_dir llama-3.1-8b "${lengths[@]}" --max_seconds 4 ;;
+    whole)
+      made all
+      bench 200 throughput llama-3.1-8b-whole --engine_dir llama-3.1-8b --input_len 128 1000 2048 \
+        --output_len 128 1000 128 --num_requests 4096 512 1024 ;;
+    llama-7b)
+      made all
+      bench 200 startup llama-7b-startup --checkpoint_dir llama-7b-checkpoint --engine_dir llama-7b -- "${small[@]}"
+      grid llama-7b
+      bench 90 roofline llama-7b-roofline --engine_dir llama-7b --batch_size 1 64 --prompt_len 1024 8192 ;;
     kernels) "$PYTHON" -m fp8.scripts.gpu_round --output "$out/kernels.json" --commit "$commit" || failed=1 ;;
     sanitizer)
       for tool in memcheck racecheck; do

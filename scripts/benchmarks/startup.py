@@ -48,15 +48,21 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
         build = ["build", "--checkpoint_dir", args.checkpoint_dir, "--output_dir", engine, "--log_level", "warning"]
         start = ["run", "--engine_dir", engine, "--device", args.device, "--input_tokens", "1,2,3"]
         commands = [[*build, *args.build_flags]] * 2 + [[*start, "--max_output_len", "1", "--output", "json"]]
-        ran = [_run(environment, *command) for command in commands]
-        plan = engine_format.load(engine, verify_weights=False).plan
-        weights = (engine / "rank0.safetensors").stat().st_size
-    rows = [
-        {"what": what, "seconds": one.seconds, "peak_gb": one.peak_bytes / 1e9, "weights_gb": weights / 1e9,
-         "peak_of_weights": one.peak_bytes / weights}
-        for what, one in zip(WHAT, ran, strict=True)
-    ]  # fmt: skip
-    return rows, {"engine": engine_facts(plan)}
+        rows: list[dict[str, Any]] = []
+        facts: dict[str, Any] = {}
+        for what, command in zip(WHAT, commands, strict=True):
+            ran = _run(environment, *command)
+            facts = facts or {"engine": engine_facts(engine_format.load(engine, verify_weights=False).plan)}
+            rows.append(_row(what, ran, (engine / "rank0.safetensors").stat().st_size))
+            args.save(rows, facts)
+    return rows, facts
+
+
+def _row(what: str, ran: Ran, weights: int) -> dict[str, Any]:
+    return {
+        "what": what, "seconds": ran.seconds, "peak_gb": ran.peak_bytes / 1e9, "weights_gb": weights / 1e9,
+        "peak_of_weights": ran.peak_bytes / weights,
+    }  # fmt: skip
 
 
 def _run(environment: Mapping[str, str], name: object, *arguments: object) -> Ran:

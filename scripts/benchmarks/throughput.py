@@ -1,9 +1,10 @@
 """fp8-bench throughput: in-flight batching with all requests queued, output tokens per second.
 
 Whole: from the first step to the last token of `num_requests` requests, filling up and running dry included. Steady
-(`--max_seconds`): what a queue that never ends gives, over a window of that length. For that, the first sequences start
-where a long-running engine would have them, spread evenly over their output, with random K and V in the pool for their
-past; the rest is computed as ever, prompts of the requests that follow included.
+(`--max_seconds`): what a queue that never ends gives, over a window of about that length, from one request's end to
+another's. For that, the first sequences start where a long-running engine would have them, spread evenly over their
+output, with random K and V in the pool for their past; the rest is computed as ever, prompts of the requests that
+follow included.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
             )
     if args.max_seconds:
         fill_cache(llm.session)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = {"engine": engine_facts(llm.session.plan)}
     for pair, count in zip(lengths, counts, strict=True):
         load = Load(llm, *pair, random.Random(args.seed), count)
         rows.append(_steady(load, args.max_seconds) if args.max_seconds else _whole(load))
+        args.save(rows, facts)
         llm.worker.drop_all()
-    return rows, {"engine": engine_facts(llm.session.plan)}
+    return rows, facts
 
 
 class Load:
@@ -127,13 +130,27 @@ def _steady(load: Load, max_seconds: float) -> dict[str, Any]:
     for _ in range(WARM_STEPS):
         _top_up(load)
         load.worker.step()
+    _until_one_ends(load, Window(), 0.0, max_seconds)
     window, before, warm = Window(), load.worker.scheduler.preemptions, time.perf_counter() - begin
+    _until_one_ends(load, window, max_seconds, 2 * max_seconds)
+    return {**_result(load, "steady", window, before), "warmup_seconds": warm}
+
+
+def _until_one_ends(load: Load, window: Window, least: float, most: float) -> None:
+    """Steps for `least` seconds and on until a request ends, for `most` if none does: with a window from one end to
+    another, each of its requests brings one prompt along, however few they are."""
     begin = time.perf_counter()
-    while window.seconds < max_seconds:
+    while True:
+        ended = _ended(load)
         _top_up(load)
         window.step(load)
         window.seconds = time.perf_counter() - begin
-    return {**_result(load, "steady", window, before), "warmup_seconds": warm}
+        if window.seconds >= most or (window.seconds >= least and _ended(load) > ended):
+            return
+
+
+def _ended(load: Load) -> int:
+    return load.worker.statistics.finished.total()
 
 
 def _top_up(load: Load) -> None:
