@@ -3,7 +3,7 @@
     python -m fp8.scripts.performance_page --record docs/performance/h200.json --page docs/performance.md
 
 What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, `summary` or
-`losses`.
+`losses`. Where a section has missed targets, the page must tell why, behind `<!-- why NAME -->`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from fp8.builder.engine import EngineError, write_atomically
 from fp8.scripts.benchmarks.targets import BATCHES
 from fp8.scripts.record import load, number, state
 
+WHY = re.compile(r"<!-- why (?P<name>[^>]+?) -->\n+(?=[^<#\s])")
 MARKED = re.compile(r"(<!-- table (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = Sequence[dict[str, Any]]
 
 
 def render(page: str, record: dict[str, Any]) -> str:
-    """The page with its tables made anew. Raises EngineError for a table that the record has no rows of."""
+    """The page with its tables made anew. Raises EngineError for a table that the record has no rows of, and for missed
+    targets of which the page does not tell why."""
+    told, shown = ({found["name"] for found in pattern.finditer(page)} for pattern in (WHY, MARKED))
+    missed = {row["section"] for row in record["rows"] if state(row) == "missed"}
+    if untold := (missed & shown) - told:
+        lines = ", ".join(f"<!-- why {name} -->" for name in sorted(untold))
+        raise EngineError(f"targets are missed, and the page has no {lines} with the reasons behind it")
     return MARKED.sub(lambda found: f"{found[1]}{_table(found['name'], record)}{found[3]}", page)
 
 
@@ -37,7 +44,10 @@ def _table(name: str, record: dict[str, Any]) -> str:
         raise EngineError(f"the page has a table {name!r}; the record has summary, losses, {', '.join(sections)}")
     if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
         return _by_batch(rows)
-    return _markdown(["", "measured", "target", "peer", "", ""], [_cells(row) for row in rows])
+    if name == "gemm shapes":
+        return _by_rows(rows)
+    head = ["", "measured", "target", "peer", "", "of the ceiling", ""]
+    return _markdown(head, [_cells(row) for row in rows])
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -86,7 +96,22 @@ def _cells(row: dict[str, Any]) -> list[str]:
     sign = "at least" if row["at_least"] else "at most"
     peer = f"{_value(row['anchor'], row['unit'])} ({row['whose']})" if row["anchor"] is not None else ""
     target = "" if row["target"] is None else f"{sign} {_value(row['target'], row['unit'])}"
-    return [row["name"], _figure(row), target, peer, row["unit"], state(row)]
+    share = "" if row["of_the_ceiling"] is None else f"{row['of_the_ceiling']:.0%}"
+    return [row["name"], _figure(row), target, peer, row["unit"], share, state(row)]
+
+
+def _by_rows(rows: Rows) -> str:
+    """Ratio and microseconds: a line per mode and N x K, a column per M; what is missed is bold."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        mode, size = row["name"].removeprefix("gemm fp8 ").split(":")[0].split()
+        m, _, shape = size.partition("x")
+        us = "" if row["us"] is None else f" ({number(row['us'])})"
+        ratio = "-" if row["figure"] is None else f"{row['figure']:.2f}"
+        lines.setdefault(f"{mode} {shape}", {})[m] = f"{f'**{ratio}**' if state(row) == 'missed' else ratio}{us}"
+    columns = list(dict.fromkeys(m for line in lines.values() for m in line))
+    table = [[name, *(line.get(m, "") for m in columns)] for name, line in lines.items()]
+    return _markdown(["NxK", *(f"M = {m}" for m in columns)], table)
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -3,7 +3,9 @@
     python -m fp8.scripts.record --input OUT_DIR --output h200.json     a row per target, met or missed
     python -m fp8.scripts.record --compare A.json B.json                the spread between two runs
 
-A row is {name, figure, unit, anchor, whose, target, at_least, met, section}; figure is null where nothing was measured.
+A row is {name, figure, unit, anchor, whose, target, at_least, met, section, us, of_the_ceiling}; figure is null where
+nothing was measured, the last two are a kernel's: its time, and the fraction of what memory or tensor cores gave in the
+same run.
 """
 
 from __future__ import annotations
@@ -49,10 +51,11 @@ def record(documents: dict[str, Document]) -> dict[str, Any]:
 
 
 def _row(target: Target, found: dict[str, float]) -> dict[str, Any]:
-    figure = target.figure(found)
+    figure, (kernel, _, _) = target.figure(found), target.name.rpartition(": ")
     return {
         "name": target.name, "figure": figure, "unit": target.unit, "anchor": target.anchor, "whose": target.whose,
         "target": target.target, "at_least": target.at_least, "met": target.met(figure), "section": target.section,
+        "us": found.get(f"{kernel}: us"), "of_the_ceiling": found.get(f"{kernel}: of the ceiling"),
     }  # fmt: skip
 
 

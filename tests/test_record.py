@@ -12,7 +12,7 @@ import pytest
 from fp8.builder.engine import EngineError
 from fp8.scripts import performance_page, performance_plot, record
 from fp8.scripts.benchmarks import figures
-from fp8.scripts.benchmarks.kernel_cases import timed_cases
+from fp8.scripts.benchmarks.kernel_cases import PRODUCTS, timed_cases
 from fp8.scripts.benchmarks.targets import Target, targets
 from fp8.scripts.random_checkpoint import PRESETS
 
@@ -47,7 +47,7 @@ def test_names_of_targets_are_unique_and_kernels_among_them_are_timed() -> None:
     timed = {t.name for t in timed_cases()}
     for target in targets():
         for figure in (*target.figures, *target.over):
-            name = figure.rsplit(": ", 1)[0]
+            name = figure.rsplit(": ", 1)[0].removesuffix(PRODUCTS)
             if name.split()[0] in ("gemm", "attention", "norm_quant"):
                 assert name in timed, f"nobody times {name}"
 
@@ -129,10 +129,20 @@ def test_a_page_with_an_unknown_table_is_refused() -> None:
 
 
 def test_prose_between_tables_stays() -> None:
-    page = "before\n<!-- table throughput -->\nold\n<!-- end -->\nafter\n"
+    page = "before\n<!-- table summary -->\nold\n<!-- end -->\nafter\n"
     made = performance_page.render(page, record.load(DOCS / "performance" / "h200.json"))
-    assert made.startswith("before\n<!-- table throughput -->\n| ") and made.endswith("|\n<!-- end -->\nafter\n")
+    assert made.startswith("before\n<!-- table summary -->\ndevice ") and made.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in made and performance_page.render(made, record.load(DOCS / "performance" / "h200.json")) == made
+
+
+def test_a_page_that_does_not_say_why_targets_are_missed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "llama-7b.json").write_text(json.dumps(latency("llama-7b", 1, 400.0)))
+    made = record.record(figures.read(tmp_path))
+    table, mark = "<!-- table llama-7b -->\n<!-- end -->\n", "<!-- why llama-7b -->\n"
+    for page in (table, table + mark, f"{table}{mark}\n## Next\n"):
+        with pytest.raises(EngineError, match="no <!-- why llama-7b --> with the reasons"):
+            performance_page.render(page, made)
+    assert "missed" in performance_page.render(f"{table}{mark}The cache is read twice.\n", made)
 
 
 def test_the_largest_losses_of_every_step_are_kept(tmp_path: Path) -> None:

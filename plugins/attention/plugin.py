@@ -192,6 +192,26 @@ class Attention(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
+        write, decode_rows, prefill_rows = self.bind_parts(tactic, functions, tensors, workspace)
+
+        def run(step: StepShape) -> None:
+            if step.tokens > step.decode_sequences:
+                write(step)
+            if step.decode_sequences:
+                decode_rows(step)
+            if step.sequences > step.decode_sequences:
+                prefill_rows(step)
+
+        return run
+
+    def bind_parts(
+        self,
+        tactic: AttentionTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+    ) -> tuple[Launcher, Launcher, Launcher]:
+        """Rotary embedding, quantization and cache write of what is no decode row; decode rows; prefill rows."""
         types = [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors[:14]]
         qkv, lengths, key = tensors[0], tensors[4], tensors[8]
         assert qkv is not None and lengths is not None and key is not None and workspace is not None
@@ -203,14 +223,4 @@ class Attention(Plugin):
         decode_functions, of_prefill = functions[1:-prefill_functions], functions[-prefill_functions:]
         write = rope_kv_write.bind(self, functions[0], q, tensors, for_prefill)
         decode_rows = decode.bind(self, tactic, decode_functions, tensors, for_decode)
-        prefill_rows = prefill.bind(self, tactic, of_prefill, q, tensors, for_prefill)
-
-        def run(step: StepShape) -> None:
-            if step.tokens > step.decode_sequences:
-                write(step)
-            if step.decode_sequences:
-                decode_rows(step)
-            if step.sequences > step.decode_sequences:
-                prefill_rows(step)
-
-        return run
+        return write, decode_rows, prefill.bind(self, tactic, of_prefill, q, tensors, for_prefill)

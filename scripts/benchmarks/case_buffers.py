@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8.plugins import base, compile
-from fp8.plugins.base import Case, Plugin, Tensor
+from fp8.plugins.base import Case, Launcher, Plugin, Tensor
 from fp8.scripts.benchmarks.timing import Graph, capture, sets_for
 
 if TYPE_CHECKING:
@@ -123,7 +123,17 @@ class CaseBuffers:
 
     def captured(self, tactic: Any, functions: Sequence[Function]) -> Graph:
         """A graph of the tactic's launches over the sets."""
+        return self._captured(self.plugin.bind, tactic, functions)
+
+    def captured_write(self, tactic: Any, functions: Sequence[Function]) -> Graph | None:
+        """Of attention over prompts, what comes before the products: rotary embedding, quantization, cache write."""
+        if not hasattr(self.plugin, "bind_parts") or self.case.step.decode_sequences:
+            return None
+        parts = self.plugin.bind_parts
+        return self._captured(lambda *arguments: parts(*arguments)[0], tactic, functions)
+
+    def _captured(self, bind: Callable[..., Launcher], tactic: Any, functions: Sequence[Function]) -> Graph:
         workspace = self.workspace(tactic)
-        launchers = [self.plugin.bind(tactic, functions, tensors, workspace) for tensors in self.sets]
+        launchers = [bind(tactic, functions, tensors, workspace) for tensors in self.sets]
         launches: list[Callable[[], object]] = [partial(launch, self.case.step) for launch in launchers]
         return capture(launches)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError
-from fp8.scripts.benchmarks.kernel_cases import timed_cases
+from fp8.scripts.benchmarks.kernel_cases import PRODUCTS, timed_cases
 from fp8.scripts.random_checkpoint import PRESETS
 
 Document = dict[str, Any]
@@ -62,6 +62,9 @@ def _kernel(_: str, document: Document) -> Figures:
         yield f"{row['name']}: of the ceiling", row["fraction"]
         if row["peer_us"]:
             yield f"{row['name']}: ratio to {row['peer']}", row["ratio"]
+            if "write_us" in row:
+                alone = row["us"] - row["write_us"]
+                yield f"{row['name']}{PRODUCTS}: ratio to {row['peer']}", row["peer_us"] / alone
     for name, value in document["ceilings"].items():
         yield f"ceiling {name}", value / 1e12
 

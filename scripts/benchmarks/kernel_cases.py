@@ -27,6 +27,7 @@ FILLED = 4096  # tokens that short prompts are batched up to
 PROMPTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 HEADS = ((32, 32), (32, 8))
 DECODES = ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (64, 4096), (16, 16384))
+PRODUCTS = ", products alone"  # of attention: without its first kernel, which peers have no part of
 NORM_TOKENS = (1, 64, 2048, 16384)
 
 

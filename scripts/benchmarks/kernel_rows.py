@@ -128,16 +128,18 @@ class Measured:
                 self._compiling[k].result()
         ours = [buffers.captured(one, self._functions.of(k)) for one, k in zip(tactics, kernels, strict=True)]
         peers = _peer_graphs(buffers, row) if self._chosen.peers else {}
+        write = buffers.captured_write(tactics[0], self._functions.of(kernels[0])) if peers else None
         heavy = t.case.flops >= HEAVY
-        times = compare([*ours, *peers.values()], SUSTAINED if heavy else BRIEF)
+        times = compare([*ours, *peers.values(), *([write] if write else [])], SUSTAINED if heavy else BRIEF)
         us, tactic = min(zip(times, tactics, strict=False), key=lambda pair: pair[0])
-        peer_us = dict(zip(peers, times[len(ours) :], strict=True))
+        peer_us = dict(zip(peers, times[len(ours) :], strict=False))
         least = self.ceilings.seconds(t.case.bytes, t.case.flops, _factor_dtype(buffers))
         first = next(iter(peer_us.items()), (None, None))
         return {
             "us": us, "tb_per_second": t.case.bytes / us / 1e6, "tflops": t.case.flops / us / 1e6,
             "fraction": least * 1e6 / us, "peer": first[0], "peer_us": first[1], "ratio": first[1] and first[1] / us,
             "all_peers_us": peer_us, "tactic": dataclasses.asdict(tactic), "sustained": heavy,
+            **({"write_us": times[-1]} if write else {}),
         }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fp8.scripts.benchmarks.kernel_cases import BLOCKWISE, LINEARS, ROWS
+from fp8.scripts.benchmarks.kernel_cases import BLOCKWISE, LINEARS, PRODUCTS, ROWS
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,9 @@ def _prompts() -> Iterator[Target]:
     for heads, anchors in CUDNN_FP8.items():
         for length, tflops in zip(CUDNN_LENGTHS, anchors, strict=True):
             key = f"attention prompt fp8 {max(1, 4096 // length)}x{length} {heads}"
-            name = f"{key}: ratio to cuDNN FP8"
-            yield Target("prompts", name, "x", (name,), OVER_CUDNN, True, 1.0, "cuDNN FP8")
+            for what in (key, key + PRODUCTS):
+                name = f"{what}: ratio to cuDNN FP8"
+                yield Target("prompts", name, "x", (name,), OVER_CUDNN, True, 1.0, "cuDNN FP8")
             name = f"{key}: TFLOP/s"
             yield Target("prompts", name, "TFLOP/s", (name,), round(tflops * OVER_CUDNN), True, tflops, "cuDNN FP8")
     for heads, fa3 in FA3_BF16.items():
