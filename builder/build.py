@@ -66,6 +66,7 @@ class Request:
     pp_layers: tuple[int, ...] = ()  # layers of each pipeline stage; empty: as even as they go
     fp8_accumulation: str = "fast"  # of e4m3 products: as the tensor cores add, or "precise": float32 every 128 of K
     dtype: str | None = None  # of the activations: the checkpoint's, or "float32", which only references execute
+    hollow: bool = False  # leave the matrices out of the weights file: benchmarks make up their own
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -279,6 +280,9 @@ def compile(
         steps, cubins = tactics.steps(), tactics.cubins()
         workspace = tactics.workspace_bytes
     buffers, arena = plan.place(found, steps, limits)
+    constants = plan.constants(graph)
+    if request.hollow:
+        constants = {n: c for n, c in constants.items() if not (n.endswith(".weight") and len(c.shape) > 1)}
     version = importlib.metadata.version("fp8-engine")
     compatibility = Compatibility(
         engine.FORMAT_VERSION, version, request.target, place.rank, place.world_size, place.tp_size, place.pp_size
@@ -288,7 +292,7 @@ def compile(
         {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())}, report.report(pairs, journal),
         tuple(tapped.taken), _share(source, graph, place),
     )  # fmt: skip
-    return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, plan.constants(graph), journal, tapped)
+    return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, constants, journal, tapped)
 
 
 def _stage(reporter: Reporter, name: str) -> Callable[[int, int], None]:

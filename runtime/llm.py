@@ -15,6 +15,7 @@ from fp8.runtime.beam_search import candidates_per_beam
 from fp8.runtime.comm import World
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.policy import POLICIES
+from fp8.runtime.reference import MakeWeight
 from fp8.runtime.request import Request
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 from fp8.runtime.service import Service, ServiceError
@@ -119,11 +120,12 @@ class LLM:
         policy: str = "throughput",
         reuse_prefixes: bool = True,
         world: World | None = None,
+        make_weight: MakeWeight | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise RequestError(f"policy {policy!r} is unknown; known: {', '.join(sorted(POLICIES))}")
         self.engine_dir = Path(engine_dir)
-        self.session = Session(engine_dir, device, max_kv_blocks, kv_cache_free_gpu_memory_fraction, world)
+        self.session = Session(engine_dir, device, max_kv_blocks, kv_cache_free_gpu_memory_fraction, world, make_weight)
         self.worker = Worker(self.session, lag, POLICIES[policy](), reuse_prefixes)
         self.service = Service(self.worker)
         self.tokenizer = load_tokenizer(engine_dir)

@@ -16,6 +16,7 @@ from fp8.runtime.step_inputs import StepInputs
 if TYPE_CHECKING:
     import torch
 
+MakeWeight = Callable[[Buffer, "torch.device"], "torch.Tensor"]  # a weight that a hollow engine's file leaves out
 Observer = Callable[[str, "torch.Tensor"], None]  # a buffer's name and its live rows, right after they were written
 
 
@@ -39,14 +40,21 @@ class ReferenceExecutor:
     """Weights mapped from the engine's file, caches as [num_blocks, 64, KVH, D]. `comm` are the ranks that share the
     layers, None for one rank."""
 
-    def __init__(self, engine: Engine, inputs: StepInputs, num_blocks: int, comm: Communicator | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: StepInputs,
+        num_blocks: int,
+        comm: Communicator | None = None,
+        make: MakeWeight | None = None,
+    ) -> None:
         import torch
 
         self._comm = comm
         self._plan = engine.plan
         self._plugins = load_plugins(engine.plan)
         self._inputs = inputs
-        self._constants = map_weights(engine)
+        self._constants = map_weights(engine, make)
         for buffer in kv_buffers(engine.plan):
             shape, dtype = (num_blocks, *map(int, buffer.shape[1:])), getattr(torch, buffer.dtype)
             nothing = torch.zeros(
@@ -98,8 +106,10 @@ class ReferenceExecutor:
         return live
 
 
-def map_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    """The weights as views of the mapped file. Raises EngineError where the file does not hold what the plan wants."""
+def map_weights(engine: Engine, make: MakeWeight | None = None) -> dict[str, torch.Tensor]:
+    """The weights as views of the mapped file; what it lacks `make` makes. Raises EngineError where the file does not
+    hold what the plan wants."""
+    import torch
     from safetensors import safe_open
 
     weights = {}
@@ -109,10 +119,20 @@ def map_weights(engine: Engine) -> dict[str, torch.Tensor]:
             if buffer.kind != "weight":
                 continue
             if buffer.name not in found:
-                raise EngineError(f"{engine.weights_path}: {buffer.name} is missing; build the engine again")
+                if make is None:
+                    raise missing(engine, buffer)
+                weights[buffer.name] = make(buffer, torch.device("cpu"))
+                continue
             weight = weights[buffer.name] = file.get_tensor(buffer.name)
             check_weight(engine, buffer, str(weight.dtype).removeprefix("torch."), tuple(weight.shape))
     return weights
+
+
+def missing(engine: Engine, buffer: Buffer) -> EngineError:
+    return EngineError(
+        f"{engine.weights_path}: {buffer.name} is missing; build the engine again (fp8-bench alone runs one that "
+        f"python -m fp8.scripts.random_engine built without its matrices)"
+    )
 
 
 def check_weight(engine: Engine, buffer: Buffer, dtype: str, shape: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ from fp8.runtime.links import GpuLinks, HostLinks, Links, Returned
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.ranks import Command, Ranks, Reply
 from fp8.runtime.record import Recorder
-from fp8.runtime.reference import ReferenceExecutor, kv_buffers
+from fp8.runtime.reference import MakeWeight, ReferenceExecutor, kv_buffers
 from fp8.runtime.sampler import compiled_sampler, reference_sampler
 from fp8.runtime.sampling_options import Drawn, History, Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
@@ -55,7 +55,7 @@ class Session:
     tokens stay on the device. Raises EngineError for an engine that cannot run on `device`, or does not fit.
 
     `world` are the ranks of an engine that is divided among several: rank 0 enqueues and reads, the others `follow`.
-    Raises RankError, on all of them, if one cannot take part.
+    Raises RankError, on all of them, if one cannot take part. `make_weight` makes what a hollow engine lacks.
     """
 
     def __init__(
@@ -65,9 +65,11 @@ class Session:
         max_kv_blocks: int | None = None,
         kv_cache_free_gpu_memory_fraction: float = 0.9,
         world: World | None = None,
+        make_weight: MakeWeight | None = None,
     ) -> None:
         import torch
 
+        self._make_weight = make_weight
         engine = preflight.load(engine_dir, world)
         self.plan: Plan = engine.plan
         self.limits, self.model = engine.plan.limits, engine.plan.model
@@ -119,7 +121,7 @@ class Session:
         group = None if self._links is None else self._links.group
         self._inputs = StepInputs(self.limits, self.device, self.max_unread)
         self.executor: ReferenceExecutor | CompiledExecutor = ReferenceExecutor(
-            engine, self._inputs, self.num_blocks, group
+            engine, self._inputs, self.num_blocks, group, self._make_weight
         )
         self._sample = reference_sampler(self._inputs)
 
@@ -136,7 +138,7 @@ class Session:
         with self._scope():
             free = torch.cuda.mem_get_info()[0]
             available = compiled.pool_blocks(self.plan, free, fraction)
-            self._weights = load_to_gpu(engine, self.device)
+            self._weights = load_to_gpu(engine, self.device, self._make_weight)
         return min(max_kv_blocks or available, available)
 
     def _allocate_on_gpu(self, engine: Engine) -> None:

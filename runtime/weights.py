@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO
 
 from fp8.builder.engine import Engine, EngineError, check_weights
-from fp8.runtime.reference import check_weight
+from fp8.runtime.reference import MakeWeight, check_weight, missing
 
 if TYPE_CHECKING:
     import torch
@@ -22,20 +22,22 @@ DTYPES = {
 ALIGNMENT = 256  # of each weight on the device: TMA wants 16
 
 
-def load_to_gpu(engine: Engine, device: torch.device) -> dict[str, torch.Tensor]:
-    """All weights of the plan, by name, in one allocation.
+def load_to_gpu(engine: Engine, device: torch.device, make: MakeWeight | None = None) -> dict[str, torch.Tensor]:
+    """All weights of the plan, by name: those of the file in one allocation, others as `make` makes them.
 
     Raises EngineError if the file is not the one that the plan was built with (its hash is checked as it streams by).
     """
     import torch
 
     with engine.weights_path.open("rb") as file:
-        header, entries = _header(file, engine)
+        header, entries = _header(file, engine, make)
         places, size = _places(entries)
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         found = _stream(file, header, entries, places, memory)
     check_weights(engine, found)
     weights = {}
+    if make is not None:
+        weights = {b.name: make(b, device) for b in engine.plan.buffers if b.kind == "weight" and b.name not in entries}
     for name, entry in entries.items():
         dtype = getattr(torch, DTYPES[entry["dtype"]])
         end = places[name] + math.prod(entry["shape"]) * dtype.itemsize
@@ -43,7 +45,7 @@ def load_to_gpu(engine: Engine, device: torch.device) -> dict[str, torch.Tensor]
     return weights
 
 
-def _header(file: BinaryIO, engine: Engine) -> tuple[bytes, dict[str, dict]]:
+def _header(file: BinaryIO, engine: Engine, make: MakeWeight | None) -> tuple[bytes, dict[str, dict]]:
     length = file.read(8)
     text = file.read(int.from_bytes(length, "little"))
     try:
@@ -56,7 +58,9 @@ def _header(file: BinaryIO, engine: Engine) -> tuple[bytes, dict[str, dict]]:
         if buffer.kind != "weight":
             continue
         if buffer.name not in entries:
-            raise EngineError(f"{engine.weights_path}: {buffer.name} is missing; build the engine again")
+            if make is None:
+                raise missing(engine, buffer)
+            continue
         entry = entries[buffer.name]
         check_weight(engine, buffer, DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
     return length + text, dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))

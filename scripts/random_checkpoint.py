@@ -8,6 +8,7 @@ longer than writing the file.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import math
@@ -76,9 +77,13 @@ class Normal:
     """Normal numbers of one scale and type, without a bound on how many."""
 
     def __init__(self, dtype: torch.dtype, deviation: float, generator: torch.Generator) -> None:
-        values = torch.randn(TABLE, generator=generator).mul_(deviation)
-        self._table = (values.clamp_(-448, 448) if dtype == torch.float8_e4m3fn else values).to(dtype).view(torch.uint8)
-        self._dtype, self._generator = dtype, generator
+        self._dtype, self._deviation, self._generator = dtype, deviation, generator
+
+    @functools.cached_property
+    def _table(self) -> torch.Tensor:
+        values = torch.randn(TABLE, generator=self._generator).mul_(self._deviation)
+        values = values.clamp_(-448, 448) if self._dtype == torch.float8_e4m3fn else values
+        return values.to(self._dtype).view(torch.uint8)
 
     def take(self, shape: Sequence[int]) -> torch.Tensor:
         """The table from a random place on, over and over."""
@@ -100,16 +105,22 @@ def write_random_checkpoint(
     """Writes config.json and safetensors shards into `output`, which must not hold a checkpoint yet."""
     if (output / "config.json").exists():
         raise FormatError(f"{output} holds a checkpoint already; remove it or choose another --output_dir")
+    groups, linears = random_groups(config, format, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    write_shards(output, groups, progress)
+    text = json.dumps(checkpoint_config(config, format, linears), indent=2) + "\n"
+    (output / "config.json").write_text(text, encoding="utf-8")
+
+
+def random_groups(config: dict[str, Any], format: Format, seed: int) -> tuple[list[Group], list[str]]:
+    """All tensors of a checkpoint of that shape, and its linears."""
     dtype = format.dtype or "bfloat16"
     model = load_model(config)
     shapes = Shapes(config, getattr(torch, dtype))
     graph = model.emit(model.read_config(config), shapes, Bf16(), dtype, max_positions=1)
     linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
     scales = [name for name in graph.activations if format.calibrated(name)]
-    output.mkdir(parents=True, exist_ok=True)
-    groups = [*_weights(graph, linears, format, getattr(torch, dtype), seed), *map(_scale, scales)]
-    write_shards(output, groups, progress)
-    _write_config(output, config, format, dtype, linears)
+    return [*_weights(graph, linears, format, getattr(torch, dtype), seed), *map(_scale, scales)], linears
 
 
 def _weights(graph: Graph, linears: Sequence[str], format: Format, dtype: torch.dtype, seed: int) -> Iterator[Group]:
@@ -148,34 +159,46 @@ def _scale(name: str) -> Group:
     return Group((Planned(name, torch.float32, (1,)),), lambda: {name: torch.full((1,), ACTIVATION_AMAX / 448)})
 
 
-def _write_config(output: Path, config: dict[str, Any], format: Format, dtype: str, linears: Sequence[str]) -> None:
+def checkpoint_config(config: dict[str, Any], format: Format, linears: Sequence[str]) -> dict[str, Any]:
+    """config.json of the quantized checkpoint."""
+    dtype = format.dtype or "bfloat16"
     config = {**config, "dtype": dtype, "torch_dtype": dtype}
     if quantization := write_quantization(format, linears):
         config["quantization_config"] = quantization
     config["fp8_engine"] = write_engine_section(format, importlib.metadata.version("fp8-engine"), None)
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m fp8.scripts.random_checkpoint", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    add_shape_arguments(p)
+    p.add_argument("--seed", type=int, default=0)
+    return p
+
+
+def add_shape_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}, or a config.json")
     p.add_argument("--output_dir", required=True, type=Path)
     p.add_argument("--qformat", default="fp8")
     p.add_argument("--kv_cache_dtype", default="auto", choices=("auto", "fp8"))
     p.add_argument("--num_layers", type=int, help="fewer (or more) layers than the model has")
     p.add_argument("--max_position_embeddings", type=int, help="longer (or shorter) sequences than the model takes")
-    p.add_argument("--seed", type=int, default=0)
-    return p
+
+
+def shape_config(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json of the shape that the arguments name. Raises CheckpointError if there is no such file."""
+    config = dict(PRESETS[args.model]) if args.model in PRESETS else read_json(Path(args.model))
+    if args.num_layers:
+        config["num_hidden_layers"] = args.num_layers
+    if args.max_position_embeddings:
+        config["max_position_embeddings"] = args.max_position_embeddings
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        config = dict(PRESETS[args.model]) if args.model in PRESETS else read_json(Path(args.model))
-        if args.num_layers:
-            config["num_hidden_layers"] = args.num_layers
-        if args.max_position_embeddings:
-            config["max_position_embeddings"] = args.max_position_embeddings
+        config = shape_config(args)
         format = load_format(args.qformat)(kv_cache_dtype=args.kv_cache_dtype)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("writing", total=None)

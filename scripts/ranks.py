@@ -26,7 +26,7 @@ def add_rank_arguments(p: argparse.ArgumentParser) -> None:
         "--rank_timeout", type=float, default=RANK_TIMEOUT, metavar="SECONDS",
         help="under mpirun: end all ranks if one is silent, or stands still in a step, for so long (default: 20)",
     )  # fmt: skip
-    p.set_defaults(world=None)
+    p.set_defaults(world=None, make_weight=None)
 
 
 def on_all_ranks(name: str, args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
@@ -90,7 +90,12 @@ def _lead(world: World, status: int) -> int:
 def _follow(args: argparse.Namespace) -> int:
     try:
         session = Session(
-            args.engine_dir, args.device, args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction, args.world
+            args.engine_dir,
+            args.device,
+            args.max_kv_blocks,
+            args.kv_cache_free_gpu_memory_fraction,
+            args.world,
+            args.make_weight,
         )
     except OPENING_ERRORS:  # rank 0 has it too, and prints it
         return int(args.world.await_end())

@@ -21,8 +21,9 @@ from fp8.models.config import load as load_model
 from fp8.plugins.base import StepShape
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.runtime.session import Session
-from fp8.scripts import bench, build, random_checkpoint, run
+from fp8.scripts import bench, build, random_checkpoint, random_engine, run
 from fp8.scripts.benchmarks import (
+    arguments,
     bound,
     case_buffers,
     ceilings,
@@ -152,6 +153,38 @@ def test_decode_is_bound_by_reading_weights_and_cache(tmp_path: Path) -> None:
     kv = 2 * tiny_engine.LAYERS * tiny_engine.KV_HEADS * tiny_engine.HEAD_DIM
     one_step = (read + kv * 1000) / ceilings.H200.copy
     assert bound.bound(plan, 1, 1, 1999) == pytest.approx(1999 / (1998 * one_step), rel=1e-3)
+
+
+def test_a_rank_s_bound_is_that_of_its_part(tmp_path: Path) -> None:
+    """Two of two stages take each one of two sequences at a time: as long as one rank for both. Alone, one waits."""
+    plan = engine_format.load(tiny_engine.write(tmp_path, tiny_engine.E4M3)).plan
+    two = dataclasses.replace(plan, compatibility=dataclasses.replace(plan.compatibility, pp_size=2))
+    weights = sum(2 * b.shape[0] * b.shape[1] for b in plan.buffers if b.name.endswith("_proj.weight"))
+    weights += 2 * plan.buffer("lm_head.weight").shape[0] * plan.buffer("lm_head.weight").shape[1]
+    kv = 2 * tiny_engine.LAYERS * tiny_engine.KV_HEADS * tiny_engine.HEAD_DIM
+    both = (2 * weights + 8 * kv * 1000) / ceilings.H200.copy
+    assert bound.bound(two, 8, 1, 1999) == pytest.approx(8 * 1999 / (1998 * both), rel=1e-3)
+    assert bound.bound(two, 1, 1, 1999) == pytest.approx(bound.bound(two, 2, 1, 1999) / 2, rel=1e-3)
+
+
+def test_a_random_engine_is_what_is_built_of_a_random_checkpoint(tmp_path: Path, capsys) -> None:
+    """But for its matrices, which are made up where it is measured, the same on every rank; nothing else runs it."""
+    shape = ["--model", str(config_file(tmp_path)), "--kv_cache_dtype", "fp8"]
+    limits = ["--max_batch_size", "2", "--max_num_tokens", "64", "--target", "cpu", "--tp_size", "2"]
+    assert random_checkpoint.main([*shape, "--output_dir", str(tmp_path / "checkpoint")]) == 0
+    built = ["--checkpoint_dir", str(tmp_path / "checkpoint"), "--output_dir", str(tmp_path / "built")]
+    assert build.main([*built, *limits, "--log_level", "error"]) == 0
+    assert random_engine.main([*shape, "--output_dir", str(tmp_path / "hollow"), *limits]) == 0
+    plans = [engine_format.load(tmp_path / name, 1).plan for name in ("built", "hollow")]
+    assert dataclasses.replace(plans[0], weights_sha256="") == dataclasses.replace(plans[1], weights_sha256="")
+    alone = [*limits[:-1], "1"]
+    assert random_engine.main([*shape, "--output_dir", str(tmp_path / "alone"), *alone]) == 0
+    assert latency(tmp_path / "alone", "--input_len", "8", "--output_len", "3", "--runs", "1") == 0
+    table = plans[1].buffer("model.embed_tokens.weight")
+    first, second = (arguments.make_weight(table, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(first, second) and 0.015 < float(first.float().std()) < 0.025
+    assert run.main(["--engine_dir", str(tmp_path / "alone"), "--device", "cpu", "--input_tokens", "1,2"]) == 1
+    assert "is missing; build the engine again (fp8-bench alone" in capsys.readouterr().err
 
 
 def test_the_host_s_part_of_a_step_is_measured_without_an_engine(tmp_path: Path) -> None:

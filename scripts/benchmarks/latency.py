@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     llm = open_llm(args, reuse_prefixes=False)
     _check(args, llm.session)
     rows: list[dict[str, Any]] = []
-    facts = {"engine": engine_facts(llm.session.plan)}
+    facts = {"engine": engine_facts(llm.session.plan, args.engine_dir)}
     for length in args.input_len:
         for batch in args.batch_size:
             rows.append(_measure(llm, args, batch, length))

@@ -39,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of every step asked for: the step as a whole, then its kernels, the largest losses first."""
     memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
-    session = Session(args.engine_dir, args.device, *memory, world=args.world)
+    session = Session(args.engine_dir, args.device, *memory, world=args.world, make_weight=args.make_weight)
     if session.ranks is not None:
         raise RequestError("fp8-bench roofline times launches one by one, which engines of one rank alone can do")
     fill_cache(session)
     found = ceilings.measure()[0] if session.device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
-    facts = {"engine": engine_facts(session.plan), "ceilings": found and found.as_dict()}
+    facts = {"engine": engine_facts(session.plan, args.engine_dir), "ceilings": found and found.as_dict()}
     for batch in args.batch_size:
         step = step_rows(session, [(args.context_len, 1)] * batch, args.seed)
         rows += _measure(session, found, f"decode {batch} x {args.context_len}", step, args.runs)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
         facts: dict[str, Any] = {}
         for what, command in zip(WHAT, commands, strict=True):
             ran = _run(environment, *command)
-            facts = facts or {"engine": engine_facts(engine_format.load(engine, verify_weights=False).plan)}
+            facts = facts or {"engine": engine_facts(engine_format.load(engine, verify_weights=False).plan, engine)}
             rows.append(_row(what, ran, (engine / "rank0.safetensors").stat().st_size))
             args.save(rows, facts)
     return rows, facts

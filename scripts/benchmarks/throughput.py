@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     if args.max_seconds:
         fill_cache(llm.session)
     rows: list[dict[str, Any]] = []
-    facts = {"engine": engine_facts(llm.session.plan)}
+    facts = {"engine": engine_facts(llm.session.plan, args.engine_dir)}
     for pair, count in zip(lengths, counts, strict=True):
         load = Load(llm, *pair, random.Random(args.seed), count)
         rows.append(_steady(load, args.max_seconds) if args.max_seconds else _whole(load))
