@@ -73,8 +73,8 @@ def logits(session: Session, tokens: list[int]) -> tuple[torch.Tensor, torch.Ten
     return torch.cat(prefill), torch.cat(decode)
 
 
-def perplexity(session: Session, tokens: list[int]) -> float:
-    spans = [tokens[i * WINDOW :][:WINDOW] for i in range(WINDOWS)]
+def perplexity(session: Session, tokens: list[int], windows: int = WINDOWS) -> float:
+    spans = [tokens[i * WINDOW :][:WINDOW] for i in range(windows)]
     return math.exp(np.concatenate([token_losses(session, span)[0] for span in spans]).mean())
 
 
