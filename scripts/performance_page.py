@@ -2,14 +2,16 @@
 
     python -m fp8.scripts.performance_page --record docs/performance/h200.json --page docs/performance.md
 
-What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, `summary` or
-`losses`. Where a section has missed targets, the page must tell why, behind `<!-- why NAME -->`.
+What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, `summary`,
+`losses`, or `spread` between the record and `--again`, the record of another run. Where a section has missed targets,
+the page must tell why, behind `<!-- why NAME -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 
 from fp8.builder.engine import EngineError, write_atomically
 from fp8.scripts.benchmarks.targets import BATCHES
-from fp8.scripts.record import load, number, state
+from fp8.scripts.record import Spread, load, number, spreads, state
 
 WHY = re.compile(r"<!-- why (?P<name>[^>]+?) -->\n+(?=[^<#\s])")
 MARKED = re.compile(r"(<!-- table (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = Sequence[dict[str, Any]]
 
 
-def render(page: str, record: dict[str, Any]) -> str:
+def render(page: str, record: dict[str, Any], again: dict[str, Any] | None = None) -> str:
     """The page with its tables made anew. Raises EngineError for a table that the record has no rows of, and for missed
     targets of which the page does not tell why."""
     told, shown = ({found["name"] for found in pattern.finditer(page)} for pattern in (WHY, MARKED))
@@ -32,16 +34,20 @@ def render(page: str, record: dict[str, Any]) -> str:
     if untold := (missed & shown) - told:
         lines = ", ".join(f"<!-- why {name} -->" for name in sorted(untold))
         raise EngineError(f"targets are missed, and the page has no {lines} with the reasons behind it")
-    return MARKED.sub(lambda found: f"{found[1]}{_table(found['name'], record)}{found[3]}", page)
+    return MARKED.sub(lambda found: f"{found[1]}{_table(found['name'], record, again)}{found[3]}", page)
 
 
-def _table(name: str, record: dict[str, Any]) -> str:
+def _table(name: str, record: dict[str, Any], again: dict[str, Any] | None) -> str:
     if name in ("summary", "losses"):
         return _summary(record) if name == "summary" else _losses(record)
+    if name == "spread":
+        return "Not measured yet.\n" if again is None else _spread(spreads(record, again))
     rows = [row for row in record["rows"] if row["section"] == name]
     if not rows:
         sections = sorted({row["section"] for row in record["rows"]})
-        raise EngineError(f"the page has a table {name!r}; the record has summary, losses, {', '.join(sections)}")
+        raise EngineError(
+            f"the page has a table {name!r}; the record has summary, losses, spread, {', '.join(sections)}"
+        )
     if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
         return _by_batch(rows)
     if name == "gemm shapes":
@@ -73,6 +79,16 @@ def _losses(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["engine", "step", "kernel", "us", "bound, us", "of the bound", "lost, us"]
     return _markdown(head, rows) if rows else "Not measured yet.\n"
+
+
+def _spread(found: Sequence[Spread]) -> str:
+    rows = []
+    for section in dict.fromkeys(s.section for s in found):
+        here = [s for s in found if s.section == section]
+        shares = [f"{share:.1%}" for share in (statistics.median(s.fraction for s in here), here[0].fraction)]
+        apart = ", ".join(s.name.removesuffix(f": {s.name.rpartition(': ')[2]}") for s in here if s.too_far)
+        rows.append([section, str(len(here)), *shares, f"{here[0].most:.0%}", apart])
+    return _markdown(["section", "rows", "median spread", "largest", "allowed", "further apart"], sorted(rows))
 
 
 def _by_batch(rows: Rows) -> str:
@@ -132,6 +148,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     docs = Path(__file__).resolve().parent.parent / "docs"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, default=docs / "performance" / "h200.json")
+    parser.add_argument(
+        "--again", type=Path, default=docs / "performance" / "h200-again.json", help="of another run, if it is there"
+    )
     parser.add_argument("--page", type=Path, default=docs / "performance.md", help="rewritten in place")
     return parser.parse_args(argv)
 
@@ -139,7 +158,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     try:
-        page = render(args.page.read_text(), load(args.record))
+        again = load(args.again) if args.again.exists() else None
+        page = render(args.page.read_text(), load(args.record), again)
         write_atomically(args.page, [page.encode()])
     except (EngineError, OSError) as error:
         print(f"performance_page: {error}", file=sys.stderr)

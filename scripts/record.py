@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +81,45 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.4g}"
 
 
-def compare(first: dict[str, Any], second: dict[str, Any]) -> tuple[Table, list[str]]:
-    """The spread of every row that both hold, the widest first, and the names of those that are too far apart."""
-    others = {row["name"]: row for row in second["rows"]}
-    pairs = []
-    for row in first["rows"]:
-        other = others.get(row["name"])
-        if other and row["figure"] and other["figure"]:
-            pairs.append((abs(other["figure"] / row["figure"] - 1), row, other))
-    out, apart = Table("name", "first", "second", "spread", "", box=None), []
-    for spread, row, other in sorted(pairs, key=lambda pair: -pair[0]):
-        most = KERNELS if row["section"] in KERNEL_SECTIONS else WHOLE
-        if spread > most:
-            apart.append(row["name"])
-        verdict = f"more than {most:.0%}" if spread > most else ""
-        out.add_row(row["name"], number(row["figure"]), number(other["figure"]), f"{spread:.1%}", verdict)
-    return out, apart
+@dataclass(frozen=True)
+class Spread:
+    """How far a row of one record is from the same row of another, as a fraction of the first."""
+
+    name: str
+    section: str
+    first: float
+    second: float
+
+    @property
+    def fraction(self) -> float:
+        return abs(self.second / self.first - 1)
+
+    @property
+    def most(self) -> float:
+        return KERNELS if self.section in KERNEL_SECTIONS else WHOLE
+
+    @property
+    def too_far(self) -> bool:
+        return self.fraction > self.most
+
+
+def spreads(first: dict[str, Any], second: dict[str, Any]) -> list[Spread]:
+    """Of every row that both hold, the widest first."""
+    others = {row["name"]: row["figure"] for row in second["rows"]}
+    found = [
+        Spread(row["name"], row["section"], row["figure"], others[row["name"]])
+        for row in first["rows"]
+        if row["figure"] and others.get(row["name"])
+    ]
+    return sorted(found, key=lambda spread: -spread.fraction)
+
+
+def compare(found: Sequence[Spread]) -> Table:
+    out = Table("name", "first", "second", "spread", "", box=None)
+    for s in found:
+        verdict = f"more than {s.most:.0%}" if s.too_far else ""
+        out.add_row(s.name, number(s.first), number(s.second), f"{s.fraction:.1%}", verdict)
+    return out
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -123,18 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=160)
     try:
         if args.compare:
-            spread, apart = compare(*map(load, args.compare))
-            console.print(spread)
-            print(f"{len(apart)} rows further apart than {KERNELS:.0%} (kernels) or {WHOLE:.0%} (whole model)")
+            found = spreads(*map(load, args.compare))
+            console.print(compare(found))
+            apart = sum(s.too_far for s in found)
+            print(
+                f"{apart} of {len(found)} rows further apart than {KERNELS:.0%} (kernels) or {WHOLE:.0%} (whole model)"
+            )
             return 1 if apart else 0
-        found = record(read(args.input))
+        made = record(read(args.input))
         if args.output:
-            write_atomically(args.output, [json.dumps(found, indent=1).encode() + b"\n"])
+            write_atomically(args.output, [json.dumps(made, indent=1).encode() + b"\n"])
     except (EngineError, OSError) as error:
         print(f"record: {error}", file=sys.stderr)
         return 1
-    console.print(as_table(found["rows"]))
-    states = [state(row) for row in found["rows"]]
+    console.print(as_table(made["rows"]))
+    states = [state(row) for row in made["rows"]]
     print(", ".join(f"{states.count(kind)} {kind}" for kind in ("met", "missed", "not measured")))
     return 0
 

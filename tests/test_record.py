@@ -36,9 +36,13 @@ def test_the_committed_page_is_what_the_commands_make() -> None:
     made = record.record(figures.read(RESULTS))
     assert made == record.load(DOCS / "performance" / "h200.json"), "python -m fp8.scripts.record makes it anew"
     page = (DOCS / "performance.md").read_text()
-    assert performance_page.render(page, made) == page, "python -m fp8.scripts.performance_page makes it anew"
+    path = DOCS / "performance" / "h200-again.json"
+    again = record.load(path) if path.exists() else None
+    assert performance_page.render(page, made, again) == page, "python -m fp8.scripts.performance_page makes it anew"
     sections = {found["name"] for found in performance_page.MARKED.finditer(page)}
-    assert sections == {"summary", "losses", *(target.section for target in targets())}, "every row stands on the page"
+    assert sections == {"summary", "losses", "spread", *(target.section for target in targets())}, (
+        "every row stands on the page"
+    )
 
 
 def test_names_of_targets_are_unique_and_kernels_among_them_are_timed() -> None:
@@ -111,15 +115,17 @@ def test_two_runs_are_compared_row_by_row(
     paths = []
     for name, factor in (("a", 1.0), ("b", 1.0 + spread)):
         rows = [
-            {"name": "whole", "section": "llama-7b", "figure": 100.0 * factor},
-            {"name": "kernel", "section": "gemm", "figure": 10.0 * factor},
-            {"name": "only here", "section": "gemm", "figure": None if name == "a" else 1.0},
+            {"name": "whole", "section": "llama-7b", "figure": 100.0 * factor, "met": True},
+            {"name": "kernel", "section": "gemm", "figure": 10.0 * factor, "met": True},
+            {"name": "only here", "section": "gemm", "figure": None if name == "a" else 1.0, "met": True},
         ]
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps({"sources": {}, "rows": rows}))
     assert record.main(["--compare", *map(str, paths)]) == status
     printed = capsys.readouterr().out
-    assert f"{spread:.1%}" in printed and f"{status} rows further apart" in printed and "only here" not in printed
+    page = performance_page.render("<!-- table spread -->\n<!-- end -->\n", *map(record.load, paths))
+    assert f"| llama-7b | 1 | {spread:.1%} | {spread:.1%} | 3% | {'whole ' * status}|" in page
+    assert f"{spread:.1%}" in printed and f"{status} of 2 rows further apart" in printed and "only here" not in printed
 
 
 def test_a_page_with_an_unknown_table_is_refused() -> None:
