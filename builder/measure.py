@@ -1,33 +1,51 @@
-"""--tune: times the candidates of every linear on the GPU that is there, and remembers the winners by content.
+"""--tune: times the candidates of every op with a choice on this machine's GPU, and remembers the winners by content.
 
-A candidate runs in a CUDA graph over several copies of its operands, more than the L2 cache holds, so that weights come
-from memory as they do in a model. Only ops with a choice and without indices among their inputs are timed.
+Ops with indices among their inputs, and those that speak to other ranks, are left out.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Callable
+import contextlib
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fp8.builder.engine import write_atomically
 from fp8.builder.plan import Tactics
+from fp8.builder.tactic_cache import Facts, TacticCache
+from fp8.builder.tactic_table import digest
+from fp8.builder.timer import NothingWorks, Timer, TuneError
+from fp8.builder.trial import Candidate, Job, Trial
 from fp8.builder.tune import Compiler, Site, tactic_fields
-from fp8.plugins.base import StepShape, Tensor
 from fp8.plugins.compile import Cubin, cache_dir
 
-if TYPE_CHECKING:
-    import torch
-
-COLD_BYTES = 256 << 20  # copies of the operands: several times the 50 MB L2 of an H100 or H200
-LAUNCHES = 64
+__all__ = ["TuneError"]  # used through this module
 
 
-class TuneError(RuntimeError):
-    """--tune without a GPU that can run the kernels."""
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a launch by tactic, of those that work; none if nothing could be timed. `spare`: the first tactic that
+    is not known to fail."""
+
+    site: Site
+    seconds: dict[Any, float]
+    spare: Any
+
+    @property
+    def best(self) -> Any:
+        return min(self.seconds, key=lambda tactic: self.seconds[tactic])
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """Seconds of the favourite (the first that works) and of the best."""
+        return next(iter(self.seconds.values())), self.seconds[self.best]
+
+    def __str__(self) -> str:
+        favourite, best = self.gain
+        return f"{self.site.label}: {self.best} {best * 1e6:.2f} us, the favourite {favourite * 1e6:.2f} us"
 
 
 def measure(
@@ -35,118 +53,101 @@ def measure(
     progress: Callable[[int, int], None],
     remark: Callable[[str], None],
     warn: Callable[[str], None],
+    trial: Callable[[], Trial] = Trial,
 ) -> dict[str, dict[str, Any]]:
-    """The fastest tactic of every site with a choice, by `Site.label`. Raises TuneError without a Hopper GPU."""
+    """The fastest tactic of every site with a choice, by `Site.label`. `trial` is called in a process of its own.
+
+    Raises TuneError without a Hopper GPU, and where no tactic of a site works."""
+    every = dict.fromkeys(s for several in tactics.sites.values() for s in several)
+    entries = {site: _entry(site) for site in every if has_choice(site)}
+    cache = TacticCache(cache_dir() / "tactics", machine(), remark)
+    unknown = [site for site, entry in entries.items() if cache.get(entry) is None]
+    winners: dict[str, dict[str, Any]] = {}
+    gains = [(0.0, 0.0)]
+    with Timer(trial) as timer, compiling(progress, warn) as compiler:
+        if unknown:
+            timer.start()
+        compiler.submit([k for site in unknown for t in site.candidates() for k in site.kernels(t)])
+        for site in unknown:
+            with cache.turn():
+                if cache.get(entries[site]) is not None:  # another build was faster
+                    continue
+                timed = time_site(site, site.candidates(), timer, compiler, tactics.limits.max_batch_size, warn)
+                if not timed.seconds:
+                    winners[site.label] = tactic_fields(timed.spare)
+                    continue
+                cache.put(entries[site], tactic_fields(timed.best))
+            remark(str(timed))
+            gains.append(timed.gain)
+    if len(gains) > 1:
+        favourites, best = map(sum, zip(*gains, strict=True))
+        remark(f"{len(gains) - 1} choices timed; the favourites take {favourites / best - 1:.1%} longer in all")
+    known = {site.label: found for site, entry in entries.items() if (found := cache.get(entry)) is not None}
+    return winners | known
+
+
+@contextlib.contextmanager
+def compiling(progress: Callable[[int, int], None], warn: Callable[[str], None]) -> Iterator[Compiler]:
+    """Compiles on all cores; what waits when the body fails is not begun."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC releases the GIL
+        try:
+            yield Compiler(pool, progress, warn)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def machine() -> Facts:
+    """What a time depends on beside the kernels. Raises TuneError without a GPU that can run them."""
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise TuneError("--tune times kernels on an sm_90 GPU, and torch sees none; build without it on this machine")
-    sites = list(dict.fromkeys(s for several in tactics.sites.values() for s in several))
-    sites = [s for s in sites if not any(t and t.dtype.startswith("int") for t in s.types) and len(s.candidates()) > 1]
-    path, known = _cache(remark)
-    compiler = Compiler(progress, warn)
-    compiler.compile([k for site in sites for t in site.candidates() for k in site.kernels(t)])
-    winners = {}
-    for site in sites:
-        compiled = {t: [compiler.done.get(k) for k in site.kernels(t)] for t in site.candidates()}
-        candidates = {t: [c for c in cubins if c] for t, cubins in compiled.items() if None not in cubins}
-        digest = hashlib.sha256("|".join(c.key for cubins in candidates.values() for c in cubins).encode())
-        entry = f"{site.label}|{digest.hexdigest()[:16]}"
-        if entry not in known and candidates:
-            known[entry] = _fastest(site, candidates, tactics.limits.max_batch_size, remark)
-            _write(path, known)
-        if entry in known:
-            winners[site.label] = known[entry]
-    return winners
+        raise TuneError("tactics are timed on an sm_90 GPU, and torch sees none; build without --tune on this machine")
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "driver": driver_version(),
+        "fp8-engine": importlib.metadata.version("fp8-engine"),
+        "torch": torch.__version__,  # brings cuBLASLt, which is a tactic too
+    }
 
 
-def _write(path: Path, known: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, [json.dumps(known, sort_keys=True).encode()])
-
-
-def _cache(remark: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The file of winners for this GPU and driver, and what it holds."""
-    name = _machine()
-    folder = cache_dir() / "tactics"
-    path = folder / f"{name}.json"
-    others = sorted(p.stem for p in folder.glob("*.json") if p != path)
-    if others and not path.exists():
-        remark(f"tuned tactics of {', '.join(others)} are ignored: this is {name}")
-    try:
-        return path, json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        remark(f"{path} is damaged and ignored")
-        return path, {}
-
-
-def _machine() -> str:
-    """The GPU and the CUDA version of its driver, as a file name."""
-    import torch
+def driver_version() -> str:
+    """`580.95.05`; where that is not told, the CUDA version that the driver takes."""
     from cuda.bindings import driver
 
-    _, version = driver.cuDriverGetVersion()
-    return f"{torch.cuda.get_device_name()} driver {version}".replace("/", "_").replace(" ", "_")
+    path = Path("/sys/module/nvidia/version")
+    return path.read_text().strip() if path.is_file() else f"CUDA {driver.cuDriverGetVersion()[1]}"
 
 
-def _fastest(
-    site: Site, candidates: dict[Any, list[Cubin]], max_batch: int, remark: Callable[[str], None]
-) -> dict[str, Any]:
-    took = {tactic: _time(site, tactic, cubins, max_batch) for tactic, cubins in candidates.items()}
-    best = min(took, key=lambda tactic: took[tactic])
-    remark(f"{site.label}: {best} {took[best] * 1e6:.1f} us, the favourite {next(iter(took.values())) * 1e6:.1f} us")
-    return tactic_fields(best)
+def has_choice(site: Site) -> bool:
+    """Whether its tactics can be timed here, on random operands, and are several."""
+    indices = any(t and t.dtype.startswith("int") for t in site.types)
+    return not indices and not site.plugin.collective and len(site.candidates()) > 1
 
 
-def _time(site: Site, tactic: Any, cubins: list[Cubin], max_batch: int) -> float:
-    """Seconds of one launch with cold weights."""
-    import torch
-
-    from fp8.plugins.cuda import Module
-
-    functions = [Module(c.code).function(c.kernel.entry) for c in cubins]
-    size = site.plugin.workspace(tactic, site.types, site.max_tokens, max_batch)
-    workspace = torch.zeros(size, dtype=torch.uint8, device="cuda") if size else None
-    types = [*site.types, *site.plugin.infer(site.types)]
-    copies = max(2, COLD_BYTES // max(1, sum(_bytes(t, site.max_tokens) for t in types if t)))
-    sets = [[_random(t, site.max_tokens) for t in types] for _ in range(min(copies, LAUNCHES))]
-    launchers = [site.plugin.bind(tactic, functions, tensors, workspace) for tensors in sets]
-    rows = site.max_tokens
-    step = StepShape(rows, 1, 0, rows, rows, rows)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launchers:
-            launch(step)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(LAUNCHES):
-                launchers[i % len(launchers)](step)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        for _ in range(5):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3 / LAUNCHES)
-    return min(times)
+def _entry(site: Site) -> str:
+    """What its winner depends on: the place, and candidates with the content of their kernels."""
+    candidates = site.candidates()
+    return f"{site.label}|{digest(map(site.kernels, candidates), candidates)}"
 
 
-def _shape(type_: Tensor, rows: int) -> list[int]:
-    return [rows if isinstance(d, str) else d for d in type_.shape]
+def time_site(
+    site: Site, candidates: Sequence[Any], timer: Timer, compiler: Compiler, max_batch: int, warn: Callable[[str], None]
+) -> Timed:
+    """Compiles and times. What does not work is dropped with a warning each. Raises NothingWorks."""
+    where = f"{site.plugin.name}: {site.module}: up to {site.max_tokens} rows"
+    compiled = {t: cubins for t in candidates if (cubins := compiler.cubins(site.kernels(t))) is not None}
+    job = Job(site.plugin, site.types, site.max_tokens, max_batch, tuple(_candidate(t, c) for t, c in compiled.items()))
+    outcome = timer.time(job)
+    tactics = list(compiled)
+    for index, why in outcome.dropped.items():
+        warn(f"{where}: dropped {tactics[index]}: {why}")
+    if outcome.skipped:
+        warn(f"{where}: not timed: {outcome.skipped}")
+    spare = next((t for i, t in enumerate(tactics) if i not in outcome.dropped), None)
+    if spare is None:
+        raise NothingWorks(f"{where}: no tactic works on this GPU; the warnings above tell why")
+    return Timed(site, {tactics[i]: took for i, took in sorted(outcome.seconds.items())}, spare)
 
 
-def _bytes(type_: Tensor, rows: int) -> int:
-    import torch
-
-    return math.prod(_shape(type_, rows)) * getattr(torch, type_.dtype).itemsize
-
-
-def _random(type_: Tensor | None, rows: int) -> torch.Tensor | None:
-    """Values of unit variance: power, and so the clock, depends on the data."""
-    import torch
-
-    if type_ is None:
-        return None
-    return torch.randn(_shape(type_, rows), device="cuda").to(getattr(torch, type_.dtype))
+def _candidate(tactic: Any, cubins: Sequence[Cubin]) -> Candidate:
+    return Candidate(tactic, tuple((c.code, c.kernel.entry) for c in cubins))

@@ -1,19 +1,19 @@
 """Tactics: which kernels run each step, per range of rows.
 
-Order of preference: measured on this GPU (--tune, cached), the shipped table `plugins/<name>/tactics.json`, the
-plugin's own model. A tactic that does not compile, or whose wgmma ptxas serialized, is dropped with a warning.
+Order of preference: measured on this GPU (--tune, cached), the shipped table (`tactic_table.py`), the plugin's own
+model. A tactic that does not compile, or whose wgmma ptxas serialized, is dropped with a warning.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from fp8.builder import tactic_table
 from fp8.plugins import base
 from fp8.plugins.base import Kernel, Plugin, Tensor
 from fp8.plugins.compile import CompileError, Cubin, compile_kernel
@@ -31,17 +31,27 @@ class Site:
     module: str = dataclasses.field(default="", compare=False)  # the first of those that share it, for messages
 
     @property
+    def op(self) -> str:
+        """What the shipped table is keyed by."""
+        return tactic_table.op_name(self.plugin, self.types)
+
+    @property
     def label(self) -> str:
-        """What the tactic tables are keyed by: `gemm(...)|float8_e4m3fn T,4096|...|<=16`."""
-        types = "|".join(f"{t.dtype} {','.join(map(str, t.shape))}" if t else "-" for t in self.types)
-        return f"{self.plugin}|{types}|<={self.max_tokens}"
+        """What measured tactics are keyed by: `gemm|float8_e4m3fn T,4096|...|<=16`."""
+        return f"{self.op}|<={self.max_tokens}"
 
     def candidates(self, measured: dict[str, Any] | None = None) -> list[Any]:
         """Best first, each once."""
-        own = self.plugin.tactics(self.types, self.max_tokens)
-        fields = [f for f in (measured, shipped(self.plugin.name).get(self.label)) if f]
-        legal = [t for t in (self.plugin.tactic(f) for f in fields) if t in own]
-        return list(dict.fromkeys([*legal, *own]))
+        known = (self.restored(measured), self.restored(tactic_table.shipped().nearest(self.op, self.max_tokens)))
+        return list(dict.fromkeys([*(t for t in known if t), *self.plugin.tactics(self.types, self.max_tokens)]))
+
+    def restored(self, fields: dict[str, Any] | None) -> Any:
+        """The tactic of a table's fields; None if there is none such (any more), or if it is not legal here."""
+        try:
+            tactic = self.plugin.tactic(fields) if fields else None
+        except (KeyError, TypeError):
+            return None
+        return tactic if tactic and self.plugin.legal(tactic, self.types, self.max_tokens) else None
 
     def kernels(self, tactic: Any) -> tuple[Kernel, ...]:
         return tuple(self.plugin.kernels(tactic, self.types))
@@ -53,13 +63,6 @@ class Choice:
     cubins: tuple[Cubin, ...]
 
 
-@functools.cache
-def shipped(plugin: str) -> dict[str, dict[str, Any]]:
-    """The table of tactics that were measured on an H200, by `Site.label`."""
-    path = Path(base.__file__).parent / plugin / "tactics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def choose(
     sites: Sequence[Site],
     measured: dict[str, dict[str, Any]],
@@ -69,47 +72,55 @@ def choose(
     """The best tactic of every site that compiles. Raises PluginError where none does."""
     waiting = {site: site.candidates(measured.get(site.label)) for site in dict.fromkeys(sites)}
     chosen: dict[Site, Choice] = {}
-    compiler = Compiler(progress, warn)
-    while waiting:
-        for site, candidates in waiting.items():
-            if not candidates:
-                raise base.PluginError(
-                    f"{site.plugin.name}: {site.module}: no tactic compiles for up to {site.max_tokens} rows; "
-                    "the warnings above tell why"
-                )
-        compiler.compile([k for site, candidates in waiting.items() for k in site.kernels(candidates[0])])
-        for site, candidates in list(waiting.items()):
-            cubins = [compiler.done.get(k) for k in site.kernels(candidates[0])]
-            if None in cubins:
-                warn(f"{site.plugin.name}: {site.module}: dropped {candidates[0]}")
-                candidates.pop(0)
-            else:
-                chosen[site] = Choice(candidates[0], tuple(c for c in cubins if c))
-                del waiting[site]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC releases the GIL
+        compiler = Compiler(pool, progress, warn)
+        while waiting:
+            for site, candidates in waiting.items():
+                if not candidates:
+                    raise base.PluginError(
+                        f"{site.plugin.name}: {site.module}: no tactic compiles for up to {site.max_tokens} rows; "
+                        "the warnings above tell why"
+                    )
+            compiler.submit([k for site, candidates in waiting.items() for k in site.kernels(candidates[0])])
+            for site, candidates in list(waiting.items()):
+                cubins = compiler.cubins(site.kernels(candidates[0]))
+                if cubins is None:
+                    warn(f"{site.plugin.name}: {site.module}: dropped {candidates[0]}")
+                    candidates.pop(0)
+                else:
+                    chosen[site] = Choice(candidates[0], cubins)
+                    del waiting[site]
     return chosen
 
 
 class Compiler:
-    """Compiles kernels on all cores, each once; a refused one is reported and has no cubin."""
+    """Compiles kernels side by side, each once. One that is refused is reported, once, and has no cubin."""
 
-    def __init__(self, progress: Callable[[int, int], None], warn: Callable[[str], None]) -> None:
-        self.done: dict[Kernel, Cubin] = {}
-        self._refused: set[Kernel] = set()
-        self._progress, self._warn = progress, warn
+    def __init__(self, pool: Executor, progress: Callable[[int, int], None], warn: Callable[[str], None]) -> None:
+        self._pool, self._progress, self._warn = pool, progress, warn
+        self._started: dict[Kernel, Future[Cubin | str]] = {}
+        self._results: dict[Kernel, Cubin | None] = {}
 
-    def compile(self, kernels: Sequence[Kernel]) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-        from os import cpu_count
+    def submit(self, kernels: Sequence[Kernel]) -> None:
+        """Begins, in this order."""
+        for kernel in kernels:
+            if kernel not in self._started:
+                self._started[kernel] = self._pool.submit(_compiled, kernel)
 
-        new = [k for k in dict.fromkeys(kernels) if k not in self.done and k not in self._refused]
-        with ThreadPoolExecutor(cpu_count()) as pool:  # NVRTC releases the GIL
-            for count, (kernel, result) in enumerate(zip(new, pool.map(_compiled, new), strict=True), 1):
-                if isinstance(result, Cubin):
-                    self.done[kernel] = result
-                else:
-                    self._refused.add(kernel)
-                    self._warn(result)
-                self._progress(count, len(new))
+    def cubins(self, kernels: Sequence[Kernel]) -> tuple[Cubin, ...] | None:
+        """Of all of them; None if one is refused."""
+        self.submit(kernels)
+        found = [self._result(k) for k in kernels]
+        return None if None in found else tuple(c for c in found if c)
+
+    def _result(self, kernel: Kernel) -> Cubin | None:
+        if kernel not in self._results:
+            result = self._started[kernel].result()
+            self._results[kernel] = result if isinstance(result, Cubin) else None
+            if isinstance(result, str):
+                self._warn(result)
+            self._progress(len(self._results), len(self._started))
+        return self._results[kernel]
 
 
 def _compiled(kernel: Kernel) -> Cubin | str:

@@ -115,6 +115,10 @@ class Plugin:
         """Legal tactics (frozen dataclasses of ints and strings) for up to `tokens` rows, the favourite first."""
         raise NotImplementedError
 
+    def legal(self, tactic: Any, inputs: Sequence[Tensor | None], tokens: int) -> bool:
+        """Whether a tactic, which a table may hold, can run up to `tokens` rows, be it among the favourites or not."""
+        return tactic in self.tactics(inputs, tokens)
+
     def buckets(self, max_tokens: int) -> list[int]:
         """Upper ends of the token ranges that may want different tactics."""
         return [max_tokens]

@@ -53,7 +53,13 @@ def cache_dir() -> Path:
 def source(kernel: Kernel) -> str:
     """The translation unit: defines, then the .cu file with our own includes pasted in: the text is the key."""
     defines = "".join(f"#define {k} {v}\n" for k, v in kernel.constants)
-    return defines + _expand(HERE / kernel.plugin / kernel.source, set())
+    return defines + _text(HERE / kernel.plugin / kernel.source)
+
+
+@functools.cache
+def _text(path: Path) -> str:
+    """Read once: a kernel is asked for its key in hundreds of specialisations."""
+    return _expand(path, set())
 
 
 def _expand(path: Path, seen: set[Path]) -> str:

@@ -66,22 +66,33 @@ def fixed_bytes(plan: Plan) -> int:
 def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
     """Blocks that `fraction` of the memory left beside the fixed buffers holds, never more than all sequences need.
 
-    Raises EngineError, before anything is loaded, if weights and activations or one whole sequence do not fit.
+    Raises EngineError, before anything is loaded, if weights and activations, or one whole sequence, or a
+    block for each sequence of the batch, do not fit.
     """
     need, limits = fixed_bytes(plan) + RESERVE, plan.limits
     if need > free:
         raise EngineError(
-            f"the engine needs {need / 2**30:.1f} GiB for weights and activations, and {free / 2**30:.1f} GiB are free "
-            f"on the GPU; free some, or build with a smaller --max_num_tokens"
+            f"the engine needs {_gib(need)} for weights and activations, {_gib(need - free)} more than are free on the "
+            "GPU; free some, or build with a smaller --max_num_tokens"
         )
     per_sequence = -(-limits.max_seq_len // limits.block_size)
-    blocks = int((free - need) * fraction) // kv_block_bytes(plan)
-    if blocks < per_sequence:
-        raise EngineError(
-            f"the KV pool would have {blocks} blocks, and one sequence of max_seq_len {limits.max_seq_len} needs "
-            f"{per_sequence}; build with a smaller --max_seq_len, or raise kv_cache_free_gpu_memory_fraction"
-        )
+    size = kv_block_bytes(plan)
+    blocks = int((free - need) * fraction) // size
+    for name, wanted, what in (
+        ("max_seq_len", per_sequence, f"one sequence of max_seq_len {limits.max_seq_len} needs"),
+        ("max_batch_size", limits.max_batch_size, "one block for each sequence of max_batch_size makes"),
+    ):
+        if blocks < wanted:
+            raise EngineError(
+                f"the KV pool would have {blocks} blocks, and {what} {wanted}, {_gib((wanted - blocks) * size)} more; "
+                f"build with a smaller --{name}, or raise kv_cache_free_gpu_memory_fraction"
+            )
     return min(blocks, per_sequence * limits.max_batch_size)
+
+
+def _gib(size: int) -> str:
+    """Rounded up: so much would do."""
+    return f"{math.ceil(size / 2**30 * 10) / 10:.1f} GiB"
 
 
 def load_functions(engine: Engine) -> dict[str, Function]:

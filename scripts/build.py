@@ -76,7 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--dry_run", action="store_true", help="check and print the memory budget; compile, write nothing"
     )
     parser.add_argument("--verify", action="store_true", help="interpret random steps before and after every pass")
-    parser.add_argument("--tune", action="store_true", help="time the tactics on this machine's GPU")
+    parser.add_argument("--tune", action="store_true", help="time the tactics on this machine's GPU, and remember")
     parser.add_argument("--explain", metavar="NODE", help="tell why each pattern did or did not match here; no build")
     parser.add_argument("--dump_passes", type=Path, metavar="DIR", help="write the graph after every pass as text")
     parser.add_argument(

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from fp8.plugins import compile
 from fp8.plugins.base import Case
+from fp8.plugins.timing import BRIEF, compare
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases
-from fp8.scripts.benchmarks.timing import BRIEF, compare
 from fp8.scripts.provenance import add_argument, provenance
 
 if TYPE_CHECKING:

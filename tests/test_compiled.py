@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -146,10 +148,27 @@ def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
     block, need = reference.kv_block_bytes(plan), compiled.fixed_bytes(plan) + compiled.RESERVE
     assert compiled.pool_blocks(plan, need + 2 * block * 12, 0.5) == 12
     assert compiled.pool_blocks(plan, need + 10**9, 0.9) == 12, "never more than all sequences need"
-    with pytest.raises(EngineError, match="for weights and activations, and"):
+    with pytest.raises(EngineError, match=r"for weights and activations, 0.1 GiB more than are free"):
         compiled.pool_blocks(plan, need - 1, 0.9)
-    with pytest.raises(EngineError, match="would have 1 blocks, and one sequence of max_seq_len 128 needs 2"):
+    with pytest.raises(EngineError, match=r"1 blocks, and one sequence of max_seq_len 128 needs 2, 0.1 GiB more"):
         compiled.pool_blocks(plan, need + block + 1, 1.0)
+    with pytest.raises(EngineError, match=r"2 blocks, and one block for each .* max_batch_size makes 6, 0.1 GiB more"):
+        compiled.pool_blocks(plan, need + 2 * block + 1, 1.0)
+
+
+def test_a_card_that_is_too_small_is_told_before_weights_are_read(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_format.load(engine_dir)
+    monkeypatch.setattr(compiled, "check_device", lambda plan, device: None)
+    monkeypatch.setattr(weights, "load_to_gpu", lambda engine, device: pytest.fail("weights were read"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (compiled.fixed_bytes(engine.plan), 0))
+    new = SimpleNamespace(plan=engine.plan, device=torch.device("cuda", 0))
+    with pytest.raises(EngineError, match=r"1\.0 GiB more than are free on the GPU"):
+        Session._prepare_gpu(new, engine, None, 0.9)  # type: ignore[arg-type]
 
 
 def test_another_gpu_is_refused_by_name(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,14 +29,24 @@ class Linear(Plugin):
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
         """Few-token tactics first where they are likely to win (they scale no products and promote none), then the
         many-token ones, the library last."""
-        precise = blockwise(inputs) or self.attributes()["accumulation"] == "precise"
-        few = [] if precise else few_tokens.candidates(self, inputs, tokens)
+        few = [] if self._promotes(inputs) else few_tokens.candidates(self, inputs, tokens)
         many = many_tokens.candidates(self, inputs, tokens)
         if few and few_tokens.favoured(inputs, tokens):
             ours: list[Tactic] = [*few[:OFFERED_FEW], *many[:2]]
         else:
             ours = [*many, *few[:2]]
         return [*ours, *library.candidates(self, inputs)]
+
+    def legal(self, tactic: Tactic, inputs: Sequence[Tensor | None], tokens: int) -> bool:
+        if isinstance(tactic, FewTokens):
+            return not self._promotes(inputs) and tactic in few_tokens.candidates(self, inputs, tokens)
+        if isinstance(tactic, ManyTokens):
+            return tactic in many_tokens.enumerate_tactics(many_tokens.problem(self, inputs), tokens)
+        return tactic in library.candidates(self, inputs)
+
+    def _promotes(self, inputs: Sequence[Tensor | None]) -> bool:
+        """Whether products are summed in float32 every 128 of K, which few_tokens.cu does not."""
+        return blockwise(inputs) or self.attributes()["accumulation"] == "precise"
 
     def buckets(self, max_tokens: int) -> list[int]:
         """Powers of two from 8 up, 96, then `max_tokens`."""

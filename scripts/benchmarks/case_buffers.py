@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8.plugins import base, compile
 from fp8.plugins.base import Case, Launcher, Plugin, Tensor
-from fp8.scripts.benchmarks.timing import Graph, capture, sets_for
+from fp8.plugins.timing import Graph, capture, sets_for
 
 if TYPE_CHECKING:
     import torch

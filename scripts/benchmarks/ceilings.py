@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from fp8.scripts.benchmarks.timing import SUSTAINED, capture, compare
+from fp8.plugins.timing import SUSTAINED, capture, compare
 from fp8.scripts.provenance import card
 
 COPIED = 1 << 30  # bytes, read once and written once

@@ -14,12 +14,12 @@ from typing import Any
 from fp8.builder.tune import Site
 from fp8.plugins import compile
 from fp8.plugins.base import Kernel, Tensor
+from fp8.plugins.timing import BRIEF, SUSTAINED, Graph, capture, compare
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases, types
 from fp8.scripts.benchmarks.ceilings import Ceilings
 from fp8.scripts.benchmarks.kernel_cases import Timed, timed_cases
 from fp8.scripts.benchmarks.peers import peers_of
-from fp8.scripts.benchmarks.timing import BRIEF, SUSTAINED, Graph, capture, compare
 
 MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
 HEAVY = 5e10  # FLOP from which a case is timed under sustained load

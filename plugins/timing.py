@@ -78,13 +78,14 @@ def compare(graphs: Sequence[Graph], pace: Pace) -> list[float]:
     taken: list[list[float]] = [[] for _ in graphs]
     for turn in range(pace.turns + 1):
         for graph, times in zip(graphs, taken, strict=True):
-            found = _replays(graph, pace.seconds)
+            found = replays(graph, pace.seconds)
             times += found if turn else []
     return [statistics.median(times) for times in taken]
 
 
-def _replays(graph: Graph, seconds: float) -> list[float]:
-    """Microseconds of a launch, by replay; enqueued together, so that the device never waits for the host."""
+def replays(graph: Graph, seconds: float) -> list[float]:
+    """Microseconds of a launch, by replay, of about so many seconds; enqueued together, so that the device never waits
+    for the host."""
     import torch
 
     count = max(1, min(400, round(seconds / (graph.seconds * graph.count))))

@@ -1,0 +1,131 @@
+"""The tactics that ship with the package, timed on an H200 by `python -m fp8.scripts.tune_table`.
+
+A file of them is JSON: what they were measured with, and for every op (`op_name`) and range of rows a tactic, its
+microseconds there and the `digest` of the candidates that it won against. Builds take a tactic only where it is legal:
+an entry that has gone stale does no harm, the plugin's own choice stands in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fp8.builder.engine import write_atomically
+from fp8.plugins.base import Kernel, Plugin, Tensor, load
+from fp8.plugins.compile import key
+
+FORMAT = 1
+SHIPPED = Path(__file__).with_name("tactics_h200.json")
+
+Fields = dict[str, Any]
+
+
+class TableError(ValueError):
+    """A file that holds no tactics, or damaged ones."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    tactic: Fields
+    us: float
+    digest: str
+
+
+@dataclass
+class Table:
+    """`entries` by op, then by the rows up to which the tactic was timed."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, dict[int, Entry]] = field(default_factory=dict)
+
+    def nearest(self, op: str, rows: int) -> Fields | None:
+        """The tactic of the range that ends at `rows`, or nearest to it: less than a factor of two away, as an engine's
+        last range may end anywhere."""
+        ratio = lambda end: max(end, rows) / min(end, rows)
+        near = [end for end in self.entries.get(op, {}) if ratio(end) < 2]
+        return self.entries[op][min(near, key=lambda end: (ratio(end), end))].tactic if near else None
+
+    def put(self, op: str, rows: int, entry: Entry) -> None:
+        self.entries.setdefault(op, {})[rows] = entry
+
+    def __len__(self) -> int:
+        return sum(map(len, self.entries.values()))
+
+
+def op_name(plugin: Plugin, types: Sequence[Tensor | None]) -> str:
+    """`gemm rows=L|bfloat16 L,4096|...|-`: the attributes that are not their defaults, the inputs."""
+    fields = dataclasses.fields(plugin)  # type: ignore[arg-type]
+    given = {f.name: getattr(plugin, f.name) for f in fields if getattr(plugin, f.name) != f.default}
+    words = [f"{k}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}" for k, v in given.items()]
+    inputs = [f"{t.dtype} {','.join(map(str, t.shape))}" if t else "-" for t in types]
+    return "|".join([" ".join([plugin.name, *words]), *inputs])
+
+
+def parse_op(name: str) -> tuple[Plugin, tuple[Tensor | None, ...]]:
+    """The inverse of `op_name`. Raises ValueError, TypeError or PluginError for a name that is none (any more)."""
+    head, *inputs = name.split("|")
+    plugin, *words = head.split(" ")
+    pairs = (word.partition("=") for word in words)
+    return load(plugin)(**{k: _value(v) for k, _, v in pairs}), tuple(map(_tensor, inputs))
+
+
+def _value(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _tensor(text: str) -> Tensor | None:
+    if text == "-":
+        return None
+    dtype, dims = text.split(" ")
+    return Tensor(dtype, tuple(int(d) if d.isdigit() else d for d in dims.split(",")))
+
+
+def digest(candidates: Iterable[Sequence[Kernel]], tactics: Iterable[Any]) -> str:
+    """Of tactics and the content of their kernels: with another one, a choice among them says nothing."""
+    keys = [key(k) for kernels in candidates for k in kernels]
+    return hashlib.sha256("|".join([*keys, *map(repr, tactics)]).encode()).hexdigest()[:12]
+
+
+def read(path: Path) -> Table:
+    """Raises TableError."""
+    try:
+        data = json.loads(path.read_bytes())
+        if data["format"] != FORMAT:
+            raise TableError(f"{path} has format {data['format']}, expected {FORMAT}")
+        entries = {
+            op: {int(rows): Entry(dict(tactic), float(us), str(of)) for rows, (tactic, us, of) in ranges.items()}
+            for op, ranges in data["tactics"].items()
+        }
+        return Table(dict(data["measured"]), entries)
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {error.strerror}") from error
+    except TableError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise TableError(f"{path} is no table of tactics, or damaged ({type(error).__name__}: {error})") from error
+
+
+def write(path: Path, table: Table) -> None:
+    """A line for each op."""
+    head = json.dumps({"format": FORMAT, "measured": table.facts})[:-1]
+    lines = []
+    for op, ranges in sorted(table.entries.items()):
+        found = {str(n): [e.tactic, round(e.us, 3), e.digest] for n, e in sorted(ranges.items())}
+        lines.append(f"{json.dumps(op)}:{json.dumps(found, separators=(',', ':'))}")
+    write_atomically(path, [f'{head},\n"tactics":{{\n'.encode(), ",\n".join(lines).encode(), b"\n}}\n"])
+
+
+@functools.cache
+def shipped() -> Table:
+    """What the package brings; empty if it brings none."""
+    return read(SHIPPED) if SHIPPED.is_file() else Table()
