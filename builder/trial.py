@@ -173,7 +173,7 @@ class Operands:
     def _reference(self) -> tuple[torch.Tensor, ...]:
         """Of the checked rows."""
         inputs = [
-            t if t is None or _fixed(type_) else t[self._rows]
+            t if t is None or type_ is None or _fixed(type_) else t[self._rows]
             for t, type_ in zip(self.sets[0], self.job.types, strict=False)
         ]
         return self.job.plugin.reference(*inputs, step=self.step(len(self._rows)))
