@@ -26,7 +26,7 @@ CHECKED_ROWS = 64  # spread over all rows, first and last among them
 # their cases show; one that is wrong is far off. A single row may have four times as much: it may be of few columns.
 TOLERANCES = {"float8_e4m3fn": 6e-2, "bfloat16": 1e-2, "float16": 8e-3, "float32": 8e-3}
 ROW_FACTOR = 4
-HEAT, FINAL = 5e-4, 2e-3  # seconds: all run a heat, those near the best then FINAL_TURNS in turn, at the same clocks
+HEAT, FINAL = 1e-3, 2e-3  # seconds: all run a heat, those near the best then FINAL_TURNS in turn, at the same clocks
 FINAL_TURNS = 3
 NEAR = 1.08
 

@@ -5,25 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fp8.builder import build, measure, plan
-from fp8.builder.build import Reporter, Request, Source
-from fp8.builder.checkpoint import DTYPES, Checkpoint, Entry
+from fp8.builder.build import Reporter, Request
 from fp8.builder.dtypes import BYTES
-from fp8.builder.formats.base import Format
 from fp8.builder.formats.base import load as load_format
-from fp8.builder.quantization_config import write_engine_section, write_quantization
 from fp8.builder.tune import Site
-from fp8.models.config import load as load_model
 from fp8.scripts.random_checkpoint import PRESETS
+from fp8.scripts.random_engine import imagine
 
 MODELS = tuple(PRESETS)
 TP_SIZES = (1, 2, 4, 8)
-QFORMATS = ("fp8", "fp8_rowwise", "bf16")
 BYTES_PER_SECOND, FLOPS = 4.3e12, 1.3e15  # of an H200 in FP8: only the order depends on them
 
 
@@ -34,30 +27,6 @@ class Shape:
     model: str
     qformat: str
     tp_size: int
-
-
-class Shapes(Checkpoint):
-    """Stands for a quantized checkpoint of any shape: every tensor asked for is there, and every scale is one."""
-
-    def __init__(self, config: dict[str, Any], format: Format) -> None:
-        self.directory = Path("shapes")
-        self.config = {**config, "dtype": "bfloat16", "fp8_engine": write_engine_section(format, "", None)}
-        if quantization := write_quantization(format, []):
-            self.config["quantization_config"] = quantization
-        self._format = format
-        self._known: dict[str, Entry] = {}
-
-    def entry(self, name: str, shape: tuple[int, ...] | None = None) -> Entry:
-        if name not in self._known:
-            assert shape is not None, name
-            module, _, kind = name.rpartition(".")
-            linear = kind == "weight" and len(shape) == 2 and ".layers." in name
-            dtype = DTYPES["F8_E4M3" if linear and self._format.quantizes(module) else "BF16"]
-            self._known[name] = Entry(name, self.directory, 0, math.prod(shape) * dtype.itemsize, dtype, shape)
-        return self._known[name]
-
-    def scales(self, name: str, shapes: set[tuple[int, ...]]) -> np.ndarray:
-        return np.ones(max(shapes, key=len), np.float32)
 
 
 def shapes(models: Sequence[str], qformats: Sequence[str], tp_sizes: Sequence[int]) -> list[Shape]:
@@ -92,7 +61,7 @@ def _tactics(shape: Shape, max_num_tokens: int) -> plan.Tactics:
     """Of one layer, which all are like."""
     format = load_format(shape.qformat)(kv_cache_dtype="auto" if shape.qformat == "bf16" else "fp8")
     config = {**PRESETS[shape.model], "num_hidden_layers": 1}
-    source = Source(load_model(config), Shapes(config, format))
+    source = imagine(config, format)
     request = Request(1, 2048, max_num_tokens, tp_size=shape.tp_size)
     graph, _, _ = build.fuse(source, request, Reporter())
     return plan.Tactics(plan.nodes(graph), source.limits(request))

@@ -68,7 +68,7 @@ def test_a_tactic_that_fails_is_dropped_with_a_warning_that_names_it_and_the_res
         why = dict(zip(FAULTS, sorted(warnings, key=lambda w: FAULTS.index(w.split("'")[1])), strict=True))
         assert all("scaled: model.layers.0: up to 16 rows: dropped Way(kind=" in w for w in warnings)
         assert "OUT_OF_RESOURCES" in why["raises"] and "ILLEGAL_ADDRESS" in why["lost"]
-        assert "error 0.1 (0.1" in why["wrong"] and "against the reference" in why["one_row"]
+        assert "in a row) against the reference" in why["wrong"] and "16 rows: error" in why["one_row"]
         assert "not written everywhere" in why["unwritten"] and "with 11 rows" in why["ragged"]
         assert "was ended by SIGSEGV" in why["killed"] and "did not end within 3 s" in why["hangs"]
         with pytest.raises(NothingWorks, match="no tactic works on this GPU"):
