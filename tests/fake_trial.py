@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -111,3 +112,26 @@ class SmallGpu(CpuTrial):
         if job.rows > ROWS:
             raise torch.OutOfMemoryError("tried to allocate 100 GiB")
         return super().hold(job, tell)
+
+
+FLOATS = (Tensor("float32", ("T", 64)), Tensor("float32", (64,)))
+FAULTY = {"right": 0, "wrong": 1, "illegal_address": 2, "endless": 3, "refused": 4, "too_much_shared": 0}
+
+
+@dataclass(frozen=True)
+class Faulty(Scaled):
+    """The same in float32 by kernels, for a GPU."""
+
+    name: ClassVar[str] = "faulty"
+
+    def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        return FLOATS[:1]
+
+    def kernels(self, tactic: Way, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+        return (Kernel(str(Path(__file__).parent), "faulty.cu", "faulty", (("FAULT", FAULTY[tactic.kind]),)),)
+
+    def bind(self, tactic: Way, functions: Sequence, tensors: Sequence, workspace: None) -> Launcher:
+        from fp8.plugins.cuda import Launch
+
+        launch = Launch(functions[0], 64, tensors, 400 * 1024 if tactic.kind == "too_much_shared" else 0)
+        return lambda step: launch(step.tokens)

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_trial import FAULTS, ROWS, TYPES, CpuTrial, NoGpu, Scaled, SmallGpu, Way
+import torch
+from fake_trial import FAULTS, FAULTY, FLOATS, ROWS, TYPES, CpuTrial, Faulty, NoGpu, Scaled, SmallGpu, Way
 
 from fp8.builder import measure, tactic_table
 from fp8.builder.engine import Limits
 from fp8.builder.tactic_cache import TacticCache
 from fp8.builder.tactic_table import Entry, Table, TableError, op_name, parse_op
 from fp8.builder.timer import NothingWorks, Timer, TuneError
-from fp8.builder.trial import Job, Operands, WrongResult
+from fp8.builder.trial import Job, Operands, Trial, WrongResult
 from fp8.builder.tune import Compiler, Site, tactic_fields
 from fp8.plugins.base import Launcher, StepShape, Tensor, load
 from fp8.scripts import table_sites
@@ -74,6 +75,19 @@ def test_a_tactic_that_fails_is_dropped_with_a_warning_that_names_it_and_the_res
         with pytest.raises(NothingWorks, match="no tactic works on this GPU"):
             timed(timer, site(Way("raises"), Way("wrong")))
         assert timed(timer, site(SLOW, FAST)).gain == (20e-6, 5e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs kernels: needs an H100 or H200")
+def test_kernels_that_fail_on_a_gpu_are_dropped_and_the_rest_is_tuned_on() -> None:
+    warnings: list[str] = []
+    ways = " ".join(f"{kind}:1" for kind in (*FAULTY, "right"))
+    with Timer(Trial, seconds=5) as timer:
+        found = timed(timer, Site(Faulty(ways), FLOATS, ROWS, "here"), warnings.append)
+    assert set(found.seconds) == {Way("right", 1.0)} and 0 < found.gain[1] < 1e-4
+    assert len(warnings) == len(FAULTY) - 1 and "refused" in warnings[0], warnings
+    why = dict(zip(sorted(set(FAULTY) - {"right", "refused"}), sorted(warnings[1:]), strict=True))
+    assert "illegal" in why["illegal_address"] and "did not end within 5 s" in why["endless"]
+    assert "INVALID_VALUE" in why["too_much_shared"] and "against the reference" in why["wrong"]
 
 
 def test_operands_that_do_not_fit_leave_the_favourite_and_other_sites_are_tuned_on(h200: Path) -> None:
