@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Timer() as timer, compiling(options.workers, console) as compiler, Progress(console=console) as progress:
             tuning.run(timer, compiler, begin + options.max_seconds, progress, options.output)
-    except TuneError as error:
+    except (TuneError, BrokenExecutor) as error:
         print(f"tune_table: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from fake_trial import FAULTS, FAULTY, FLOATS, ROWS, TYPES, CpuTrial, Faulty, NoGpu, Scaled, SmallGpu, Way
+from rich.console import Console
+from rich.progress import Progress
 
 from fp8.builder import measure, tactic_table
 from fp8.builder.engine import Limits
@@ -21,9 +24,10 @@ from fp8.builder.timer import NothingWorks, Timer, TuneError
 from fp8.builder.trial import Job, Operands, Trial, WrongResult
 from fp8.builder.tune import Compiler, Site, tactic_fields
 from fp8.plugins.base import Launcher, StepShape, Tensor, load
-from fp8.scripts import table_sites
+from fp8.scripts import table_sites, tune_table
 from fp8.scripts.random_checkpoint import PRESETS
 from fp8.scripts.table_sites import Shape
+from fp8.scripts.tune_table import Tuning, opened
 
 H200 = {"GPU": "NVIDIA H200", "driver": "580.1", "fp8-engine": "0.1.0", "torch": "2.11"}
 BF16 = (Tensor("bfloat16", ("T", 64)), Tensor("bfloat16", (64, 64)), None, None, None)
@@ -234,6 +238,74 @@ def test_a_table_is_written_and_read(tmp_path: Path) -> None:
         tactic_table.read(tmp_path / "t.json")
     with pytest.raises(TableError, match="cannot be read"):
         tactic_table.read(tmp_path / "none.json")
+
+
+def tune(table: Table, sites: list[Site], output: Path, end: float = math.inf) -> Tuning:
+    tuning = Tuning(table, sites, count=2)
+    with Timer(CpuTrial) as timer, ThreadPoolExecutor(1) as pool, Progress() as progress:
+        tuning.run(timer, Compiler(pool, ignore, ignore), end, progress, output)
+    tuning.write(output)
+    return tuning
+
+
+def test_the_table_is_made_from_the_favourites_and_continued(tmp_path: Path) -> None:
+    output, facts = tmp_path / "t.json", {"GPU": "NVIDIA H200"}
+    fastest, first = Way("right", 1.0), site(SLOW, FAST, Way("right", 1.0))
+    second, broken = site(FAST, SLOW, rows=8), site(Way("raises"), Way("wrong"), rows=32)
+    made = tune(Table(facts), [first, second, broken], output)
+    assert made.summary().startswith(
+        "2 choices timed, 2 in the table, 1 left; the models' favourites are 150.00% slower"
+    )
+    written = tactic_table.read(output)
+    assert {rows: e.tactic for rows, e in written.entries[first.op].items()} == {16: tactic_fields(FAST)}, (
+        "two favourites"
+    )
+    again = Tuning(opened(output, facts, Console()), [first, second, broken], count=2)
+    assert again.missing() == [broken]
+    written.put(first.op, 16, Entry(tactic_fields(fastest), 1.0, "of other kernels"))
+    assert Tuning(written, [first], count=2).missing() == [first]
+    kept = tune(written, [first], output)
+    assert kept.table.entries[first.op][16].tactic == tactic_fields(fastest), "what won before is timed too"
+
+
+def test_the_clock_ends_the_table_s_making(tmp_path: Path) -> None:
+    made = tune(Table(), [site(SLOW, FAST)], tmp_path / "t.json", end=0)
+    assert len(made.table) == 0 and made.summary() == "0 choices timed, 0 in the table, 1 left"
+    assert tactic_table.read(tmp_path / "t.json").entries == {}
+
+
+def test_a_table_of_another_gpu_or_a_damaged_one_is_begun_anew(tmp_path: Path) -> None:
+    path, console = tmp_path / "t.json", Console(record=True, width=300)
+    assert len(opened(path, {"GPU": "NVIDIA H200"}, console)) == 0 and not console.export_text()
+    tactic_table.write(path, Table({"GPU": "NVIDIA H100"}, {"gemm|-": {8: Entry({}, 1.0, "")}}))
+    assert len(opened(path, {"GPU": "NVIDIA H200"}, console)) == 0
+    assert "is of NVIDIA H100, this is NVIDIA H200: it is begun anew" in console.export_text()
+    path.write_text("{")
+    assert len(opened(path, {"GPU": "NVIDIA H200"}, console)) == 0 and "begun anew" in console.export_text()
+
+
+def test_the_table_s_sites_are_those_of_engines_with_the_largest_first() -> None:
+    wanted = table_sites.shapes(["llama-7b", "llama-2-13b"], ["fp8"], [1, 4])
+    found = table_sites.sites(wanted, 8192)
+    ops = {s.op: None for s in found}
+    for n, k in ((12288, 4096), (4096, 1024), (3840, 5120), (5120, 3456)):
+        assert f"gemm|float8_e4m3fn T,{k}|float8_e4m3fn {n},{k}|float32 1|float32 {n}|-" in ops
+    assert "22016,4096" in found[0].op and len(found) == len(set(found)) > 150
+    ends = sorted(s.max_tokens for s in found if s.op == found[0].op)
+    assert ends == load("gemm")().buckets(8192)
+
+
+def test_the_command_says_what_is_missing_and_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--output", str(tmp_path / "t.json"), "--model", "llama-7b", "--tp_size", "1"]
+    assert tune_table.main([*arguments, "--list"]) == 0
+    assert (
+        "gemm|float8_e4m3fn T,4096|float8_e4m3fn 4096,4096|float32 1|float32 4096|- up to 8 rows"
+        in capsys.readouterr().out
+    )
+    if not torch.cuda.is_available():
+        assert tune_table.main(arguments) == 1 and "torch sees none" in capsys.readouterr().err
+    assert tune_table.main([*arguments, "--candidates", "0"]) == 1 and "at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()
 
 
 # Trials
