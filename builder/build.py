@@ -37,6 +37,7 @@ __all__ = ["BuildError", "check_output"]  # used through this module
 
 
 ALONE = Place()
+MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}, expected at least 1")
+        if self.tp_size * self.pp_size > MOST_RANKS:
+            raise BuildError(
+                f"tp_size {self.tp_size} x pp_size {self.pp_size} are more than {MOST_RANKS} ranks; one rank is one GPU"
+            )
         if self.max_num_tokens < self.max_batch_size:
             raise BuildError(
                 f"max_num_tokens {self.max_num_tokens} is below max_batch_size {self.max_batch_size}: a step of one "

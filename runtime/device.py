@@ -43,12 +43,21 @@ def _own_gpu(place: int) -> int:
     return place
 
 
-def blocks_in_host_memory(plan: Plan, processes: int = 1) -> int:
-    """As many blocks as all sequences need, or as half of the free memory holds, shared among so many processes."""
+def blocks_in_host_memory(plan: Plan, processes: int = 1, asked: int | None = None) -> int:
+    """As many blocks as all sequences need, or as half of the free memory holds, shared among so many processes; or so
+    many as are asked for, untouched ones of which cost nothing, if the machine could hold them at all."""
+    block, machine = kv_block_bytes(plan), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if asked is not None:
+        if asked * block > machine:
+            raise EngineError(
+                f"max_kv_blocks is {asked}, {asked * block / 2**30:.1f} GiB, and this machine has "
+                f"{machine / 2**30:.1f} GiB of memory; give at most {machine // block}"
+            )
+        return asked
     limits = plan.limits
     per_sequence = -(-limits.max_seq_len // limits.block_size)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    blocks = min(per_sequence * limits.max_batch_size, free // 2 // processes // kv_block_bytes(plan))
+    blocks = min(per_sequence * limits.max_batch_size, free // 2 // processes // block)
     if blocks < per_sequence:
         raise EngineError(
             f"the KV pool would have {blocks} blocks in {free / 2**30:.1f} GiB of free memory, and one sequence of "

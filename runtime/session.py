@@ -115,7 +115,7 @@ class Session:
 
     def _prepare_cpu(self, engine: Engine, max_kv_blocks: int | None, _: float) -> int:
         engine_format.check_weights(engine, engine_format.file_sha256(engine.weights_path))
-        return max_kv_blocks or blocks_in_host_memory(self.plan, self.plan.compatibility.world_size)
+        return blocks_in_host_memory(self.plan, self.plan.compatibility.world_size, max_kv_blocks)
 
     def _allocate_on_cpu(self, engine: Engine) -> None:
         group = None if self._links is None else self._links.group

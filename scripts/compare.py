@@ -25,7 +25,8 @@ from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import Tokenizer, load_tokenizer
-from fp8.scripts.run import ERRORS, positive, token_ids
+from fp8.scripts.argument_types import positive
+from fp8.scripts.run import ERRORS, token_ids
 
 MAX_CODE = 0x7E  # of e4m3, without its sign: 448
 TOKENS = 64  # of the default prompt

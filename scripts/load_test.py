@@ -31,8 +31,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fp8.builder.engine import write_atomically
+from fp8.scripts.argument_types import positive, seconds
 from fp8.scripts.provenance import add_argument, provenance
-from fp8.scripts.run import positive
 
 WARM_UP = 0.2  # of the time
 FREED_SECONDS = 1.0
@@ -292,12 +292,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--url", default="http://127.0.0.1:8000")
     p.add_argument("--api_key", default="", help="if the server wants one")
     p.add_argument("--clients", type=positive, default=64, help="at once (default: 64)")
-    p.add_argument("--seconds", type=float, default=60.0, help="of load (default: 60)")
+    p.add_argument("--seconds", type=seconds, default=60.0, help="of load (default: 60)")
     p.add_argument("--max_tokens", type=positive, default=48, help="of an answer, at most (default: 48)")
     p.add_argument("--prompt_words", type=positive, default=60, help="of a prompt, at most (default: 60)")
     p.add_argument("--words", nargs="+", default=WORDS, help="that prompts are made of; default: Python's")
     p.add_argument("--leave", type=float, default=0.1, help="share of the requests that leave in the middle")
-    p.add_argument("--timeout", type=float, default=120.0, help="seconds that a client waits (default: 120)")
+    p.add_argument("--timeout", type=seconds, default=120.0, help="seconds that a client waits (default: 120)")
     p.add_argument(
         "--max_memory_growth", type=float, default=0.02, help="of RSS, after the first fifth (default: 0.02)"
     )

@@ -18,6 +18,7 @@ from fp8.builder.quantization_config import read_dtype
 from fp8.builder.quantize import Calibration, OutputError, Reporter, quantize_checkpoint
 from fp8.models import config as models
 from fp8.models.config import ConfigError
+from fp8.scripts.argument_types import positive
 
 ERRORS = (CheckpointError, ConfigError, FormatError, CalibrationError, OutputError)
 
@@ -34,8 +35,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", help="what is not quantized: bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--calib_dataset", type=Path, help=".txt, .jsonl or .parquet with a `text` column")
-    parser.add_argument("--calib_size", type=_positive, default=512, help="samples")
-    parser.add_argument("--calib_max_seq_length", type=_positive, default=512, help="tokens per sample")
+    parser.add_argument("--calib_size", type=positive, default=512, help="samples")
+    parser.add_argument("--calib_max_seq_length", type=positive, default=512, help="tokens per sample")
     parser.add_argument("--seed", type=int, default=0, help="choice of samples")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
@@ -44,13 +45,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="continue an interrupted calibration of the same inputs (kept in OUTPUT_DIR.partial)",
     )  # fmt: skip
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def make_format(options: argparse.Namespace) -> Format:

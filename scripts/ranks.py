@@ -16,6 +16,7 @@ from fp8.runtime.launcher import RankError, launched
 from fp8.runtime.peers import Peers
 from fp8.runtime.ranks import stop
 from fp8.runtime.session import Session
+from fp8.scripts.argument_types import seconds
 
 OPENING_ERRORS = (EngineError, RankError, PluginError, OSError)
 
@@ -23,7 +24,7 @@ OPENING_ERRORS = (EngineError, RankError, PluginError, OSError)
 def add_rank_arguments(p: argparse.ArgumentParser) -> None:
     """`--rank_timeout`; and `world`, the ranks that an engine is divided among, None without a launcher."""
     p.add_argument(
-        "--rank_timeout", type=float, default=RANK_TIMEOUT, metavar="SECONDS",
+        "--rank_timeout", type=seconds, default=RANK_TIMEOUT, metavar="SECONDS",
         help="under mpirun: end all ranks if one is silent, or stands still in a step, for so long (default: 20)",
     )  # fmt: skip
     p.set_defaults(world=None, make_weight=None)

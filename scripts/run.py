@@ -20,6 +20,7 @@ from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.record import Dump
 from fp8.runtime.sampling_params import RequestError
 from fp8.runtime.service import ServiceError
+from fp8.scripts.argument_types import fraction, positive
 from fp8.scripts.prompts import read_prompts
 from fp8.scripts.ranks import add_rank_arguments, on_all_ranks
 from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
@@ -54,20 +55,6 @@ def add_session_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9)
     add_rank_arguments(p)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
-    return value
 
 
 def token_ids(text: str) -> list[int]:

@@ -15,8 +15,9 @@ from fp8.builder.engine import EngineError
 from fp8.runtime.async_llm import AsyncLLM
 from fp8.runtime.llm import LLM
 from fp8.runtime.policy import POLICIES
+from fp8.scripts.argument_types import port, positive, seconds
 from fp8.scripts.ranks import on_all_ranks
-from fp8.scripts.run import ERRORS, add_session_arguments, positive
+from fp8.scripts.run import ERRORS, add_session_arguments
 
 API_KEY_VARIABLE = "FP8_API_KEY"
 
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("fp8-serve", description="Serves an engine: OpenAI-compatible completions and chat.")
     p.add_argument("--engine_dir", required=True)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
-    p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    p.add_argument("--port", type=port, default=8000, help="0 takes a free one")
     p.add_argument("--served_model_name", help="default: the name of the engine directory")
     key = p.add_mutually_exclusive_group()
     key.add_argument("--api_key", help=f"what clients must send; default: ${API_KEY_VARIABLE}, or nothing")
@@ -33,10 +34,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--policy", choices=sorted(POLICIES), default="throughput", help="how requests share the engine")
     p.add_argument("--max_requests", type=positive, default=256, help="under way at once; beyond them: 429")
     p.add_argument("--max_body_bytes", type=positive, default=4 << 20)
-    p.add_argument("--body_seconds", type=float, default=30.0, help="a request that takes longer to arrive is refused")
-    p.add_argument("--stall_seconds", type=float, default=30.0, help="a client that takes nothing so long is cut off")
-    p.add_argument("--request_seconds", type=float, default=600.0, help="an answer that takes longer is cut off")
-    p.add_argument("--drain_seconds", type=float, default=30.0, help="open requests have that long at a shutdown")
+    p.add_argument("--body_seconds", type=seconds, default=30.0, help="a request that arrives more slowly is refused")
+    p.add_argument("--stall_seconds", type=seconds, default=30.0, help="a client that takes nothing so long is cut off")
+    p.add_argument("--request_seconds", type=seconds, default=600.0, help="an answer that takes longer is cut off")
+    p.add_argument("--drain_seconds", type=seconds, default=30.0, help="open requests have that long at a shutdown")
     add_session_arguments(p)
     return p
 

@@ -265,7 +265,7 @@ def test_quantize_refuses_an_unknown_flag_value(flag: str, value: str, original:
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("target", "sm_75"), ("max_batch_size", "0"), ("max_seq_len", "-1"), ("max_num_tokens", "1"),
-     ("max_num_tokens", "many"), ("gpu_memory", "lots"), ("explain", "model.layers.77"), ("log_level", "loud")],
+     ("max_num_tokens", "many"), ("tp_size", "99999999999"), ("pp_size", "2000"), ("gpu_memory", "lots"), ("explain", "model.layers.77"), ("log_level", "loud")],
 )  # fmt: skip
 def test_build_refuses_an_unknown_flag_value(flag: str, value: str, quantized: Path, refused: Refusal) -> None:
     refused(
@@ -276,6 +276,25 @@ def test_build_refuses_an_unknown_flag_value(flag: str, value: str, quantized: P
 @pytest.mark.parametrize("command", ["quantize", "build", "run", "evaluate", "bench", "inspect"])
 def test_an_unknown_flag_is_refused(command: str, refused: Refusal) -> None:
     refused(command, "--no_such_flag", says=("error",), status=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [("run", "max_kv_blocks", "0"), ("run", "rank_timeout", "nan"), ("run", "kv_cache_free_gpu_memory_fraction", "2"),
+     ("evaluate", "max_tokens", "-1"), ("evaluate", "window", "0"), ("evaluate", "stride", "0"),
+     ("evaluate", "max_items", "0"), ("serve", "port", "65536"), ("serve", "body_seconds", "-1"),
+     ("serve", "stall_seconds", "nan"), ("serve", "request_seconds", "0"), ("serve", "drain_seconds", "inf"),
+     ("serve", "max_requests", "0"), ("serve", "max_body_bytes", "much"), ("serve", "policy", "none")],
+)  # fmt: skip
+def test_a_number_that_makes_no_sense_is_refused(command: str, flag: str, value: str, refused: Refusal) -> None:
+    needed = {"run": ("--input_tokens", "5"), "evaluate": ("--data", "text.txt")}.get(command, ())
+    refused(command, "--engine_dir", "engine", *needed, f"--{flag}={value}", says=(f"--{flag}", value), status=2)
+
+
+def test_debug_tensors_that_match_nothing_name_the_nearest(quantized: Path, refused: Refusal) -> None:
+    flags = ["--enable_debug_output", "--debug_tensors", "model.layers.0.mlp.dwn_proj/output"]
+    says = ("'model.layers.0.mlp.dwn_proj/output' matches no tensor", "model.layers.0.mlp.down_proj/output")
+    refused("build", *build_arguments(quantized), *flags, says=says)
 
 
 def test_a_missing_calibration_text_is_named(original: Path, refused: Refusal) -> None:
@@ -402,6 +421,11 @@ def test_a_sampling_parameter_out_of_range_is_refused(flag: str, value: str, eng
 def test_a_kv_pool_too_small_for_one_request_is_refused(engine: Path, refused: Refusal) -> None:
     arguments = run_arguments(engine, "--max_kv_blocks", 1, "--max_output_len", 100)
     refused("run", *arguments, says=("2 KV blocks", "the pool has 1"))
+
+
+@pytest.mark.parametrize("blocks", [10**10, 10**20])
+def test_a_kv_pool_larger_than_the_machine_is_refused(blocks: int, engine: Path, refused: Refusal) -> None:
+    refused("run", *run_arguments(engine, "--max_kv_blocks", blocks), says=(f"max_kv_blocks is {blocks}", "GiB of mem"))
 
 
 def test_text_for_an_engine_without_a_tokenizer_is_refused(engine: Path, refused: Refusal) -> None:

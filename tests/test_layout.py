@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +57,13 @@ def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
             if (ours and not within(name, ALLOWED[package])) or within(name, FORBIDDEN[package]):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_scheduler_is_plain_python() -> None:
+    """So is what it decides on: it can be reasoned about, and tested by ten thousands of traces, without a tensor."""
+    modules = ("scheduler", "kv_cache", "policy", "request", "sampling_params", "statistics", "beam_search")
+    code = f"import sys, {', '.join(f'fp8.runtime.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("package", PACKAGES)

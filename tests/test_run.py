@@ -185,6 +185,8 @@ def test_a_chat_goes_through_the_template_of_the_tokenizer(tmp_path: Path, capsy
     ("name", "content", "message"),
     [
         ("a.txt", "\n", "holds no prompt"),
+        ("a.jsonl", "", "holds no prompt"),
+        ("a.csv", "id,text\n", "holds no prompt"),
         ("a.doc", "AB", "ends in .doc; known are .txt, .jsonl, .csv"),
         ("a.jsonl", '{"text": "AB"}\n{', "a.jsonl:2 is not JSON"),
         ("a.jsonl", '{"question": "AB"}', "a.jsonl:1 has none of the keys text, prompt, messages"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from fp8.runtime.request import RequestError
 from fp8.runtime.scoring import Window, windows
+from fp8.scripts.argument_types import positive
 from fp8.scripts.evaluation.models import Engine, Model, Progress, encode
 from fp8.scripts.evaluation.statistics import Z95, paired_bootstrap, ratio
 
@@ -22,10 +23,12 @@ Outcome = tuple[np.ndarray, np.ndarray]  # (loss, argmax) of the scored tokens o
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--window", type=int, help="tokens that the model sees at once; default: the engine's max_seq_len, 2048 at most"
+        "--window",
+        type=positive,
+        help="tokens that the model sees at once; default: the engine's max_seq_len, 2048 at most",
     )
-    p.add_argument("--stride", type=int, help="tokens between windows; default: half a window")
-    p.add_argument("--max_tokens", type=int, help="take only the beginning of the text")
+    p.add_argument("--stride", type=positive, help="tokens between windows; default: half a window")
+    p.add_argument("--max_tokens", type=positive, help="take only the beginning of the text")
 
 
 class Task:
