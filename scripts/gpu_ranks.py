@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu_ranks: {error}", file=sys.stderr)
         return 1
     try:
-        rows = lead(args, world) if world.rank == 0 else follow(args, world)
+        if world.rank:
+            follow(args, world)
+        rows = None if world.rank else lead(args, world)
     except OPENING_ERRORS as error:
         world.fail(str(error))
     except BaseException as error:
