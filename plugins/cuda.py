@@ -104,7 +104,7 @@ def matrix_map(t: torch.Tensor, box_inner: int, box_outer: int, swizzle: int = 1
 
 
 class Launch:
-    """One packed launch. Arguments are tensors (passed as pointers), tensor maps, or ctypes scalars.
+    """One packed launch. Arguments are tensors (passed as pointers), tensor maps, ctypes scalars or arrays (structs).
 
     `launch(grid=...)` enqueues on torch's current stream; scalar arguments may be changed in between through `.value`
     (the driver copies them at each launch). `pdl` lets the kernel start before its predecessor ends: the kernel must
@@ -151,7 +151,7 @@ class Launch:
             return ctypes.c_void_p(arg.data_ptr())
         if arg is None:
             return ctypes.c_void_p(0)
-        return arg if isinstance(arg, ctypes._SimpleCData) else None
+        return arg if isinstance(arg, (ctypes._SimpleCData, ctypes.Array)) else None
 
     def __call__(self, grid: int | tuple[int, int, int] | None = None) -> None:
         import torch

@@ -36,6 +36,7 @@ class World:
         self.opened = False  # all ranks have opened the engine
         self._limit: float | None = start  # of waits; None once the watch looks after them
         self.transport = _transport(launch, start)
+        self._ends: list[Callable[[], None]] = []
         self.watch: Watch | None = None
         self.watch = Watch(self.rank, self.world, self.exchange, limit, program)
         self._limit = None
@@ -113,10 +114,16 @@ class World:
         self.watch.await_end()
         return 1
 
+    def at_end(self, function: Callable[[], None]) -> None:
+        """To be called when the job ends well, on all ranks; messages can still be exchanged."""
+        self._ends.append(function)
+
     def close(self) -> None:
         """The job has ended well, here; returns when it has on all ranks."""
         assert self.watch is not None
         self.watch.begin("the end")
+        for end in self._ends:
+            end()
         self.transport.close()
         self.watch.leave()
 

@@ -6,16 +6,20 @@ the last one to the first, each rank to its counterpart: all ranks of a stage ho
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from fp8.builder.engine import Plan
-from fp8.plugins.base import Communicator
+from fp8.plugins.base import Communicator, load
 from fp8.runtime.comm import HIDDEN, SAMPLED, HostGroup, World, tensor_bytes, tensor_of
 
 if TYPE_CHECKING:
     import torch
 
+    from fp8.runtime.nccl import NcclGroup
+
+LOG = logging.getLogger(__name__)
 INPUT = "hidden_states"  # what a stage takes from the one before, DT [T, H]
 
 
@@ -112,6 +116,34 @@ class HostLinks:
         table.copy_(tensor_of(self._world.receive(self._before, SAMPLED), table.dtype))
 
 
+def over_peers(plan: Plan) -> bool:
+    """Whether some tactic of the plan reaches into other GPUs' memory."""
+    collectives = ((step, plugin) for step in plan.steps if (plugin := load(step.plugin)).collective)
+    return any(
+        plugin(**step.attributes).tactic(choice.tactic).over_peers
+        for step, plugin in collectives
+        for choice in step.tactics
+    )
+
+
+def _group(world: World, plan: Plan, device: torch.device) -> NcclGroup:
+    """The ranks of this stage, with the memory that they share if a tactic wants it and they can."""
+    from fp8.runtime.nccl import NcclGroup
+    from fp8.runtime.peer_memory import share
+
+    members = peers(world, plan)
+    group = NcclGroup(world, members)
+    if over_peers(plan):
+        found = share(HostGroup(world, members), device)
+        if isinstance(found, str):
+            if group.rank == 0:
+                LOG.warning("ranks %s sum up through NCCL alone: %s", f"{members[0]} to {members[-1]}", found)
+        else:
+            group.regions = found.regions
+            world.at_end(found.close)
+    return group
+
+
 class GpuLinks:
     """NCCL on the current stream, into a buffer that launches are bound to."""
 
@@ -121,7 +153,7 @@ class GpuLinks:
         from fp8.runtime.nccl import NcclGroup
 
         self._before, self._after = neighbours(world, plan)
-        self.group: Communicator = NcclGroup(world, peers(world, plan))
+        self.group: Communicator = _group(world, plan, device)
         self._ring = NcclGroup(world, range(world.world)) if plan.compatibility.pp_size > 1 else None
         self.hidden: torch.Tensor | None = None
         if stage_of(world, plan):

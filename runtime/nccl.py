@@ -14,6 +14,8 @@ from fp8.runtime.launcher import RankError
 if TYPE_CHECKING:
     import torch
 
+    from fp8.plugins.all_reduce.region import Regions
+
 ID_BYTES = 128
 # nccl.h, ncclDataType_t and ncclRedOp_t (unchanged since 2.10)
 DATA_TYPES = {"uint8": 1, "int32": 2, "int64": 4, "float16": 6, "float32": 7, "bfloat16": 9}
@@ -52,6 +54,7 @@ class NcclGroup:
     def __init__(self, world: World, members: Sequence[int]) -> None:
         members = list(members)
         self.rank, self.world = members.index(world.rank), len(members)
+        self.regions: Regions | None = None  # peer memory, where somebody shares it among these ranks
         self._nccl = Nccl()
         unique = UniqueId()
         if self.rank == 0:

@@ -191,7 +191,7 @@ class _Rewrite:
             self._shares[tensor.name] = operation
             return []
         role = "all_reduce" if operation == "sum" else f"all_reduce_{operation}"
-        return [self._collective("all_reduce", role, node, {"operation": operation})]
+        return [self._collective("all_reduce", role, node, {"operation": operation, "world": self.parallel.size})]
 
     def _gathered(self, tensor: gs.Tensor) -> list[gs.Node]:
         """An all-gather of a split output of the graph."""

@@ -21,6 +21,7 @@ class AllGatherTactic:
     """`method` "nccl" is the library's; others are kernels of this folder."""
 
     method: str = "nccl"
+    over_peers: ClassVar[bool] = False  # of this host's GPUs, into their memory
 
 
 @dataclass(frozen=True)

@@ -31,3 +31,11 @@ template <int Dtype> DEVICE u32 from_float2(float low, float high) {
   return r;
 }
 template <int Dtype> DEVICE float round_float(float x) { return to_float<Dtype>(from_float<Dtype>(x)); }
+
+// Four e4m3 codes to floats, the lowest byte first; exact.
+DEVICE void e4m3x4_to_float(u32 codes, float (&x)[4]) {
+  u32 low, high;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(low), "=r"(high) : "r"(codes));
+  x[0] = to_float<1>((u16)low), x[1] = to_float<1>((u16)(low >> 16));
+  x[2] = to_float<1>((u16)high), x[3] = to_float<1>((u16)(high >> 16));
+}

@@ -22,12 +22,12 @@ template <int Dtype> DEVICE uint4 pack8(const float (&x)[8]) {
 // brought into the middle by a power of two, which is exact; quotients that saturate need no correction.
 struct Divisor {
   float scale, reciprocal, factor;
-  __device__ __forceinline__ explicit Divisor(float s) {
+  DEVICE_MEMBER explicit Divisor(float s) {
     factor = s < 0x1p-60f ? 0x1p60f : s > 0x1p60f ? 0x1p-60f : 1.0f;
     scale = s * factor;
     reciprocal = __frcp_rn(scale);
   }
-  __device__ __forceinline__ float divide(float x) const {
+  DEVICE_MEMBER float divide(float x) const {
     x *= factor;
     const float q = x * reciprocal;
     const float corrected = fmaf(fmaf(-q, scale, x), reciprocal, q);

@@ -5,6 +5,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 #define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
 
 // An opaque CUtensorMap (cuda.h does not compile under NVRTC); pass as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap { u8 bytes[128]; };

@@ -1,0 +1,101 @@
+"""Ways to sum over ranks: NCCL's, and the kernels over peer memory, with the sizes that suit each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fp8.plugins.all_reduce.region import (
+    MOST_BLOCKS,
+    MOST_WORLD,
+    MULTIPROCESSORS,
+    PUSH_SLOT,
+    STREAM_SLOT,
+    push_constants,
+    stream_constants,
+)
+from fp8.plugins.base import Kernel, Tensor
+
+UNIT = 16  # bytes of a load or store
+DTYPE_CODES = {"bfloat16": 0, "float16": 1, "float32": 2}  # values.cuh
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+PHASES = {"one_phase": 1, "two_phases": 2}
+
+
+@dataclass(frozen=True)
+class AllReduceTactic:
+    """`method`: "nccl" is the library's, "push" push.cu, "one_phase" and "two_phases" stream.cu. At most `blocks` of
+    `threads`, each of which moves `units` of 16 bytes at a time; `fp8`: with e4m3 on the wire."""
+
+    method: str = "nccl"
+    threads: int = 0
+    units: int = 0
+    blocks: int = 0
+    fp8: bool = False
+
+    @property
+    def over_peers(self) -> bool:
+        return self.method != "nccl"
+
+    def grid(self, size: int, world: int) -> int:
+        """Blocks for `size` bytes."""
+        each = self.threads * self.units * UNIT
+        if self.method != "push":
+            each *= (2 if self.fp8 else 1) * (world if self.method == "two_phases" else 1)
+        return min(-(-size // each), self.blocks)
+
+
+NCCL = AllReduceTactic()
+
+
+def row_bytes(x: Tensor) -> int | None:
+    """Of all but the first dimension; None where that is not known when the engine is built."""
+    sizes = [d for d in x.shape[1:] if isinstance(d, int)]
+    return math.prod(sizes) * ITEM_BYTES[x.dtype] if len(sizes) == len(x.shape) - 1 else None
+
+
+def candidates(x: Tensor, tokens: int, world: int, fp8: bool) -> list[AllReduceTactic]:
+    """For up to `tokens` rows, the favourite first."""
+    row = row_bytes(x)
+    if row is None or not 2 <= world <= MOST_WORLD:
+        return [NCCL]
+    streams = [t for method in _methods(world, fp8) for t in _streams(method, world, fp8)] if row % UNIT == 0 else []
+    if fp8:
+        return streams
+    return [NCCL, *_pushes(tokens * row), *streams]
+
+
+def _methods(world: int, fp8: bool) -> list[str]:
+    """One phase sends world - 1 times the bytes, two 2 (world - 1) / world times; in FP8 they also round differently,
+    so that there is but one."""
+    if world > 2:
+        return ["two_phases"]
+    return ["one_phase"] if fp8 else ["one_phase", "two_phases"]
+
+
+def _pushes(size: int) -> list[AllReduceTactic]:
+    sizes = ((256, 1), (512, 1), (512, 2), (512, 4))
+    fit = [(t, u) for t, u in sizes if MOST_BLOCKS * t * u * UNIT >= size and t * u * UNIT <= PUSH_SLOT]
+    return [AllReduceTactic("push", t, u, MOST_BLOCKS) for t, u in fit]
+
+
+def _streams(method: str, world: int, fp8: bool) -> list[AllReduceTactic]:
+    """With many ranks a thread holds a unit of each, and has registers for no second block beside it."""
+    sizes = ((512, 2), (512, 1), (256, 2)) if world <= 4 else ((512, 1),)
+    assert all(t * u * UNIT <= STREAM_SLOT for t, u in sizes)
+    blocks = (MOST_BLOCKS, MULTIPROCESSORS) if world <= 4 else (MULTIPROCESSORS,)
+    return [AllReduceTactic(method, t, u, most, fp8) for t, u in sizes for most in blocks]
+
+
+def kernels(tactic: AllReduceTactic, dtype: str, operation: str, world: int) -> tuple[Kernel, ...]:
+    if tactic.method == "nccl":
+        return ()
+    values = (("THREADS", tactic.threads), ("DTYPE", DTYPE_CODES[dtype]), ("MAXIMUM", int(operation == "max")))
+    if tactic.method == "push":
+        constants: Sequence[tuple[str, int | str]] = (*push_constants(world), *values, ("HELD", tactic.units))
+        return (Kernel("all_reduce", "push.cu", "push", tuple(constants)),)
+    resident = -(-tactic.blocks // MULTIPROCESSORS)
+    constants = (*stream_constants(world, PHASES[tactic.method]), *values)
+    constants = (*constants, ("UNITS", tactic.units), ("FP8", int(tactic.fp8)), ("RESIDENT", resident))
+    return (Kernel("all_reduce", "stream.cu", "stream", tuple(constants)),)
