@@ -66,6 +66,7 @@ class Request:
     pp_size: int = 1
     pp_layers: tuple[int, ...] = ()  # layers of each pipeline stage; empty: as even as they go
     fp8_accumulation: str = "fast"  # of e4m3 products: as the tensor cores add, or "precise": float32 every 128 of K
+    fp8_all_reduce: int = 0  # KiB from which on sums over ranks travel as e4m3; 0: none
     dtype: str | None = None  # of the activations: the checkpoint's, or "float32", which only references execute
     hollow: bool = False  # leave the matrices out of the weights file: benchmarks make up their own
 
@@ -80,6 +81,8 @@ class Request:
         if self.fp8_accumulation not in ACCUMULATIONS:
             expected = " or ".join(ACCUMULATIONS)
             raise BuildError(f"fp8_accumulation is {self.fp8_accumulation!r}, expected {expected}")
+        if self.fp8_all_reduce < 0:
+            raise BuildError(f"fp8_all_reduce is {self.fp8_all_reduce} KiB, expected a size, or 0 for none")
         for name in ("max_batch_size", "max_seq_len", "max_num_tokens", "tp_size", "pp_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -152,8 +155,9 @@ class Source:
         parallel = self.tensor_parallel(place) if place.tp_size > 1 else None
         limits = self.limits(request)
         return Target(
-            request.target, limits, journal or Journal(), kept, parallel, request.fp8_accumulation, request.dtype
-        )
+            request.target, limits, journal or Journal(), kept, parallel, request.fp8_accumulation,
+            request.fp8_all_reduce, request.dtype,
+        )  # fmt: skip
 
     def info(self, dtype: str | None = None) -> ModelInfo:
         """`dtype`: of the activations, if not the checkpoint's."""

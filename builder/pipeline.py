@@ -9,7 +9,9 @@ import onnx_graphsurgeon as gs
 
 from fp8.builder.passes.accumulate import accumulate
 from fp8.builder.passes.fold import fold
+from fp8.builder.passes.fp8_all_reduce import fp8_all_reduce
 from fp8.builder.passes.fuse import fuse
+from fp8.builder.passes.fuse_all_reduce import fuse_all_reduce
 from fp8.builder.passes.lower_attention import lower_attention
 from fp8.builder.passes.merge_linears import merge_linears
 from fp8.builder.passes.tensor_parallel import tensor_parallel
@@ -30,13 +32,20 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-AFTER: tuple[Pass, ...] = (accumulate,)  # where asked for: FP8 sums promoted to float32
+AFTER: tuple[Pass, ...] = (  # where asked for
+    fp8_all_reduce,  # sums over ranks travel as e4m3
+    fuse_all_reduce,  # a sum over ranks and the norm of it
+    accumulate,  # FP8 sums promoted to float32
+)
+LOSSY: dict[str, float] = {"fp8_all_reduce": 15.0}  # passes that change numbers, as asked: dB that the logits keep
 
 
 def passes(target: Target) -> tuple[Pass, ...]:
     wanted: dict[Pass, bool] = {
         tensor_parallel: target.parallel is not None,
         widen: target.dtype == "float32",
+        fp8_all_reduce: target.parallel is not None and target.fp8_all_reduce > 0,
+        fuse_all_reduce: target.parallel is not None,
         accumulate: target.fp8_accumulation != "fast",
     }
     return (*(p for p in BEFORE if wanted[p]), *PASSES, *(p for p in AFTER if wanted[p]))

@@ -35,4 +35,5 @@ class Target:
     kept: frozenset[str] = frozenset()  # tensors that no fusion may swallow, because they are tapped
     parallel: TensorParallel | None = None  # which rank's graph it is to become, if its layers are shared
     fp8_accumulation: str = "fast"  # of e4m3 products, or "precise"
+    fp8_all_reduce: int = 0  # KiB from which on sums over ranks travel as e4m3; 0: none
     dtype: str | None = None  # of the activations, if not the graph's own: "float32"

@@ -92,14 +92,15 @@ class Verifier:
         self.bound = QUANTIZED_SQNR if quantized else PLAIN_SQNR
         self.before = self._logits([graph], 1)
 
-    def check(self, name: str, *graphs: gs.Graph, tp_size: int = 1) -> float:
+    def check(self, name: str, *graphs: gs.Graph, tp_size: int = 1, bound: float | None = None) -> float:
         """SQNR in dB of the graph (of all ranks' graphs, in order) after the pass `name` against before it. Raises
-        VerificationError below the bound."""
+        VerificationError below the bound, the verifier's if none is given."""
         after = self._logits(graphs, tp_size)
         found = sqnr(after, self.before)
-        if not found >= self.bound:
+        bound = self.bound if bound is None else bound
+        if not found >= bound:
             raise VerificationError(
-                f"pass {name} changed the result: SQNR {found:.1f} dB, expected at least {self.bound:.0f} dB; "
+                f"pass {name} changed the result: SQNR {found:.1f} dB, expected at least {bound:.0f} dB; "
                 "--dump_passes DIR writes the graph after every pass"
             )
         self.before = after

@@ -38,6 +38,7 @@ ERRORS = (
     TapError, TuneError, VerificationError,
 )  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+FP8_ALL_REDUCE = 256  # KiB: below, it is latency that counts
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
@@ -71,6 +72,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fp8_accumulation", choices=ACCUMULATIONS, default="fast", help="how FP8 linears sum: as the tensor cores "
         "do, with some 14 bits (fast, default), or in float32 every 128 of K (precise)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fp8_all_reduce", type=int, nargs="?", const=FP8_ALL_REDUCE, default=0, metavar="KIB",
+        help="with --tp_size, sums over ranks of so many KiB and more travel as E4M3 with a scale for 128 channels, "
+        f"which changes numbers (without a size: {FP8_ALL_REDUCE}; default: none do)",
     )  # fmt: skip
     parser.add_argument(
         "--dry_run", action="store_true", help="check and print the memory budget; compile, write nothing"
@@ -121,7 +127,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         options.max_batch_size, options.max_seq_len, options.max_num_tokens, options.target, options.verify,
         options.tune, options.dump_passes, options.explain,
         tuple(options.debug_tensors) if options.enable_debug_output else None, options.tp_size, options.pp_size,
-        options.pp_layers, options.fp8_accumulation, options.dtype,
+        options.pp_layers, options.fp8_accumulation, options.fp8_all_reduce, options.dtype,
     )  # fmt: skip
     card = memory_size(options.gpu_memory)
     source = open_source(options.checkpoint_dir)

@@ -1,0 +1,133 @@
+"""all_reduce_norm_quant: the sum over all ranks, then norm_quant of it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fp8.plugins.all_reduce import launch
+from fp8.plugins.all_reduce.plugin import AllReduce
+from fp8.plugins.all_reduce.region import MOST_BLOCKS, MOST_WORLD, PUSH_SLOT, push_constants
+from fp8.plugins.all_reduce.tactics import NCCL, UNIT, AllReduceTactic
+from fp8.plugins.base import Communicator, Kernel, Launcher, PluginError, StepShape, Tensor
+from fp8.plugins.norm_quant.plugin import NormQuant
+from fp8.plugins.quantize.launch import RowTactic, whole_rows
+from fp8.plugins.quantize.types import scaled
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.plugins.cuda import Function
+
+
+@dataclass(frozen=True)
+class AllReduceNormQuantTactic:
+    """`row` is the norm's. Without `reduce` all is one kernel, push_norm.cu; else it is that all-reduce and then
+    norm_quant."""
+
+    row: RowTactic
+    reduce: AllReduceTactic | None = None
+
+    @property
+    def over_peers(self) -> bool:
+        return self.reduce is None or self.reduce.over_peers
+
+
+@dataclass(frozen=True)
+class AllReduceNormQuant(NormQuant):
+    """x DT [T, H] of every rank, and norm_quant's other inputs and outputs, with a residual: y = norm_quant(sum of the
+    ranks' x, rounded to DT). `world` and `fp8_tokens` are all_reduce's."""
+
+    name: ClassVar[str] = "all_reduce_norm_quant"
+    collective: ClassVar[bool] = True
+    residual: bool = True
+    world: int = 0
+    fp8_tokens: int = 0
+
+    @property
+    def _reduce(self) -> AllReduce:
+        return AllReduce("sum", self.world, self.fp8_tokens)
+
+    def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        if not self.residual or self.gather:
+            raise PluginError("all_reduce_norm_quant adds a residual, to every row")
+        self._reduce.infer([inputs[0]])
+        return super().infer(inputs)
+
+    def reference(  # type: ignore[override]
+        self, *inputs: torch.Tensor | None, step: StepShape, comm: Communicator
+    ) -> tuple[torch.Tensor, ...]:
+        x, *others = inputs
+        (total,) = self._reduce.reference(x, step=step, comm=comm)
+        return super().reference(total, *others, step=step)
+
+    def check(self, inputs: Sequence[Tensor | None]) -> None:
+        super().check(inputs)
+        self._reduce.check([inputs[0]])
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[AllReduceNormQuantTactic]:  # type: ignore[override]
+        self.check(inputs)
+        rows = whole_rows(inputs[0].shape[1], tokens)
+        apart = [AllReduceNormQuantTactic(rows[0], t) for t in self._reduce.tactics([inputs[0]], tokens)]
+        if tokens > MOST_BLOCKS or not 2 <= self.world <= MOST_WORLD or self._reduce.travels_in_fp8(tokens):
+            return apart
+        fused = [AllReduceNormQuantTactic(r) for r in rows if r.threads * r.held * UNIT <= PUSH_SLOT]
+        return [*apart[:1], *fused, *apart[1:]]
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        return self._reduce.buckets(max_tokens)
+
+    def tactic(self, fields: dict[str, Any]) -> AllReduceNormQuantTactic:  # type: ignore[override]
+        reduce = fields.get("reduce")
+        return AllReduceNormQuantTactic(RowTactic(**fields["row"]), reduce and AllReduceTactic(**reduce))
+
+    def kernels(self, tactic: AllReduceNormQuantTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:  # type: ignore[override]
+        """norm_quant's, and before it, if there is one, that of the sum. Where the ranks have no peer memory, NCCL and
+        norm_quant do the work of the one kernel."""
+        (norm,) = super().kernels(tactic.row, inputs)
+        if tactic.reduce is not None:
+            return (*self._reduce.kernels(tactic.reduce, inputs[:1]), norm)
+        constants = (*norm.constants, *push_constants(self.world), ("MAXIMUM", 0))
+        return (Kernel("all_reduce_norm_quant", "push_norm.cu", "push_norm", constants), norm)
+
+    def bind(  # type: ignore[override]
+        self,
+        tactic: AllReduceNormQuantTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+        comm: Any,
+    ) -> Launcher:
+        """`comm`: as all_reduce's."""
+        if tactic.reduce is None and comm.regions is not None:
+            return self._bind_one(tactic.row, functions[0], tensors, comm)
+        total = tensors[-1]  # the rounded sum is done with before residual_out is written, row by row
+        *before, norm = functions
+        reduce = launch.bind(tactic.reduce or NCCL, before, tensors[0], total, "sum", comm)
+        after = super().bind(tactic.row, [norm], [total, *tensors[1:]], workspace)
+
+        def run(step: StepShape) -> None:
+            reduce(step)
+            after(step)
+
+        return run
+
+    def _bind_one(
+        self, row: RowTactic, function: Function, tensors: Sequence[torch.Tensor | None], comm: Any
+    ) -> Launcher:
+        from fp8.plugins.cuda import Launch
+
+        given = len(tensors) - (3 if scaled(self.quant) else 2)
+        x, residual, weight, bias, scale, _ = self._padded(tensors[:given])
+        y, *scales, residual_out = tensors[given:]
+        regions = comm.regions
+        arguments = [x, residual, weight, bias, scale, y, (*scales, None)[0], residual_out]
+        launch = Launch(function, row.threads, [*arguments, regions.argument, ctypes.c_uint32(regions.rank)])
+
+        def run(step: StepShape) -> None:
+            if step.tokens:
+                launch(step.tokens)
+
+        return run

@@ -1,0 +1,38 @@
+// Sum over the ranks, residual add, norm, and rounding or quantization of few rows: one block per row, which it exchanges
+// as push.cuh tells. Grid: rows, at most MOST_BLOCKS.
+// Constants: those of norm_row.cuh, with RESIDUAL, and of push.cuh.
+#include "fp8/norm_row.cuh"
+#include "fp8/sync.cuh"
+#include "../all_reduce/push.cuh"
+
+static_assert(RESIDUAL && !GATHER, "every row is summed up and kept");
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+push_norm(const uint4* x, const uint4* residual, const uint4* weight, const uint4* bias, const float* scale, void* y,
+          float* y_scale, uint4* residual_out, const __grid_constant__ Peers peers, u32 rank) {
+  griddepcontrol_launch_dependents();
+  const Stored stored(weight, bias, scale);
+  const u64 own = peers.region[rank];
+  u32* const counter = epoch_of_block(own, PUSH);
+  Patience patience;
+  griddepcontrol_wait();
+
+  const u32 epoch = *counter;
+  const u64 source = (u64)blockIdx.x * VECTORS;
+  uint4 raw[HELD] = {}, added[HELD] = {};
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (inside(i)) raw[i] = x[source + column(i)];
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (inside(i)) push_unit(peers, rank, epoch, i, raw[i]);
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (inside(i)) added[i] = residual[source + column(i)];
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (inside(i)) raw[i] = receive_unit(own, rank, epoch, i, raw[i], patience);
+  norm_row(stored, raw, added, source, y, y_scale, residual_out);
+  __syncthreads();  // all have read the counter
+  if (threadIdx.x == 0) *counter = epoch + 1;
+}
