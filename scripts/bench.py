@@ -6,6 +6,7 @@ fp8-bench throughput --engine_dir E --input_len 128 1000 --output_len 128 1000 -
 fp8-bench roofline --engine_dir E --batch_size 1 64                                  where a step's time goes, and why
 fp8-bench startup --checkpoint_dir C                                                 build and start-up times
 fp8-bench host                                                                       the host's work per step
+mpirun -n 2 fp8-bench all_reduce                                                     the ranks' sum over NVLink
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import write_atomically
-from fp8.scripts.benchmarks import host, kernel, latency, roofline, startup, throughput
+from fp8.scripts.benchmarks import all_reduce, host, kernel, latency, roofline, startup, throughput
 from fp8.scripts.provenance import add_argument, provenance
-from fp8.scripts.ranks import on_all_ranks
+from fp8.scripts.ranks import among_peers, on_all_ranks
 from fp8.scripts.run import ERRORS
 
 MODES = {
@@ -30,6 +31,7 @@ MODES = {
     "throughput": (throughput, "in-flight batching of a full queue"),
     "startup": (startup, "fp8-build with a cold and a warm kernel cache; an engine's start to its first token"),
     "host": (host, "what the host does in a step: scheduling, packing, taking tokens in (no engine, no GPU)"),
+    "all_reduce": (all_reduce, "the sum over several GPUs, checked, stressed and timed beside NCCL (under mpirun)"),
     "roofline": (roofline, "where the time of a decode step and of a prompt goes, against what memory and cores allow"),
 }
 
@@ -60,6 +62,8 @@ def _cell(value: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.world = None
+    if args.mode == "all_reduce":
+        return among_peers("fp8-bench", args, lambda args, _: command(argv, args))
     if "engine_dir" not in args or args.mode == "startup":
         return command(argv, args)
     return on_all_ranks("fp8-bench", args, partial(command, argv))
@@ -79,6 +83,8 @@ def command(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     args.save = save
     try:
         rows, facts = MODES[args.mode][0].run(args)
+        if args.world is not None and args.world.rank:
+            return 1 if facts.get("failed") else 0  # rank 0 has the same
         save(rows, facts, origin())
     except ERRORS as error:
         print(f"fp8-bench: {error}", file=sys.stderr)
@@ -87,7 +93,7 @@ def command(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
         print("fp8-bench: interrupted", file=sys.stderr)
         return 130
     print(table(rows))
-    return 0
+    return 1 if facts.get("failed") else 0
 
 
 if __name__ == "__main__":

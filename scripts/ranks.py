@@ -48,9 +48,10 @@ def on_all_ranks(name: str, args: argparse.Namespace, command: Callable[[argpars
 
 
 def among_peers(name: str, args: argparse.Namespace, command: Callable[[argparse.Namespace, Peers], int]) -> int:
-    """The exit status of `command` on ranks that each have a whole engine: it runs on all of them."""
+    """The exit status of `command` on ranks that each have a whole engine, or none: it runs on all of them, and finds
+    them as `args.world` too."""
     try:
-        world = _world(name, args)
+        world = args.world = _world(name, args)
     except RankError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,386 @@
+"""fp8-bench all_reduce: the ranks' sum over NVLink, by every tactic: right, never stuck, and how fast beside NCCL.
+
+Started by mpirun, with a GPU for each rank. All ranks make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from fp8.builder.verify import sqnr
+from fp8.plugins.all_reduce.plugin import AllReduce
+from fp8.plugins.all_reduce.tactics import NCCL, AllReduceTactic
+from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
+from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.plugins.compile import compile_all
+from fp8.plugins.norm_quant.cases import TOLERANCE
+from fp8.runtime.comm import HostGroup, World
+from fp8.runtime.launcher import RankError
+from fp8.runtime.peer_memory import share
+from fp8.scripts.benchmarks import one_gpu
+from fp8.scripts.benchmarks.case_buffers import Functions, types
+from fp8.scripts.gpu_round import error
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8.runtime.nccl import NcclGroup
+
+DESCRIPTION = """Checks and times the all-reduce over several GPUs of one host: mpirun -n 2 fp8-bench all_reduce. Random
+data; every tactic against the reference, in and out of CUDA graphs, then in turn at varied sizes, then its time.
+Without mpirun, the kernels' results alone, for 2, 4 and 8 ranks that share one GPU."""
+PARTS = ("check", "stress", "time")
+HIDDEN = 4096  # values of a row
+SIZES = (8, 32, 128, 512, 2048, 8192, 32768, 65536)  # KiB
+FP8_FROM = 512  # KiB
+TIMED = 32768  # KiB at most
+FEW_ROWS = (1, 3, 16, 64, 256)
+LAUNCHES, REPLAYS = 20, 20
+SEED = 1
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
+    p.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="KIB", help="of bfloat16 values")
+    p.add_argument("--stress", type=int, default=10_000, metavar="N", help="launches in turn (10000)")
+    p.add_argument("--tactics", default="", metavar="TEXT", help="only those whose names contain this, and NCCL's")
+    p.add_argument("--rank_timeout", type=float, default=120.0, help=argparse.SUPPRESS)
+
+
+@dataclass
+class Ranks:
+    """This rank's GPU and its way to the others."""
+
+    world: World
+    group: NcclGroup
+    functions: Functions
+    only: str = ""  # part of the names of tactics
+
+    def same(self, ok: bool) -> bool:
+        """Whether it is so on all ranks."""
+        return all(text == "1" for text in self.world.exchange(str(int(ok))))
+
+    def slowest(self, seconds: float) -> float:
+        return max(map(float, self.world.exchange(repr(seconds))))
+
+
+def open_ranks(world: World, only: str = "") -> Ranks:
+    """Raises RankError if the ranks are no GPUs that reach each other."""
+    import torch
+
+    from fp8.runtime.nccl import NcclGroup
+
+    if not torch.cuda.is_available() or torch.cuda.device_count() <= world.launch.local_rank:
+        raise RankError(f"rank {world.rank} has no GPU of its own; all_reduce needs one for each rank")
+    device = torch.device("cuda", world.launch.local_rank)
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream())
+    members = range(world.world)
+    group = NcclGroup(world, members)
+    found = share(HostGroup(world, members), device)
+    if isinstance(found, str):
+        raise RankError(f"the GPUs share no memory: {found}")
+    world.at_end(found.close)
+    group.regions = found.regions
+    return Ranks(world, group, Functions(), only)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op at one size: inputs that differ by rank where they may, outputs, what is expected."""
+
+    name: str
+    plugin: Plugin
+    rows: int
+    inputs: list[torch.Tensor | None]
+    ranks: Ranks
+
+    @property
+    def step(self) -> StepShape:
+        return StepShape.prefill(self.rows)
+
+    @cached_property
+    def outputs(self) -> list[torch.Tensor]:
+        import torch
+
+        found = self.plugin.infer(types(self.inputs))
+        return [torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="cuda") for t in found]
+
+    @cached_property
+    def expected(self) -> tuple[torch.Tensor, ...]:
+        return self.plugin.reference(*self.inputs, step=self.step, comm=self.ranks.group)  # type: ignore[call-arg]
+
+    def tactics(self) -> list[Any]:
+        every = self.plugin.tactics(types(self.inputs), self.rows)
+        return [t for t in every if self.ranks.only in label(t) or label(t).startswith("nccl")]
+
+    def poison(self) -> None:
+        import torch
+
+        for output in self.outputs:
+            output.view(torch.uint8).fill_(255)
+
+    def launcher(self, tactic: Any) -> Launcher:
+        found = self.ranks.functions.of(self.plugin.kernels(tactic, types(self.inputs)))
+        return self.plugin.bind(tactic, found, [*self.inputs, *self.outputs], None, comm=self.ranks.group)  # type: ignore[call-arg]
+
+    def wrong(self) -> str:
+        """What is wrong with the outputs, or nothing."""
+        import torch
+
+        for i, (found, wanted) in enumerate(zip(self.outputs, self.expected, strict=True)):
+            if not self._normed or i == len(self.outputs) - 1:
+                if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
+                    return f"output {i} has other bits, error {error(found, wanted):.3g}"
+            elif error(found, wanted) > TOLERANCE[self.plugin.quant]:
+                return f"output {i} has error {error(found, wanted):.3g}"
+        return ""
+
+    @property
+    def _normed(self) -> bool:
+        return isinstance(self.plugin, AllReduceNormQuant)
+
+
+def generator(rank: int, seed: int) -> torch.Generator:
+    import torch
+
+    return torch.Generator("cuda").manual_seed(seed * 64 + rank)
+
+
+def sums(
+    ranks: Ranks, kib: int, dtype: str = "bfloat16", operation: str = "sum", fp8: bool = False, seed: int = SEED
+) -> Work:
+    import torch
+
+    kind = getattr(torch, dtype)
+    rows = max(1, kib * 1024 // (HIDDEN * kind.itemsize))
+    draw = generator(ranks.world.rank, seed)
+    x = torch.randn(rows, HIDDEN, device="cuda", generator=draw).to(kind)
+    name = f"{operation} {dtype}{' fp8' if fp8 else ''} {kib} KB"
+    return Work(name, AllReduce(operation, ranks.world.world, int(fp8)), rows, [x], ranks)
+
+
+def amax(ranks: Ranks, rows: int) -> Work:
+    import torch
+
+    x = torch.randn(rows, device="cuda", generator=generator(ranks.world.rank, SEED)).abs()
+    return Work(f"max float32 {rows} rows", AllReduce("max", ranks.world.world), rows, [x], ranks)
+
+
+def norms(ranks: Ranks, rows: int, quant: str = "static", hidden: int = HIDDEN, dtype: str = "bfloat16") -> Work:
+    import torch
+
+    kind = getattr(torch, dtype)
+    own, common = generator(ranks.world.rank, SEED), generator(99, SEED)
+    x = torch.randn(rows, hidden, device="cuda", generator=own).to(kind)
+    residual = (3 * torch.randn(rows, hidden, device="cuda", generator=common)).to(kind)
+    weight = (1 + 0.2 * torch.randn(hidden, device="cuda", generator=common)).to(kind)
+    scale = torch.tensor([0.0071], device="cuda") if quant == "static" else None
+    plugin = AllReduceNormQuant(quant=quant, world=ranks.world.world)
+    return Work(f"fused {quant} {rows}x{hidden} {dtype}", plugin, rows, [x, residual, weight, None, scale], ranks)
+
+
+def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
+    """What is checked."""
+    return [
+        *(partial(sums, ranks, kib) for kib in sizes),
+        *(partial(sums, ranks, kib, fp8=True) for kib in sizes if kib >= FP8_FROM),
+        *(partial(sums, ranks, kib, dtype) for kib in sizes[:4] for dtype in ("float16", "float32")),
+        *(partial(amax, ranks, rows) for rows in (1, 7, 1000, 8192)),
+        *(partial(norms, ranks, rows, quant) for rows in FEW_ROWS for quant in TOLERANCE),
+        *(partial(norms, ranks, 5, "static", hidden, "float16") for hidden in (264, 8192, 16384)),
+    ]
+
+
+def checks(ranks: Ranks, sizes: Sequence[int]) -> dict[str, Any]:
+    """Every tactic, in and out of graphs: how many were held against the reference, and what was wrong."""
+    failures, count = [], 0
+    for make in makers(ranks, sizes):
+        work = make()
+        for tactic in work.tactics():
+            count += 1
+            for wrong in (check(work, tactic), check_graph(work, tactic)):
+                failures += [f"{work.name}, {tactic}: {wrong}"] * bool(wrong)
+    return {"checked": count, "failures": failures}
+
+
+def expected_bits(work: Work, tactic: Any) -> bool:
+    """Whether a tactic gives the reference's bits: NCCL adds in an order of its own among more than two ranks."""
+    reduce = tactic if isinstance(tactic, AllReduceTactic) else tactic.reduce
+    return reduce != NCCL or work.ranks.world.world == 2
+
+
+def check(work: Work, tactic: Any) -> str:
+    import torch
+
+    launch = work.launcher(tactic)
+    work.poison()
+    launch(work.step)
+    torch.cuda.synchronize()
+    return work.wrong() if expected_bits(work, tactic) else ""
+
+
+def check_graph(work: Work, tactic: Any) -> str:
+    """Several launches captured, replayed several times, on values that change in between."""
+    import torch
+
+    if not expected_bits(work, tactic):
+        return ""
+    graph = captured([partial(work.launcher(tactic), work.step)] * 3)
+    for i in range(3):
+        x = work.inputs[0]
+        x.copy_(torch.roll(x, 1 + i, -1))
+        work.__dict__.pop("expected", None)
+        work.poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        if wrong := work.wrong():
+            return f"replayed {i}: {wrong}"
+    return ""
+
+
+def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    import torch
+
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    for launch in launches:
+        launch()
+    graph.capture_end()
+    return graph
+
+
+def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """`count` launches of all tactics at varied sizes in one random order, each rank late now and then at random; every
+    result is compared on the GPU."""
+    import torch
+
+    works = [sums(ranks, kib) for kib in sizes if kib <= 8192]
+    works += [sums(ranks, kib, fp8=True) for kib in sizes if FP8_FROM <= kib <= 8192]
+    works += [norms(ranks, rows) for rows in FEW_ROWS]
+    launches = [(w, w.launcher(t)) for w in works for t in w.tactics() if t != NCCL and expected_bits(w, t)]
+    order, late = random.Random(SEED), random.Random(1000 + ranks.world.rank)
+    bad = torch.zeros((), dtype=torch.int64, device="cuda")
+    for i in range(count):
+        work, launch = order.choice(launches)
+        if late.random() < 0.02:
+            torch.cuda._sleep(late.randrange(100_000))
+        launch(work.step)
+        if i % 4 == 0:
+            bad += (work.outputs[-1].view(torch.uint8) != work.expected[-1].view(torch.uint8)).any()
+            work.outputs[-1].view(torch.uint8).fill_(255)
+    torch.cuda.synchronize()
+    return {"launches": count, "wrong": int(bad)}
+
+
+def timed(ranks: Ranks, launches: Sequence[Callable[[], object]]) -> float:
+    """Microseconds of a launch: the median over replays of a graph, of the slowest rank."""
+    import torch
+
+    graph = captured([launches[i % len(launches)] for i in range(LAUNCHES)])
+    ranks.same(True)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    taken = [a.elapsed_time(b) * 1e3 / LAUNCHES for a, b in itertools.pairwise(events[2:])]
+    return ranks.slowest(statistics.median(taken))
+
+
+def label(tactic: Any) -> str:
+    if isinstance(tactic, AllReduceNormQuantTactic):
+        row = f"row {tactic.row.threads}x{tactic.row.held}"
+        return f"fused, {row}" if tactic.reduce is None else f"{label(tactic.reduce)} + norm_quant"
+    if tactic == NCCL:
+        return "nccl"
+    return f"{tactic.method} {tactic.threads}x{tactic.units} b{tactic.blocks}{' fp8' if tactic.fp8 else ''}"
+
+
+def times(ranks: Ranks, make: Callable[[int], Work]) -> dict[str, float]:
+    """Microseconds of each tactic, over two sets of buffers in turn."""
+    works = [make(SEED), make(SEED + 1)]
+    return {
+        label(tactic): timed(ranks, [partial(w.launcher(tactic), w.step) for w in works])
+        for tactic in works[0].tactics()
+    }
+
+
+def timing(ranks: Ranks, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """A row per size and op."""
+    rows = []
+    times(ranks, lambda seed: sums(ranks, sizes[-1], seed=seed))  # clocks rise under load
+    for kib in sizes:
+        found = times(ranks, lambda seed, kib=kib: sums(ranks, kib, seed=seed))
+        rows.append(_row("all_reduce", kib, found))
+        if kib >= FP8_FROM:
+            found = times(ranks, lambda seed, kib=kib: sums(ranks, kib, fp8=True, seed=seed))
+            rows.append(_row("all_reduce fp8", kib, found) | {"sqnr_db": _sqnr(ranks, kib)})
+        if kib * 1024 <= 256 * HIDDEN * 2:
+            found = times(ranks, lambda seed, kib=kib: norms(ranks, kib * 1024 // (HIDDEN * 2)))
+            rows.append(_row("all_reduce fused", kib, found))
+    return [row for row in rows if row["best_us"]]
+
+
+def _row(op: str, kib: int, found: dict[str, float]) -> dict[str, Any]:
+    nccl = next((us for name, us in found.items() if name.startswith("nccl")), None)
+    own = {name: us for name, us in found.items() if not name.startswith("nccl")}
+    best = min(own, key=lambda name: own[name], default="")
+    return {"name": op, "kib": kib, "nccl_us": nccl, "best_us": own.get(best), "tactic": best, "all": found}
+
+
+def _sqnr(ranks: Ranks, kib: int) -> float:
+    """dB of the sum that travels in e4m3 against the sum of the same parts as they are."""
+    work = sums(ranks, kib, fp8=True)
+    plain = AllReduce("sum", ranks.world.world).reference(*work.inputs, step=work.step, comm=ranks.group)
+    return sqnr(work.expected[0], plain[0])
+
+
+def flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{"name", "us"}: the fastest own tactic, and NCCL's (with norm_quant after it, for the fused op)."""
+    found = []
+    for row in rows:
+        size = f"{row['kib']} KB" if row["kib"] < 1024 else f"{row['kib'] // 1024} MB"
+        found.append({"name": f"{row['name']} {size}", "us": row["best_us"]})
+        if row["nccl_us"] is not None:
+            name = row["name"].replace("all_reduce", "nccl").replace("fused", "+ norm_quant")
+            found.append({"name": f"{name} {size}", "us": row["nccl_us"]})
+    return found
+
+
+def compile_ahead(ranks: Ranks, sizes: Sequence[int]) -> None:
+    """All kernels, on all cores."""
+    works = (make() for make in makers(ranks, sizes))
+    compile_all(k for w in works for t in w.tactics() for k in w.plugin.kernels(t, types(w.inputs)))
+
+
+def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows for people, and what else the record holds; "failed" if a result was wrong. Raises RankError."""
+    if args.world is None:
+        return one_gpu.run()
+    ranks = open_ranks(args.world, args.tactics)
+    sizes = sorted(args.sizes)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    compile_ahead(ranks, sizes)
+    if "check" in args.parts:
+        found |= checks(ranks, sizes)
+    if "stress" in args.parts:
+        found |= stress(ranks, args.stress, sizes)
+    if "time" in args.parts:
+        rows = timing(ranks, [s for s in sizes if s <= TIMED])
+    failed = not ranks.same(not found.get("failures") and not found.get("wrong"))
+    for failure in found.get("failures", ()):
+        print(f"rank {ranks.world.rank}: {failure}", flush=True)
+    return rows, {"world": ranks.world.world, "rows": flat(rows), "checks": found, "failed": failed}

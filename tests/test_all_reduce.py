@@ -1,0 +1,318 @@
+"""Sums over ranks: FP8 on the wire, the order of exchanges over peer memory, and when NCCL takes their place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import rank_group
+import tiny_checkpoint as tiny
+import torch
+
+from fp8.builder import build
+from fp8.builder.build import Reporter, Request
+from fp8.builder.parallel import ranks
+from fp8.builder.parallel.lockstep import Group
+from fp8.builder.verify import sqnr
+from fp8.plugins.all_reduce import launch, region
+from fp8.plugins.all_reduce.plugin import AllReduce
+from fp8.plugins.all_reduce.tactics import AllReduceTactic, candidates, kernels
+from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
+from fp8.plugins.base import PluginError, StepShape, Tensor
+from fp8.plugins.compile import compile_all
+from fp8.plugins.norm_quant.plugin import NormQuant
+from fp8.runtime import peer_memory
+from fp8.scripts import build as command
+
+WIDE = {"hidden_size": 128, "head_dim": 32}
+STEPS = [[(list(range(3, 40)), 0)]]
+
+
+def request(tp: int, **more: int) -> Request:
+    return Request(4, 128, 64, "cpu", tp_size=tp, **more)  # type: ignore[arg-type]
+
+
+def summed(plugin: AllReduce, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What each rank gets."""
+    group, step = Group(len(parts)), StepShape.prefill(len(parts[0]))
+    run = [
+        functools.partial(plugin.reference, part, step=step, comm=member)
+        for part, member in zip(parts, group.members, strict=True)
+    ]
+    return [result for (result,) in group.run(run)]
+
+
+def parts_of(world: int, rows: int = 5, width: int = 384) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(world)
+    return [3 * torch.randn(rows, width, generator=generator).bfloat16() for _ in range(world)]
+
+
+# FP8 on the wire
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """By torch's own conversion, group by group."""
+    groups = x.float().reshape(-1, 128)
+    scale = (groups.abs().amax(1, keepdim=True) / torch.tensor(448.0)).clamp(min=1 / (448 * 512))
+    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_parts_travel_in_e4m3_and_add_up_in_float32(world: int) -> None:
+    parts = parts_of(world)
+    results = summed(AllReduce("sum", world, 1), parts)
+    total = functools.reduce(torch.add, map(rounded, parts))
+    expected = (rounded(total) if world > 2 else total).bfloat16()
+    assert all(torch.equal(result, expected) for result in results)
+    plain = summed(AllReduce("sum", world), parts)[0]
+    assert 28 < sqnr(expected, plain) < 40
+
+
+def test_steps_of_few_rows_travel_as_they_are() -> None:
+    plugin = AllReduce("sum", 2, 6)
+    parts = parts_of(2, 5)
+    assert torch.equal(summed(plugin, parts)[0], (parts[0].float() + parts[1].float()).bfloat16())
+    assert plugin.buckets(2048) == [5, 16, 64, 256, 1024, 2048]
+    x = Tensor("bfloat16", ("T", 384))
+    assert not any(t.fp8 for t in plugin.tactics([x], 5)) and all(t.fp8 for t in plugin.tactics([x], 16))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_an_engine_built_so_gives_nearly_the_same(tmp_path: Path, tp: int) -> None:
+    """A tiny model's logits; every rank has the same bits, which `run` asserts."""
+    source = tiny.source(tmp_path, tiny.qformat("bf16"), **WIDE)
+    logits = []
+    for kib in (0, 1):
+        wanted = request(tp, fp8_all_reduce=kib)
+        graphs = [rank_group.fused(source, wanted, place) for place in wanted.places]
+        logits.append(torch.cat(rank_group.run(graphs, tp, STEPS)))
+    assert 20 < sqnr(logits[1], logits[0]) < 60
+
+
+def test_verification_tells_what_it_costs(tmp_path: Path) -> None:
+    source = tiny.source(tmp_path, tiny.qformat("fp8"), **WIDE)
+    found: list[str] = []
+    ranks.verify_ranks(source, request(2, fp8_all_reduce=1), Reporter(remark=found.append))
+    costs = {line.split()[1]: float(line.split("SQNR ")[1].removesuffix(" dB")) for line in found}
+    assert 15 < costs.pop("fp8_all_reduce:") < 60 and min(costs.values()) > 250
+
+
+def test_rows_that_no_128_divides_are_refused_by_name(tmp_path: Path) -> None:
+    source = tiny.source(tmp_path, tiny.qformat("bf16"), hidden_size=64)
+    with pytest.raises(PluginError, match=r"layers\.0\.self_attn\.o_proj/all_reduce: .* multiple of 128"):
+        build.compile(source, request(2, fp8_all_reduce=1), Reporter())
+
+
+def test_the_command_line_takes_a_size_or_none() -> None:
+    given = ["--checkpoint_dir", "c", "--output_dir", "e"]
+    for more, expected in (([], 0), (["--fp8_all_reduce"], 256), (["--fp8_all_reduce", "64"], 64)):
+        assert command.parse([*given, *more]).fp8_all_reduce == expected
+
+
+# With the norm
+
+
+def test_the_joined_plugin_is_the_sum_and_then_the_norm() -> None:
+    parts, residual, weight = parts_of(2), parts_of(3)[2], torch.rand(384).bfloat16()
+    step, group = StepShape.prefill(5), Group(2)
+    scale = torch.tensor([0.02])
+    plugin = AllReduceNormQuant(quant="static", world=2)
+    run = [
+        functools.partial(plugin.reference, part, residual, weight, None, scale, step=step, comm=member)
+        for part, member in zip(parts, group.members, strict=True)
+    ]
+    total = summed(AllReduce("sum", 2), parts)[0]
+    expected = NormQuant(quant="static", residual=True).reference(total, residual, weight, None, scale, step=step)
+    for found in group.run(run):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_tapped_sum_is_left_to_itself(tmp_path: Path) -> None:
+    source = tiny.source(tmp_path, tiny.qformat("fp8"))
+    tapped = "model.layers.0.self_attn.o_proj/all_reduce"
+    graph = rank_group.fused(source, request(2), request(2).place())
+    names = {n.name for n in graph.nodes if n.op == "all_reduce_norm_quant"}
+    assert tapped not in {n.name for n in graph.nodes} and len(names) == 3
+    sums = [n.inputs[0].name.removesuffix(".part") for n in graph.nodes if n.op == "all_reduce_norm_quant"]
+    wanted = Request(4, 128, 64, "cpu", tp_size=2, debug_tensors=(sums[0],))
+    compiled = build.compile(source, wanted, Reporter())
+    assert [tap.buffer for tap in compiled.plan.taps] == [sums[0]]
+    assert any("all_reduce_norm_quant" in line and "fusion disabled" in line for line in compiled.taps.disabled)
+
+
+# Exchanges over peer memory
+
+
+Operation = tuple[str, int, int]  # what, place, value
+
+
+def one_phase(tiles: Sequence[int], slots: int) -> list[Operation]:
+    """What a block of stream.cu does with one phase, in launches of so many tiles."""
+    program: list[Operation] = []
+    epoch = 0
+    for count in tiles:
+        last = epoch + count - 1
+        program += [("fill", epoch % slots, epoch), ("flag", 0, epoch + 1)]
+        for e in range(epoch, last + 1):
+            if e < last:
+                program += [("fill", (e + 1) % slots, e + 1), ("flag", 0, e + 2)]
+            program += [("wait", 0, e + 1), ("read", e % slots, e), ("read", e % slots, e)]
+        epoch = last + 1
+    return program
+
+
+def two_phases(tiles: Sequence[int], slots: int) -> list[Operation]:
+    """With two: parts in the first slots, sums in the next."""
+    program: list[Operation] = []
+    epoch = 0
+    for count in tiles:
+        last = epoch + count - 1
+        program += [("fill", epoch % slots, epoch), ("flag", 0, epoch + 1)]
+        for e in range(epoch, last + 1):
+            if e < last:
+                program += [("fill", (e + 1) % slots, e + 1), ("flag", 0, e + 2)]
+            program += [("wait", 0, e + 1), ("read", e % slots, e), ("read", e % slots, e)]
+            program += [("fill", slots + e % slots, e), ("flag", 1, e + 1)]
+            program += [("wait", 1, e + 1), ("read", slots + e % slots, e), ("read", slots + e % slots, e)]
+        epoch = last + 1
+    return program
+
+
+def push(tiles: Sequence[int], slots: int) -> list[Operation]:
+    """push.cuh: words are their own flags, and the reader clears them."""
+    return [op for e in range(sum(tiles)) for op in (("put", e % slots, e), ("take", e % slots, e))]
+
+
+State = tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]  # places, slots, flags
+
+
+def moves(state: State, program: Sequence[Operation], world: int) -> Iterator[State]:
+    """Every next state, one rank going on. Raises AssertionError where a rank reads what it should not."""
+    for rank in range(world):
+        places, slots, flags = ([list(p) if isinstance(p, tuple) else p for p in part] for part in state)
+        if places[rank] == len(program):
+            continue
+        what, place, value = program[places[rank]]
+        others = [r for r in range(world) if r != rank]
+        width = len(slots[rank]) // world  # a slot for each source
+        own = [width * r + place for r in others]
+        if what == "wait" and any(flags[rank][2 * r + place] < value for r in others):
+            continue
+        if what == "take" and any(slots[rank][i] == EMPTY for i in own):
+            continue
+        if what in ("read", "take"):
+            assert all(slots[rank][i] == value for i in own), f"rank {rank} reads {slots[rank]}, expected {value}"
+        for r in others:
+            if what == "put":
+                assert slots[r][width * rank + place] == EMPTY, f"rank {rank} overwrites what {r} has not read"
+            if what in ("put", "fill"):
+                slots[r][width * rank + place] = value
+            if what == "flag":
+                flags[r][2 * rank + place] = value
+            if what == "take":
+                slots[rank][width * r + place] = EMPTY
+        places[rank] += 1
+        yield tuple(places), tuple(map(tuple, slots)), tuple(map(tuple, flags))
+
+
+EMPTY = -1
+
+
+def explore(program: Sequence[Operation], world: int, slots: int) -> int:
+    """Goes through all orders in which ranks can get on; returns how many states there are. Raises AssertionError where
+    one reads what it should not, or nobody gets on."""
+    start: State = ((0,) * world, ((EMPTY,) * slots * world,) * world, ((0,) * 2 * world,) * world)
+    seen, waiting = {start}, [start]
+    while waiting:
+        state = waiting.pop()
+        following = list(moves(state, program, world))
+        assert following or all(p == len(program) for p in state[0]), f"stuck at {state}"
+        new = set(following) - seen
+        seen |= new
+        waiting += new
+    return len(seen)
+
+
+def slots_of(phases: int) -> int:
+    return int(dict(region.stream_constants(2, phases))["SLOTS"])
+
+
+@pytest.mark.parametrize(
+    ("block", "slots", "kinds", "tiles", "world"),
+    [
+        (push, 2, 1, (1,) * 6, 2),
+        (push, 2, 1, (1,) * 4, 3),
+        (one_phase, slots_of(1), 1, (1, 4, 1, 3), 2),
+        (one_phase, slots_of(1), 1, (5, 2), 2),
+        (two_phases, slots_of(2), 2, (1, 3, 1), 2),
+    ],
+)
+def test_no_rank_overtakes_another_by_more_than_the_slots(block, slots, kinds, tiles, world) -> None:
+    assert explore(block(tiles, slots), world, slots * kinds) > len(tiles)
+    with pytest.raises(AssertionError):  # the model finds what too few would do
+        explore(block(tiles, slots - 1), world, (slots - 1) * kinds)
+
+
+def test_families_of_exchanges_share_no_memory() -> None:
+    for world in range(2, region.MOST_WORLD + 1):
+        push_area = dict(region.push_constants(world))["PUSH_AREA"]
+        areas = [int(str(dict(region.stream_constants(world, p))["STREAM_AREA"]).removesuffix("ull")) for p in (1, 2)]
+        slot = region.MOST_BLOCKS * world * (region.STREAM_SLOT + region.STREAM_SCALES)
+        assert push_area == region.HEADER and push_area + 2 * region.MOST_BLOCKS * world * region.PUSH_SLOT == areas[0]
+        assert areas[0] + slots_of(1) * slot == areas[1]
+        assert areas[1] + 2 * slots_of(2) * slot == region.region_bytes(world)
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_every_tactic_compiles_clean(world: int) -> None:
+    x = Tensor("bfloat16", ("T", 4096))
+    found = [t for fp8 in (False, True) for t in candidates(x, 64, world, fp8)]
+    assert {t.method for t in found} >= {"nccl", "push", "two_phases"}
+    cubins = compile_all(k for t in found for k in kernels(t, "bfloat16", "sum", world)).values()
+    assert not [(c.kernel, c.spill_bytes) for c in cubins if c.spill_bytes]
+
+
+def test_launches_are_no_larger_than_their_slots() -> None:
+    x = Tensor("bfloat16", ("T", 4096))
+    for tokens in (1, 16, 64, 256, 1024, 8192):
+        for tactic in candidates(x, tokens, 2, False):
+            grid = tactic.grid(tokens * 8192, 2) if tactic.over_peers else 0
+            assert 0 <= grid <= region.MOST_BLOCKS
+            if tactic.method == "push":
+                assert grid * tactic.threads * tactic.units * 16 >= tokens * 8192
+                assert tactic.threads * tactic.units * 16 <= region.PUSH_SLOT
+
+
+class Calls:
+    """A GPU's communicator of ranks that share no memory."""
+
+    regions = None
+    rank, world = 0, 2
+
+    def __init__(self) -> None:
+        self.log: list[tuple[int, str]] = []
+
+    def nccl_all_reduce(self, x: torch.Tensor, y: torch.Tensor, operation: str) -> None:
+        self.log.append((len(x), operation))
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor, tensor]
+
+
+def test_without_peer_memory_the_sum_is_nccls_and_in_fp8_the_reference_s() -> None:
+    x, y, calls = torch.ones(8, 128).bfloat16(), torch.zeros(8, 128).bfloat16(), Calls()
+    launch.bind(AllReduceTactic("push", 256, 1, 264), [], x, y, "sum", calls)(StepShape.prefill(3))
+    assert calls.log == [(3, "sum")]
+    launch.bind(AllReduceTactic("one_phase", 512, 2, 264, True), [], x, y, "sum", calls)(StepShape.prefill(3))
+    assert y[:3].eq(2).all() and not y[3:].any()
+
+
+def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [["host a", "0000:01:00.0"], ["host b", "0000:01:00.0"]]
+    group = Group(2)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(peer_memory, "_place", lambda device: places[device])
+    run = [functools.partial(peer_memory.share, member, rank) for rank, member in enumerate(group.members)]  # type: ignore[arg-type]
+    assert group.run(run) == ["the ranks are on several hosts"] * 2
