@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,25 +51,27 @@ COLUMNS = {
 }
 
 
-def logits(session: Session, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(
+    session: Session, tokens: list[int], lengths: Sequence[int] = LENGTHS, decode_steps: int = DECODE_STEPS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(prefill logits, decode logits) f32 of sequences cut from `tokens`, on the CPU."""
     import torch
 
     requests, block = [], 0
-    for i, length in enumerate(LENGTHS):
-        prompt = tokens[i * 17 :][: length + DECODE_STEPS]
+    for i, length in enumerate(lengths):
+        prompt = tokens[i * 17 :][: length + decode_steps]
         count = blocks_for(len(prompt), session.limits.block_size)
         requests.append(
             Request(i, prompt, SamplingParams(), 1, blocks=list(range(block, block + count)), slot=i)
         )  # fmt: skip
         block += count
     prefill, decode = [], []
-    for start in range(0, max(LENGTHS), CHUNK):
-        parts = [(r, min(CHUNK, n - start)) for r, n in zip(requests, LENGTHS, strict=True) if n > start]
+    for start in range(0, max(lengths), CHUNK):
+        parts = [(r, min(CHUNK, n - start)) for r, n in zip(requests, lengths, strict=True) if n > start]
         rows = [Row(r, start, count, False, 0) for r, count in sorted(parts, key=lambda p: p[1] > 1)]
         prefill.append(session.token_logits(rows).cpu().clone())
-    for step in range(DECODE_STEPS):
-        rows = [Row(r, n + step, 1, False, 0) for r, n in zip(requests, LENGTHS, strict=True)]
+    for step in range(decode_steps):
+        rows = [Row(r, n + step, 1, False, 0) for r, n in zip(requests, lengths, strict=True)]
         decode.append(session.token_logits(rows).cpu().clone())
     return torch.cat(prefill), torch.cat(decode)
 

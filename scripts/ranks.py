@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -90,6 +91,9 @@ def _lead(world: World, status: int) -> int:
 
 
 def _follow(args: argparse.Namespace) -> int:
+    # A launcher that is told to end tells all ranks, and rank 0, which may have requests to finish, tells the others.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         session = Session(
             args.engine_dir,

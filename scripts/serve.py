@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,9 +104,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return on_all_ranks("fp8-serve", args, command)
 
 
+class Terminated(Exception):
+    """SIGTERM, once requests have been drained."""
+
+
+def terminate(*_: object) -> None:
+    raise Terminated
+
+
 def command(args: argparse.Namespace) -> int:
+    if args.world is not None:
+        # The server raises the signal again once it has drained: the other ranks are to be stopped before it ends this.
+        signal.signal(signal.SIGTERM, terminate)
     try:
         server(args).run()
+    except Terminated:
+        return 0
     except ERRORS as error:
         print(f"fp8-serve: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,18 @@ class Job:
         """Until rank 0 prints: then steps are under way."""
         assert self.process.stdout is not None
         assert self.process.stdout.read(1), self.end().err
+
+    def wait_for_error(self, pattern: str, limit: float = 60.0) -> re.Match[str]:
+        """Until a line on stderr holds it."""
+        assert self.process.stderr is not None
+        timer, lines = threading.Timer(limit, self.destroy), []
+        timer.start()
+        for line in self.process.stderr:
+            lines.append(line.decode())
+            if found := re.search(pattern, lines[-1]):
+                timer.cancel()
+                return found
+        raise AssertionError(f"the job did not say {pattern!r} within {limit:g} s: {''.join(lines)}")
 
     def kill(self, rank: int, number: int) -> None:
         (pid,) = [pid for pid, environment in self._processes() if f"{RANK}={rank}".encode() in environment]

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import rank_jobs
 import tiny_checkpoint as tiny
 from rank_jobs import Ended, job, module, mpirun, run
 
+from fp8.runtime.tokenizer import load_tokenizer
 from fp8.scripts.build import main as build
 from fp8.scripts.evaluate import main as evaluate
+from fp8.scripts.quantize import main as quantize
 from fp8.scripts.run import main as run_here
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples"
 LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2)]
+FORMATS = {"bf16": "auto", "fp8": "auto", "fp8_rowwise": "fp8"}  # and the KV cache
+UNEVEN = {
+    "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 208, "vocab_size": 321,
+    "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3,
+}  # fmt: skip
 PROMPTS = ["--input_text", "def fibonacci(n):", "import os", "class A", "x = ["]
 SAMPLING = [
     "--max_tokens",
@@ -36,25 +46,83 @@ TIMEOUT = ["--rank_timeout", "4"]
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory) -> Path:
-    """The example's engines in float32, where ranks differ from one by the order of sums alone: e11, e21, ..."""
-    folder = tmp_path_factory.mktemp("engines")
-    for tp, pp in [(1, 1), *LAYOUTS]:
-        arguments = ["--checkpoint_dir", EXAMPLE / "tiny-python-llama", "--output_dir", folder / f"e{tp}{pp}"]
-        limits = ["--max_batch_size", 4, "--max_seq_len", 256, "--max_num_tokens", 64, "--log_level", "error"]
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+def build_all(checkpoint: Path, output: Path, layouts: list[tuple[int, int]]) -> None:
+    """Engines in float32, where ranks differ from one by the order of sums alone, and by FP8 codes that it flips."""
+    for tp, pp in layouts:
+        arguments = ["--checkpoint_dir", checkpoint, "--output_dir", f"{output}{tp}{pp}", "--log_level", "error"]
+        limits = ["--max_batch_size", 4, "--max_seq_len", 256, "--max_num_tokens", 96]
         how = ["--target", "cpu", "--dtype", "float32", "--tp_size", tp, "--pp_size", pp]
         assert build(list(map(str, [*arguments, *limits, *how]))) == 0
+
+
+@pytest.fixture(scope="session")
+def engines(folder) -> Path:
+    """The example's, in bf16: e11, e21, ..., and a text."""
+    build_all(EXAMPLE / "tiny-python-llama", folder / "e", [(1, 1), *LAYOUTS])
     (folder / "text.txt").write_text((EXAMPLE / "heldout.txt").read_text()[:2500])
     return folder
 
 
 @pytest.fixture(scope="session")
-def alone(engines, tmp_path_factory) -> dict:
-    """What the engine of one rank gives."""
-    out = tmp_path_factory.mktemp("alone") / "perplexity.json"
-    data = ["--data", str(engines / "text.txt"), "--window", "128", "--output", str(out)]
-    assert evaluate(["--engine_dir", str(engines / "e11"), *data]) == 0
-    return json.loads(out.read_text())
+def quantized(folder) -> Path:
+    """The example's checkpoints by format, and those of a model of which nothing divides evenly."""
+    for name, kv in FORMATS.items():
+        if name != "bf16":
+            how = ["--qformat", name, "--kv_cache_dtype", kv, "--output_dir", str(folder / f"example {name}")]
+            data = ["--calib_dataset", str(EXAMPLE / "calibration.txt"), "--calib_size", "4"]
+            assert quantize(["--model_dir", str(EXAMPLE / "tiny-python-llama"), *how, *data]) == 0
+        tiny.write(folder / f"uneven {name}", tiny.qformat(name, kv), **UNEVEN)
+    return folder
+
+
+def pairs(folder: Path, layouts: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """What rank_checks.py takes, every engine built."""
+    text = (EXAMPLE / "heldout.txt").read_text()[:3000]
+    tokenizer = load_tokenizer(folder / "e11")
+    assert tokenizer is not None
+    tokens = {"example": tokenizer.encode(text)[:400], "uneven": [(i * i * 7 + i) % 321 for i in range(400)]}
+    found = []
+    for model, name in itertools.product(tokens, FORMATS):
+        if (model, name) == ("example", "bf16"):
+            built = folder / "e"
+        else:
+            built = folder / f"{model} {name} "
+            build_all(folder / f"{model} {name}", built, [(1, 1)] * (not Path(f"{built}11").exists()) + layouts)
+        for tp, pp in layouts:
+            pair = {
+                "divided": f"{built}{tp}{pp}",
+                "one": f"{built}11",
+                "tokens": tokens[model],
+                "exact": name != "bf16",
+            }
+            found.append({"name": f"{model} {name} tp {tp} pp {pp}", **pair})
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_compute_what_one_rank_does(engines, quantized, tmp_path, ranks):
+    """Every format, on the example and on a model whose heads, MLP and vocabulary do not divide: the same bits from
+    pipeline stages, in tensor parallelism the same but for the order of sums. The order flips an FP8 code in some 10^5,
+    and then logits part by 40 dB: FP8 formats are held against each other in float64, where none flips."""
+    layouts = [(tp, pp) for tp, pp in LAYOUTS if tp * pp == ranks]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs(quantized, layouts)))
+    script = [sys.executable, str(Path(__file__).with_name("rank_checks.py"))]
+    ended = run(mpirun((ranks, [*script, str(tmp_path / "pairs.json"), str(tmp_path / "found.json")])))
+    assert ended.status == 0, ended.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == len(layouts) * len(FORMATS) * 2
+    for row in found:
+        one, many = row["perplexity"]
+        assert many == pytest.approx(one, rel=1e-4), row["name"]
+        assert row["texts"][0] == row["texts"][1], row["name"]
+        if "tp 1 " in row["name"]:
+            assert row["equal"], row["name"]
+        else:
+            assert row["error"] <= 1e-5 if "bf16" in row["name"] else row["sqnr"] >= 120, row
 
 
 def texts(output: str) -> list[dict]:
@@ -72,24 +140,54 @@ def check_same(ours: list[dict], theirs: list[dict]) -> None:
             assert x["token"] == y["token"] and x["logprob"] == pytest.approx(y["logprob"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_ranks_print_what_one_rank_prints(engines, capsys, tp, pp):
+def test_fp8_run_prints_what_one_rank_prints(engines, capsys):
     arguments = [*PROMPTS, *SAMPLING, "--output", "jsonl"]
-    ended = run(mpirun((tp * pp, module("run", "--engine_dir", engines / f"e{tp}{pp}", *arguments))))
+    ended = run(mpirun((4, module("run", "--engine_dir", engines / "e22", *arguments))))
     assert ended.status == 0, ended.err
     capsys.readouterr()
     assert run_here(["--engine_dir", str(engines / "e11"), *arguments]) == 0
     check_same(texts(ended.out), texts(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_ranks_have_the_perplexity_of_one(engines, alone, tmp_path, tp, pp):
-    data = ["--data", engines / "text.txt", "--window", 128, "--output", tmp_path / "perplexity.json"]
-    ended = run(mpirun((tp * pp, module("evaluate", "--engine_dir", engines / f"e{tp}{pp}", *data))))
+def test_fp8_eval_gives_the_perplexity_of_one_rank(engines, tmp_path):
+    data = ["--data", str(engines / "text.txt"), "--window", "128", "--output"]
+    ended = run(mpirun((2, module("evaluate", "--engine_dir", engines / "e12", *data, tmp_path / "ranks.json"))))
     assert ended.status == 0, ended.err
-    found = json.loads((tmp_path / "perplexity.json").read_text())
-    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
     assert ended.out.count("perplexity") == 1
+    assert evaluate(["--engine_dir", str(engines / "e11"), *data, str(tmp_path / "alone.json")]) == 0
+    found, alone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ranks", "alone"))
+    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4) and found["tokens"] == alone["tokens"]
+
+
+def test_fp8_bench_measures_all_ranks_together(engines, tmp_path):
+    sizes = ["--batch_size", "1", "4", "--input_len", "20", "--output_len", "5", "--runs", "1", "--output"]
+    ended = run(
+        mpirun((2, module("bench", "latency", "--engine_dir", engines / "e21", *sizes, tmp_path / "found.json")))
+    )
+    assert ended.status == 0, ended.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["batch_size"] for row in found["results"]] == [1, 4] and ended.out.count("output_len") == 1
+    engine = json.loads((EXAMPLE / "tiny-python-llama" / "config.json").read_text())
+    assert (found["engine"]["tp_size"], found["engine"]["mlp_size"]) == (2, engine["intermediate_size"])
+
+
+def test_rank_0_serves_and_says_when_all_end(engines, capsys):
+    """SIGTERM to another rank, as mpirun sends it to all, ends nothing; to rank 0, everything, and well."""
+    with job(mpirun((2, module("serve", "--engine_dir", engines / "e12", "--port", 0)))) as started:
+        url = started.wait_for_error(r"running on \S*(http://[\d.:]+)")[1]
+        body = {"model": "e12", "prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)) as answer:
+            text = json.load(answer)["choices"][0]["text"]
+        started.kill(1, signal.SIGTERM)
+        with urlopen(f"{url}/health") as answer:
+            assert answer.status == 200
+        started.kill(0, signal.SIGTERM)
+        ended = started.end()
+    assert ended.status == 0 and ended.seconds < 10, ended.err
+    capsys.readouterr()
+    assert run_here(["--engine_dir", str(engines / "e11"), *PROMPTS[:2], "--max_tokens", "12"]) == 0
+    assert capsys.readouterr().out.startswith(PROMPTS[1] + text)
 
 
 def test_torchrun_starts_ranks_too(engines, capsys):
