@@ -37,7 +37,7 @@ __all__ = ["BuildError", "check_output"]  # used through this module
 
 
 ALONE = Place()
-MOST_RANKS = 1024
+MOST_RANKS, MOST_TOKENS = 1024, 1 << 20  # of an engine, of a step
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}, expected at least 1")
+        if self.max_num_tokens > MOST_TOKENS:
+            raise BuildError(f"max_num_tokens is {self.max_num_tokens}, expected at most {MOST_TOKENS}")
         if self.tp_size * self.pp_size > MOST_RANKS:
             raise BuildError(
                 f"tp_size {self.tp_size} x pp_size {self.pp_size} are more than {MOST_RANKS} ranks; one rank is one GPU"

@@ -265,7 +265,8 @@ def test_quantize_refuses_an_unknown_flag_value(flag: str, value: str, original:
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("target", "sm_75"), ("max_batch_size", "0"), ("max_seq_len", "-1"), ("max_num_tokens", "1"),
-     ("max_num_tokens", "many"), ("tp_size", "99999999999"), ("pp_size", "2000"),
+     ("max_num_tokens", "many"), ("max_num_tokens", "9999999999"), ("tp_size", "99999999999"),
+     ("pp_size", "2000"),
      ("gpu_memory", "lots"), ("explain", "model.layers.77"), ("log_level", "loud")],
 )  # fmt: skip
 def test_build_refuses_an_unknown_flag_value(flag: str, value: str, quantized: Path, refused: Refusal) -> None:
