@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fp8.builder import build
@@ -32,6 +31,7 @@ from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
 from fp8.plugins.gemm.types import ACCUMULATIONS
+from fp8.scripts.progress import stages
 
 ERRORS = (
     BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, SplitError,
@@ -149,24 +149,13 @@ def open_source(directory: Path) -> Source:
 
 
 def _build(options: argparse.Namespace, source: Source, request: Request, card: int, console: Console) -> None:
-    columns = (
-        TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
     level = LOG_LEVELS.index(options.log_level)
-    with Progress(*columns, console=console, disable=level < LOG_LEVELS.index("info")) as bars:
-        tasks: dict[str, int] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
-
+    with stages(console, disable=level < LOG_LEVELS.index("info")) as (show, above):
         talkative = level >= LOG_LEVELS.index("verbose") or options.verify or options.tune
         reporter = Reporter(
             show,
-            (lambda text: bars.console.print(text, markup=False)) if talkative and level >= 2 else lambda text: None,
-            (lambda text: bars.console.print(f"warning: {text}", markup=False)) if level >= 1 else lambda text: None,
+            (lambda text: above.print(text, markup=False)) if talkative and level >= 2 else lambda text: None,
+            (lambda text: above.print(f"warning: {text}", markup=False)) if level >= 1 else lambda text: None,
         )
         built = _engines(options, source, request, reporter)
     if level >= LOG_LEVELS.index("info"):

@@ -102,7 +102,8 @@ def evaluate(args: argparse.Namespace, peers: Peers) -> dict[str, Any] | None:
     check_flags(args)
     device = own_device(args.device, peers)
     memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
-    engine = Engine(LLM(args.engine_dir, device, *memory, world=args.world))
+    world = args.world if peers.world == 1 else None  # peers have an engine each
+    engine = Engine(LLM(args.engine_dir, device, *memory, world=world))
     task: Task = modules()[args.task].Task(args, engine)
     session = engine.llm.session
     begin = time.perf_counter()

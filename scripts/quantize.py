@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fp8.builder.calibration_text import CalibrationError
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
@@ -19,6 +18,7 @@ from fp8.builder.quantize import Calibration, OutputError, Reporter, quantize_ch
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.scripts.argument_types import positive
+from fp8.scripts.progress import stages
 
 ERRORS = (CheckpointError, ConfigError, FormatError, CalibrationError, OutputError)
 
@@ -86,21 +86,10 @@ def run(options: argparse.Namespace, console: Console) -> None:
     checkpoint = Checkpoint(options.model_dir)
     dtype = choose_dtype(options.dtype, format, checkpoint)
     calibration = Calibration(options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed)
-    columns = (
-        TextColumn("{task.description:12}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, int] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
-
+    with stages(console) as (show, above):
         quantize_checkpoint(
             models.load(checkpoint.config), checkpoint, format, dtype, calibration, options.output_dir,
-            choose_device(options.device), options.resume, options.overwrite, Reporter(show, bars.console.print),
+            choose_device(options.device), options.resume, options.overwrite, Reporter(show, above.print),
         )  # fmt: skip
     console.print(f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}")
 

@@ -9,9 +9,17 @@ import random
 from pathlib import Path
 from typing import Any
 
+from fp8.scripts import build
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MODEL = EXAMPLES / "tiny-python-llama"
 ENGINE = ["--target", "cpu", "--max_batch_size", "8", "--max_seq_len", "1024", "--max_num_tokens", "512"]
+
+
+def build_engine(directory: Path) -> Path:
+    arguments = ["--checkpoint_dir", str(MODEL), "--output_dir", str(directory), "--log_level", "error"]
+    assert build.main([*arguments, *ENGINE]) == 0
+    return directory
 
 
 def heldout() -> str:

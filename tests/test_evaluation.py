@@ -19,7 +19,7 @@ import transformers
 from fp8.runtime.llm import LLM
 from fp8.runtime.peers import share
 from fp8.runtime.request import RequestError
-from fp8.scripts import build, evaluate
+from fp8.scripts import evaluate
 from fp8.scripts.evaluation import statistics
 from fp8.scripts.evaluation.models import Engine
 from fp8.scripts.evaluation.tasks import multiple_choice, passkey, rouge
@@ -30,10 +30,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("engines") / "engine"
-    arguments = ["--checkpoint_dir", str(MODEL), "--output_dir", str(directory), "--log_level", "error"]
-    assert build.main([*arguments, *evaluation_data.ENGINE]) == 0
-    return directory
+    return evaluation_data.build_engine(tmp_path_factory.mktemp("engines") / "engine")
 
 
 @pytest.fixture(scope="module")

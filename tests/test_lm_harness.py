@@ -19,7 +19,6 @@ from lm_eval.api.registry import Registry, get_model, model_registry
 from lm_eval.tasks import TaskManager
 
 from fp8.runtime.request import RequestError
-from fp8.scripts import build
 from fp8.scripts.lm_harness import Fp8Engine, cut, register, sampling_params
 
 MODEL = evaluation_data.MODEL
@@ -51,10 +50,7 @@ ITEMS = {"next_line": 16, "rest_of_line": 8, "text": 4}
 
 @pytest.fixture(scope="module")
 def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("engines") / "engine"
-    arguments = ["--checkpoint_dir", str(MODEL), "--output_dir", str(directory), "--log_level", "error"]
-    assert build.main([*arguments, *evaluation_data.ENGINE]) == 0
-    return directory
+    return evaluation_data.build_engine(tmp_path_factory.mktemp("engines") / "engine")
 
 
 @pytest.fixture(scope="module")

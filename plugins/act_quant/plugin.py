@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Dim, Kernel, Launcher, Plugin, PluginError, Tensor
-from fp8.plugins.quantize.launch import FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
+from fp8.plugins.base import Dim, Kernel, Launcher, PluginError, Tensor
+from fp8.plugins.quantize.launch import RowPlugin, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
 from fp8.plugins.quantize.types import DTYPES, ROW_QUANTS, check_quant, check_rows, check_tensor, outputs, scaled
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class ActQuant(Plugin):
+class ActQuant(RowPlugin):
     """x DT [T, 2F] = [gate | up] (gated) or [T, F], scale f32 [1] (quant "static") or [T] (quant "from_amax")
     -> y (e4m3, or DT for quant "none") [T, F], y_scale f32 [T] (quant "per_token" and "from_amax") or
     [T, F / 128] (quant "block").
@@ -65,12 +65,6 @@ class ActQuant(Plugin):
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
         self.check(inputs)
         return quantize_tactics(self.width(inputs[0]), self.quant, tokens)
-
-    def buckets(self, max_tokens: int) -> list[int]:
-        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
-
-    def tactic(self, fields: dict[str, Any]) -> RowTactic:
-        return RowTactic(**fields)
 
     def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         x = inputs[0]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, Tensor
-from fp8.plugins.quantize.launch import DTYPE_CODES, FEW_TOKENS, RowTactic, row_launch, whole_rows
+from fp8.plugins.base import Kernel, Launcher, PluginError, Tensor
+from fp8.plugins.quantize.launch import DTYPE_CODES, RowPlugin, RowTactic, row_launch, whole_rows
 from fp8.plugins.quantize.types import (
     DTYPES,
     QUANTS,
@@ -28,7 +28,7 @@ INPUTS = 6
 
 
 @dataclass(frozen=True)
-class NormQuant(Plugin):
+class NormQuant(RowPlugin):
     """x DT [T, H], residual DT [T, H] (if `residual`), weight DT [H], bias DT [H]? (layer norm only), scale f32 [1]
     (quant "static" only), rows i32 [L] (if `gather`) -> y (e4m3, or DT for quant "none") [T or L, H], y_scale f32
     [T or L] (quant "per_token") or [T or L, H / 128] (quant "block"), residual_out DT [T, H] (if `residual` and not
@@ -91,12 +91,6 @@ class NormQuant(Plugin):
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
         self.check(inputs)
         return whole_rows(inputs[0].shape[1], tokens)
-
-    def buckets(self, max_tokens: int) -> list[int]:
-        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
-
-    def tactic(self, fields: dict[str, Any]) -> RowTactic:
-        return RowTactic(**fields)
 
     def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         x, _, _, bias, _, _ = self._padded(inputs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fp8.plugins.base import Kernel, Launcher, StepShape
+from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape
 from fp8.plugins.quantize.types import ROW_QUANTS, VECTOR
 
 if TYPE_CHECKING:
@@ -26,6 +26,16 @@ class RowTactic:
 
     threads: int
     held: int
+
+
+class RowPlugin(Plugin):
+    """Base of plugins whose tactic is a RowTactic, another one for few rows than for many."""
+
+    def buckets(self, max_tokens: int) -> list[int]:
+        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
+
+    def tactic(self, fields: dict[str, Any]) -> RowTactic:
+        return RowTactic(**fields)
 
 
 def whole_rows(width: int, tokens: int) -> list[RowTactic]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
-from fp8.plugins.quantize.launch import FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
+from fp8.plugins.base import Kernel, Launcher, Tensor
+from fp8.plugins.quantize.launch import RowPlugin, RowTactic, quantize_kernel, quantize_launch, quantize_tactics
 from fp8.plugins.quantize.types import DTYPES, check_quant, check_rows, check_tensor, outputs, scaled
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Quantize(Plugin):
+class Quantize(RowPlugin):
     """x DT [T, K], scale f32 [1] (quant "static") or [T] (quant "from_amax") -> y e4m3 [T, K], y_scale f32 [T] (quant
     "per_token" and "from_amax") or [T, K / 128] (quant "block").
 
@@ -52,12 +52,6 @@ class Quantize(Plugin):
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
         self.check(inputs)
         return quantize_tactics(inputs[0].shape[1], self.quant, tokens)
-
-    def buckets(self, max_tokens: int) -> list[int]:
-        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
-
-    def tactic(self, fields: dict[str, Any]) -> RowTactic:
-        return RowTactic(**fields)
 
     def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         x = inputs[0]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fp8.plugins.act_quant.plugin import ActQuant
-from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
-from fp8.plugins.quantize.launch import AMAX, FEW_TOKENS, RowTactic, quantize_kernel, quantize_launch, whole_rows
+from fp8.plugins.base import Kernel, Launcher, Tensor
+from fp8.plugins.quantize.launch import AMAX, RowPlugin, RowTactic, quantize_kernel, quantize_launch, whole_rows
 from fp8.plugins.quantize.types import DTYPES, check_tensor
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RowAmax(Plugin):
+class RowAmax(RowPlugin):
     """x DT [T, 2F] = [gate | up] (gated) or [T, F] -> amax f32 [T] of |activation(gate) * up|, |activation(x)|, or
     (with activation "") |x|, computed in float32."""
 
@@ -50,12 +50,6 @@ class RowAmax(Plugin):
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
         self.check(inputs)
         return whole_rows(self._act.width(inputs[0]), tokens)
-
-    def buckets(self, max_tokens: int) -> list[int]:
-        return sorted({min(FEW_TOKENS, max_tokens), max_tokens})
-
-    def tactic(self, fields: dict[str, Any]) -> RowTactic:
-        return RowTactic(**fields)
 
     def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         x = inputs[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,15 @@ def sign_test(worse: int, better: int) -> float:
     """P of at least so many pairs that are worse among those that differ, if both directions were as likely: McNemar's
     exact test for pairs of right and wrong answers. 1 where nothing differs."""
     return float(tails(worse + better, 0.5)[worse])
+
+
+def paired_answers(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """What differs between the engine and the reference, given whether each was right."""
+    worse, better = pairs.count((False, True)), pairs.count((True, False))
+    return {
+        "difference": (better - worse) / len(pairs), "only_reference_right": worse, "only_engine_right": better,
+        "p_value": sign_test(worse, better),
+    }  # fmt: skip
 
 
 def paired_bootstrap(losses: Sequence[float], seed: int = 0) -> float | None:

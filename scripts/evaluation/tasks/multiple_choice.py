@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from fp8.runtime.request import RequestError
 from fp8.scripts.evaluation.data import Row, csv_rows
 from fp8.scripts.evaluation.models import Engine, Model, Progress, encode
-from fp8.scripts.evaluation.statistics import sign_test, wilson
+from fp8.scripts.evaluation.statistics import paired_answers, wilson
 from fp8.scripts.evaluation.task import fitting
 
 ALIASES = ("mmlu",)
@@ -97,13 +97,11 @@ class Task:
 
     def against(self, ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, Any]:
         pairs = list(zip(self._right(ours), self._right(theirs), strict=True))
-        worse, better = pairs.count((False, True)), pairs.count((True, False))
         figures = self.figures(theirs)
         return {
             **{key: figures[key] for key in ("accuracy", "confidence_interval", "correct", "macro_accuracy")},
-            "difference": (better - worse) / len(pairs), "only_reference_right": worse, "only_engine_right": better,
+            **paired_answers(pairs),
             "same_choice": sum(a.chosen == b.chosen for a, b in zip(ours, theirs, strict=True)) / len(pairs),
-            "p_value": sign_test(worse, better),
         }  # fmt: skip
 
     @staticmethod

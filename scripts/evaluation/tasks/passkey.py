@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fp8.runtime.request import RequestError
 from fp8.scripts.evaluation.models import Engine, Model, Progress, encode
-from fp8.scripts.evaluation.statistics import sign_test, wilson
+from fp8.scripts.evaluation.statistics import paired_answers, wilson
 
 ALIASES = ("needle",)
 COMMON = frozenset({"min_accuracy"})
@@ -93,13 +93,11 @@ class Task:
 
     def against(self, ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, Any]:
         pairs = [(a.right, b.right) for a, b in zip(ours, theirs, strict=True)]
-        worse, better = pairs.count((False, True)), pairs.count((True, False))
         figures = self.figures(theirs)
         return {
             **{key: figures[key] for key in ("accuracy", "confidence_interval", "correct", "cells")},
-            "difference": (better - worse) / len(pairs), "only_reference_right": worse, "only_engine_right": better,
+            **paired_answers(pairs),
             "same_text": sum(a.text == b.text for a, b in zip(ours, theirs, strict=True)) / len(pairs),
-            "p_value": sign_test(worse, better),
         }  # fmt: skip
 
     @staticmethod
