@@ -187,13 +187,12 @@ def test_precise_sums_are_offered_by_what_can_promote_them() -> None:
     inputs = [*operands(4096, 4096)[:4], None]
     for tokens in (1, 64, 2048):
         for tactic in Gemm(accumulation="precise").tactics(inputs, tokens):
-            assert tactic.kind in ("many_tokens", "library")
             for kernel in Gemm(accumulation="precise").kernels(tactic, inputs):
                 assert dict(kernel.constants)["PROMOTE"] == 1
     swiglu = GemmSwiglu(accumulation="precise").tactics([*inputs, Tensor("float32", (1,))], 8)
-    assert {t.kind for t in swiglu} == {"many_tokens"}
-    (kernel,) = Gemm().kernels(ManyTokens(128, 128, 6), inputs)
-    assert dict(kernel.constants)["PROMOTE"] == 0
+    assert {t.kind for t in swiglu} == {"few_tokens", "many_tokens"}
+    for plain in Gemm().tactics(inputs, 8):
+        assert all(dict(kernel.constants)["PROMOTE"] == 0 for kernel in Gemm().kernels(plain, inputs))
 
 
 def test_precise_sums_are_of_e4m3() -> None:
@@ -238,10 +237,12 @@ COMPILED = [
     (gemm_case(1, 4096, 11008), ManyTokens(128, 64, 8, SPLIT=2)),
     (gemm_case(1, 12288, 4096, "none", "bfloat16", bias=True), ManyTokens(128, 192, 4)),
     (gemm_case(1, 1003, 864, out="float32"), ManyTokens(64, 256, 4)),
-    (gemm_case(1, 12288, 4096, accumulation="precise"), ManyTokens(64, 128, 8, 1)),
+    (gemm_case(1, 12288, 4096, accumulation="precise"), ManyTokens(128, 192, 4)),
+    (gemm_case(1, 12288, 4096, "block"), ManyTokens(128, 192, 4)),
+    (gemm_case(1, 392, 384, "block", bias=True), ManyTokens(64, 32, 10, CLUSTER_N=4)),
     (gemm_case(1, 4096, 11008, accumulation="precise"), ManyTokens(64, 64, 10, SPLIT=2)),
     (gemm_case(1, 392, 320, bias=True, accumulation="precise"), ManyTokens(64, 32, 10, CLUSTER_N=4)),  # 3 k blocks
-    (swiglu_case(1, 11008, 4096, accumulation="precise"), ManyTokens(128, 128, 6)),
+    (swiglu_case(1, 11008, 4096, accumulation="precise"), ManyTokens(128, 192, 4)),
     (swiglu_case(1, 11008, 4096), ManyTokens(128, 256, 4)),
     (swiglu_case(1, 11008, 4096), ManyTokens(128, 128, 6, 1)),
     (swiglu_case(1, 11008, 4096, quant="none"), ManyTokens(64, 256, 4, 1)),

@@ -7,11 +7,21 @@
 // CTA loads one part and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
 // PROMOTE: the tensor cores keep some 14 bits of an e4m3 sum, so each stage's products (128 of K) are added in float32 to a
-// second set of accumulators, while the next stage multiplies into a third. Blockwise scales (of 128 of K: per row of x, per
-// 8 rows of w) cannot wait for the epilogue: they scale the products on this way.
+// second set of accumulators; the other warpgroup multiplies meanwhile, and the next tile's first stage does under the
+// epilogue. Blockwise scales (of 128 of K: per row of x, per 8 rows of w) cannot wait for the epilogue: they scale the
+// products on this way. A warp of the producer's copies them to shared memory with the stage.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
 // (TMA knows the buffer's rows only); nothing reads them.
+//
+// Tries of the blockwise mode on an H200, TFLOP/s at 2048 x 12288 x 4096, tiles of 128 x 128 and of 128 x 192 (registers for
+// two sets of accumulators, not three):
+//   each thread loads its rows' scales; the next stage multiplies into a third set   818    -     936 before, with two in turn
+//   scales come with the stage, 4 bytes a row                                         755  1000   third set: 866
+//   four k blocks of a row's scales at once: 16 bytes                                 893  1056   of the same shared memory as wgmma
+//   + a warpgroup multiplies after the other has begun                                868  1007
+//   + or after three quarters of the other's products                                 799   915
+// 128 x 160 925, 256 x 96 1001; a cluster of two that share w: 128 x 128 918, and 961 (894 alone) at 2048 x 4096 x 4096.
 #include "fp8/convert.cuh"
 #include "fp8/matrix.cuh"
 #include "fp8/mbarrier.cuh"
@@ -40,13 +50,14 @@ constexpr int CHUNK_N = BLOCK_N / CHUNKS;                // accumulator columns 
 constexpr int BUFFERS = TMA_STORE ? 2 : 0;
 constexpr bool SCALED = W_SCALE == 1 || X_SCALE == 1, BLOCKWISE = X_SCALE == 3;
 constexpr int GROUPS = BLOCK_N / 8;                      // of columns with one blockwise scale
-constexpr int BLOCK_SCALES = BLOCKWISE ? K_BLOCKS * GROUPS : 0;
+// BLOCKWISE: a ring of the rows' scales, SCALE_VECTOR k blocks of a row side by side in a slot, and of the groups' per stage.
+constexpr int SLOTS = BLOCKWISE ? (STAGES + 2 * SCALE_VECTOR - 2) / SCALE_VECTOR : 0, SLOT = BLOCK_M * SCALE_VECTOR;
 constexpr int CONSUMERS = PINGPONG ? 1 : WARPGROUPS;     // warpgroups that read a stage
 constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread carries to shared memory
 static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
-static_assert(!PROMOTE || OPERAND == 0);
+static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG));
 static_assert(!BLOCKWISE || (PROMOTE && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 
 struct Arguments {
@@ -90,20 +101,25 @@ DEVICE void release(u32 empty) {
   } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
 }
 
-// sum += d, which BLOCKWISE scales: by the scale of the row and that of the column group.
-DEVICE void promote(float (&sum)[MMAS][BLOCK_N / 2], const float (&d)[MMAS][BLOCK_N / 2], const float (&row)[MMAS][2],
-                    const float* column) {
-  float one = 1.f;
+// sum += d, which BLOCKWISE scales: by the scale of the row and that of the column group. `rows`: those of this thread's first row,
+// `columns`: the stage's.
+DEVICE void promote(float (&sum)[MMAS][BLOCK_N / 2], const float (&d)[MMAS][BLOCK_N / 2], const float* rows, const float* columns) {
+  float one = 1.f, row[MMAS][2];
   pin(one);  // known only here: no addition comes before the products that follow are under way
 #pragma unroll
-  for (int g = 0; g < GROUPS; g++) {
-    float scale = BLOCKWISE ? column[g] : one;
+  for (int m = 0; m < MMAS; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) row[m][i] = BLOCKWISE ? rows[(m * 64 + i * 8) * SCALE_VECTOR] : 1.f;
+#pragma unroll
+  for (int g = 0; g < GROUPS; g += 2) {
+    float2 pair = BLOCKWISE ? *(const float2*)(columns + g) : make_float2(one, one);
 #pragma unroll
     for (int m = 0; m < MMAS; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < 8; i++) {
+        float scale = i < 4 ? pair.x : pair.y;
         float& to = sum[m][4 * g + i];
-        to = fmaf(d[m][4 * g + i], BLOCKWISE ? row[m][i / 2] * scale : scale, to);
+        to = fmaf(d[m][4 * g + i], BLOCKWISE ? row[m][i / 2 % 2] * scale : scale, to);
       }
   }
 }
@@ -275,8 +291,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   extern __shared__ __align__(1024) u8 shared[];
   u8* buffers = shared + STAGES * STAGE_BYTES;
   float* vectors = (float*)(buffers + WARPGROUPS * BUFFERS * 64 * CHUNK);  // per warpgroup: scale [BLOCK_N], bias [BLOCK_N]
-  float* block_scales = vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N;  // per warpgroup: [K_BLOCKS, GROUPS]
-  u64* full = (u64*)(block_scales + WARPGROUPS * BLOCK_SCALES);
+  float* row_scales = vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N;
+  float* group_scales = row_scales + SLOTS * SLOT;
+  u64* full = (u64*)(group_scales + (BLOCKWISE ? STAGES * GROUPS : 0));
   u32 stages = shared_address(shared), full_bar = shared_address(full), empty_bar = full_bar + STAGES * 8;
   int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), leader = threadIdx.x % 128 == 0;
   u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
@@ -284,7 +301,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   if (threadIdx.x == 0) {
     prefetch_tensormap(&x_map), prefetch_tensormap(&w_map);
     for (int i = 0; i < STAGES; i++) {
-      mbarrier_init(full_bar + i * 8, 1);
+      mbarrier_init(full_bar + i * 8, BLOCKWISE ? 33 : 1);
       mbarrier_init(empty_bar + i * 8, CLUSTER_M * CLUSTER_N * CONSUMERS * 4);
     }
     fence_mbarrier_init();
@@ -332,6 +349,28 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
+    } else if (BLOCKWISE && threadIdx.x / 32 % 4 == 1) {  // the second warp brings the scales
+      int lane = threadIdx.x % 32, slot = 0;
+      griddepcontrol_wait();
+      for (int unit = first; unit < units; unit += step) {
+        Tile t = tile_of(unit, m_units, rank);
+#pragma unroll 1
+        for (int k = k_begin; k < k_end; k++) {
+          mbarrier_wait(empty_bar + stage * 8, parity ^ 1);
+          if (k % SCALE_VECTOR == 0) {
+            u32 to = shared_address(row_scales + slot * SLOT);
+#pragma unroll
+            for (int r = lane; r < BLOCK_M; r += 32)
+              copy_async<4 * SCALE_VECTOR>(to + r * 4 * SCALE_VECTOR, x_scale + (size_t)min(t.m + r, rows - 1) * K_BLOCKS + k);
+            if (++slot == SLOTS) slot = 0;
+          }
+#pragma unroll
+          for (int g = lane; g < GROUPS; g += 32)
+            copy_async<4>(shared_address(group_scales + stage * GROUPS + g), w_scale + (size_t)min(t.n / 8 + g, GEMM_N / 8 - 1) * K_BLOCKS + k);
+          copy_async_arrive(full_bar + stage * 8);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+      }
     }
     __syncwarp();
     if (SPLIT > 1) cluster_arrive(), cluster_wait();
@@ -342,7 +381,6 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     buffers += warpgroup * BUFFERS * 64 * CHUNK;
     float* scales = vectors + warpgroup * (SCALED + BIAS) * BLOCK_N;
     float* biases = scales + SCALED * BLOCK_N;
-    block_scales += warpgroup * BLOCK_SCALES;
     float scalar = X_SCALE == 1 ? x_scale[0] : 1.f, quantum = QUANT ? out_scale[0] : 1.f;
     int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
     float d[MMAS][BLOCK_N / 2];
@@ -353,6 +391,36 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       first += step;
       pass_turn(warpgroup);
     }
+    int last = 0, slot = 0;
+    auto multiply = [&](float (&to)[MMAS][BLOCK_N / 2], int sofar) {  // this stage, added to what `to` holds `sofar`
+      wgmma_fence();
+      u32 at = stages + stage * STAGE_BYTES;
+      u64 a = wgmma_descriptor(at + (PINGPONG ? 0 : warpgroup * TILE_ROWS * ROW)), b = wgmma_descriptor(at + X_BYTES);
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int m = 0; m < MMAS; m++) mma(to[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, sofar | j);
+      wgmma_commit_group();
+    };
+    auto advance = [&] {
+      last = stage;
+      if (++stage == STAGES) stage = 0, parity ^= 1;
+    };
+    // Starts the next stage's products; where there is none (there always is, as ptxas sees it), those of what lies there.
+    auto begin = [&](float (&to)[MMAS][BLOCK_N / 2], bool real) {
+      if (real) mbarrier_wait(full_bar + stage * 8, parity);
+      multiply(to, 0);
+      if (real) advance();
+    };
+    auto finished = [&](float (&products)[MMAS][BLOCK_N / 2]) {
+      wgmma_wait_group<0>();
+#pragma unroll
+      for (int m = 0; m < MMAS; m++)
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; i++) pin(products[m][i]);
+    };
+    if (PROMOTE && K_BLOCKS < 4) pin(k_end);  // a loop that is unrolled away lets ptxas wait too early
+    if (PROMOTE) begin(d, first < units);
     for (int unit = first; unit < units; unit += PINGPONG ? 2 * step : step) {
       Tile t = tile_of(unit, m_units, rank);
       int row = t.m + (PINGPONG ? 0 : warpgroup * TILE_ROWS);
@@ -371,26 +439,6 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
           row_scale[m][i] = X_SCALE == 2 && r < rows ? x_scale[r] : 1.f;
         }
-      float block_scale[MMAS][2];  // of this thread's rows, in the next k block
-      auto load_block_scale = [&](int k) {
-        if (!BLOCKWISE) return;
-#pragma unroll
-        for (int m = 0; m < MMAS; m++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
-            block_scale[m][i] = r < rows ? x_scale[(size_t)r * K_BLOCKS + k] : 0.f;
-          }
-      };
-      if constexpr (BLOCKWISE) {
-        load_block_scale(k_begin);
-        warpgroup_sync(warpgroup);  // the tile before is through with its scales
-        for (int i = thread; i < BLOCK_SCALES; i += 128) {
-          int group = i / K_BLOCKS, k = i % K_BLOCKS, at = t.n / 8 + group;
-          block_scales[k * GROUPS + group] = at < GEMM_N / 8 ? w_scale[(size_t)at * K_BLOCKS + k] : 0.f;
-        }
-        warpgroup_sync(warpgroup);
-      }
       if constexpr (PROMOTE) {
 #pragma unroll
         for (int m = 0; m < MMAS; m++)
@@ -398,66 +446,24 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           for (int i = 0; i < BLOCK_N / 2; i++) sum[m][i] = 0.f;
       }
       if (PINGPONG) await_turn(warpgroup);
-      int last = -1;
-      auto multiply = [&](float (&to)[MMAS][BLOCK_N / 2], int sofar) {  // this stage, added to what `to` holds `sofar`
-        wgmma_fence();
-        u32 at = stages + stage * STAGE_BYTES;
-        u64 a = wgmma_descriptor(at + (PINGPONG ? 0 : warpgroup * TILE_ROWS * ROW)), b = wgmma_descriptor(at + X_BYTES);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-          for (int m = 0; m < MMAS; m++) mma(to[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, sofar | j);
-        wgmma_commit_group();
-      };
-      auto advance = [&] {
-        last = stage;
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-      };
       if constexpr (PROMOTE) {
-        // Two stages are under way: while one multiplies, the other's products are added.
-        float e[MMAS][BLOCK_N / 2], now[MMAS][2];
-        int k = k_begin;
-        if (K_BLOCKS < 4) pin(k_end);  // else the branches below are decided at compile time
-        auto finished = [&](float (&products)[MMAS][BLOCK_N / 2]) {
-#pragma unroll
-          for (int m = 0; m < MMAS; m++)
-            if (BLOCKWISE) now[m][0] = block_scale[m][0], now[m][1] = block_scale[m][1];
-          wgmma_wait_group<0>();
-#pragma unroll
-          for (int m = 0; m < MMAS; m++)
-#pragma unroll
-            for (int i = 0; i < BLOCK_N / 2; i++) pin(products[m][i]);
-          release(empty_bar + last * 8);
+        int first_row = (PINGPONG ? 0 : warpgroup * TILE_ROWS) + thread / 32 * 16 + lane / 4;
+        bool another = unit + step < units;
+        auto add = [&](float (&products)[MMAS][BLOCK_N / 2], int at, int k) {
+          promote(sum, products, row_scales + slot * SLOT + first_row * SCALE_VECTOR + k % SCALE_VECTOR, group_scales + at * GROUPS);
+          if (BLOCKWISE && k % SCALE_VECTOR == SCALE_VECTOR - 1 && ++slot == SLOTS) slot = 0;
+          __syncwarp();  // every lane has read the scales
+          release(empty_bar + at * 8);
         };
-        auto begin = [&](float (&products)[MMAS][BLOCK_N / 2]) {
-          load_block_scale(k + 1);
-          multiply(products, 0);
-          advance();
-          // A branch, which keeps ptxas from scheduling the additions that follow between the products' instructions.
-          if (k + 2 < k_end) mbarrier_wait(full_bar + stage * 8, parity);
-        };
-        mbarrier_wait(full_bar + stage * 8, parity);
-        multiply(d, 0);
-        advance();
-        if (k + 1 < k_end) mbarrier_wait(full_bar + stage * 8, parity);
 #pragma unroll 1
-        for (int pair = (k_end - k_begin - 1) / 2; pair > 0; pair--) {
+        for (int k = k_begin; k + 1 < k_end; k++) {
           finished(d);
-          begin(e);
-          promote(sum, d, now, block_scales + k++ * GROUPS);
-          finished(e);
-          begin(d);
-          promote(sum, e, now, block_scales + k++ * GROUPS);
+          add(d, last, k);
+          begin(d, true);
         }
         finished(d);
-        if ((k_end - k_begin) % 2 == 0) {
-          begin(e);
-          promote(sum, d, now, block_scales + k++ * GROUPS);
-          finished(e);
-          promote(sum, e, now, block_scales + k * GROUPS);
-        } else {
-          promote(sum, d, now, block_scales + k * GROUPS);
-        }
+        add(d, last, k_end - 1);
+        begin(d, another);
         if (PINGPONG) pass_turn(warpgroup);
       } else {
 #pragma unroll 1
@@ -465,7 +471,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           mbarrier_wait(full_bar + stage * 8, parity);
           multiply(d, k - k_begin);
           wgmma_wait_group<1>();  // the stage before is read
-          if (last >= 0) release(empty_bar + last * 8);
+          if (k > k_begin) release(empty_bar + last * 8);
           advance();
         }
         if (PINGPONG) pass_turn(warpgroup);
@@ -502,6 +508,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         write(sum[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
               partials + m * 64 * BLOCK_N * 4);
     }
+    if (PROMOTE) wgmma_wait_group<0>();
     if (TMA_STORE && leader) bulk_wait_group<0>();
     __syncwarp();
   }

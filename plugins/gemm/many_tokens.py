@@ -24,7 +24,8 @@ DEVICE_BYTES = 2400.0  # of device memory per clock
 CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
-PROMOTED_N = 128  # columns for which a warpgroup of 64 rows has registers three times
+PROMOTED_N = 192  # columns for which a warpgroup of 64 rows has registers twice
+PROMOTION = 480  # clocks that the tensor cores idle in a k block while its products are promoted
 OFFERED = 6  # candidates that are worth timing
 
 
@@ -94,13 +95,22 @@ class Problem:
         tile = block_n // (1 + self["SWIGLU"]) * self.out_bytes
         return next((c for c in (128, 64, 32) if tile % c == 0), 0)
 
+    def scale_vector(self, t: ManyTokens) -> int:
+        """Blockwise scales of a row that are loaded at once: 16 bytes where K and its parts divide so."""
+        return next(v for v in (4, 2, 1) if self.k_blocks % (v * t.SPLIT) == 0 or v == 1)
+
+    def scale_slots(self, t: ManyTokens) -> int:
+        """Scales of a row that shared memory holds: those of the stages, and what is loaded beside them."""
+        v = self.scale_vector(t)
+        return (t.STAGES + 2 * v - 2) // v * v
+
     def shared(self, t: ManyTokens) -> int:
         """Bytes of dynamic shared memory: stages, store buffers, scales and biases, barriers."""
         stages = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
         buffers = 2 * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
         vectors = (int(self["W_SCALE"] == 1 or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
-        vectors += self.k_blocks * t.BLOCK_N // GROUP_ROWS * 4 if self.blockwise else 0
-        return stages + t.warpgroups * (buffers + vectors) + 16 * t.STAGES
+        scales = self.blockwise * (self.scale_slots(t) * t.BLOCK_M + t.STAGES * t.BLOCK_N // GROUP_ROWS) * 4
+        return stages + t.warpgroups * (buffers + vectors) + scales + 16 * t.STAGES
 
 
 def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
@@ -142,7 +152,7 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
         if (block_m > 64 and tokens <= block_m // 2) or not p.chunk(block_n):
             continue
         rows = block_m if pingpong or block_m == 64 else block_m // 2  # of a warpgroup
-        if p["PROMOTE"] and rows * block_n > 64 * PROMOTED_N:
+        if p["PROMOTE"] and (pingpong or rows * block_n > 64 * PROMOTED_N):
             continue
         for cluster_m, cluster_n, split in CLUSTERS:
             few_tiles = -(-tokens // block_m) * -(-p.n // block_n) <= clusters(split)
@@ -179,7 +189,7 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
     multiply = t.BLOCK_M * t.BLOCK_N / 32
     shared = t.BLOCK_M / 64 * (64 + t.BLOCK_N) + t.BLOCK_M + t.BLOCK_N
     l2 = (t.BLOCK_M / t.CLUSTER_N + t.BLOCK_N / t.CLUSTER_M) * ATOM / L2_BYTES * busy
-    block = 0.94 * multiply + 0.07 * shared + 0.17 * l2 + 75 * (t.cluster > 1)
+    block = 0.94 * multiply + 0.07 * shared + 0.17 * l2 + 75 * (t.cluster > 1) + PROMOTION * p["PROMOTE"]
     main = -(-p.k_blocks // t.SPLIT) * block
     writers = 2 if t.warpgroups == 2 and not t.PINGPONG else 1
     epilogue = 500 + 0.155 * t.BLOCK_M * t.BLOCK_N / writers * (1 + 0.5 * p["SWIGLU"])
@@ -196,7 +206,9 @@ def kernels(plugin: Plugin, tactic: ManyTokens, inputs: Sequence[Tensor | None])
     t = tactic
     knobs = {"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "STAGES": t.STAGES, "PINGPONG": t.PINGPONG, "GROUP": t.group}
     knobs |= {"CLUSTER_M": t.CLUSTER_M, "CLUSTER_N": t.CLUSTER_N, "SPLIT": t.SPLIT}
-    return (Kernel("gemm", "gemm.cu", "gemm", problem(plugin, inputs).constants + tuple(knobs.items())),)
+    p = problem(plugin, inputs)
+    knobs["SCALE_VECTOR"] = p.scale_vector(t)
+    return (Kernel("gemm", "gemm.cu", "gemm", p.constants + tuple(knobs.items())),)
 
 
 def bind(

@@ -27,3 +27,9 @@ template <int N> DEVICE void bulk_wait_group() { asm volatile("cp.async.bulk.wai
 template <int N> DEVICE void bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
 // Generic-proxy writes to shared memory become visible to TMA and wgmma; each writer runs it before the barrier.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// BYTES (4, 8 or 16) of global memory to shared memory, in the background; the thread's copies so far then arrive once.
+template <int BYTES> DEVICE void copy_async(u32 dst, const void* src) {
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(BYTES) : "memory");
+}
+DEVICE void copy_async_arrive(u32 bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
