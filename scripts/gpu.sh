@@ -16,8 +16,8 @@
 #     service       random arrivals, sampling, beams, prefixes, streaming, debug tensors on the example   service.json
 #     whole         the 8B shape's throughput of whole queues, as vLLM was measured              llama-3.1-8b-whole.json
 #
-# Parts run in this order. Engines are made while kernels are measured; they hold no matrices (random_engine), but for
-# those of llama-7b, 14 GB in $TMPDIR. A part that fails or takes too long loses its own figures alone.
+# Parts run in this order. Engines take some 50 GB under $TMPDIR; they are made while kernels are measured. A part that
+# fails or takes too long loses its own figures alone.
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
@@ -56,27 +56,36 @@ bench() { # bench SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.json; e
   say "$name: $mode took $((SECONDS - begin)) s"
 }
 
-random() { # random engine|checkpoint NAME MODEL QFORMAT KV [ARGUMENT...]
-  (cd "$work" && nice "$PYTHON" -m "fp8.scripts.random_$1" --output_dir "$2" --model "$3" --qformat "$4" \
-    --kv_cache_dtype "$5" "${@:6}")
+checkpoint() { # checkpoint NAME MODEL QFORMAT KV [ARGUMENT...]
+  (cd "$work" && nice "$PYTHON" -m fp8.scripts.random_checkpoint --output_dir "$1" --model "$2" --qformat "$3" \
+    --kv_cache_dtype "$4" "${@:5}")
+}
+
+build() { # build CHECKPOINT NAME [ARGUMENT...]
+  (cd "$work" && nice "$PYTHON" -m fp8.scripts.build --checkpoint_dir "$1" --output_dir "$2" --log_level warning "${@:3}")
+}
+
+engine() { # engine NAME MODEL QFORMAT KV [ARGUMENT...]
+  checkpoint "$1-checkpoint" "$2" "$3" "$4" --max_position_embeddings 131136 && build "$1-checkpoint" "$1" "${@:5}"
+  rm -rf "$work/$1-checkpoint"
 }
 
 small=(--max_batch_size 64 --max_seq_len 2048 --max_num_tokens 8192)
 queue=(--max_batch_size 1024 --max_seq_len 22528 --max_num_tokens 8192)
-long=(--max_position_embeddings 131136 --max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192)
+long=(--max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192)
 lengths=(--input_len 128 128 500 1000 2048 2048 5000 20000 --output_len 128 2048 2000 1000 128 2048 500 2000)
 prompts=(--input_len 1024 4096 16384 32768 65536 131072 --output_len 1)
 
-ahead() { # makes what the parts measure, by the CPU alone
+ahead() { # makes what the parts measure: by the CPU alone
   local part
   for part in $parts; do
     case $part in
       first-token)
-        random engine llama-7b-first-token llama-7b fp8 fp8 "${long[@]}"
-        random engine llama-7b-first-token-bf16-kv llama-7b fp8 auto "${long[@]}" ;;
-      llama-7b-bf16) random engine llama-7b-bf16 llama-7b bf16 auto "${small[@]}" ;;
-      llama-3.1-8b | whole) [ -d "$work/llama-3.1-8b" ] || random engine llama-3.1-8b llama-3.1-8b fp8 fp8 "${queue[@]}" ;;
-      llama-7b) random checkpoint llama-7b-checkpoint llama-7b fp8 fp8 ;;
+        engine llama-7b-first-token llama-7b fp8 fp8 "${long[@]}"
+        engine llama-7b-first-token-bf16-kv llama-7b fp8 auto "${long[@]}" ;;
+      llama-7b-bf16) engine llama-7b-bf16 llama-7b bf16 auto "${small[@]}" ;;
+      llama-3.1-8b | whole) [ -d "$work/llama-3.1-8b" ] || engine llama-3.1-8b llama-3.1-8b fp8 fp8 "${queue[@]}" ;;
+      llama-7b) checkpoint llama-7b-checkpoint llama-7b fp8 fp8 ;;
       *) continue ;;
     esac
     touch "$work/$part.made"
@@ -84,7 +93,7 @@ ahead() { # makes what the parts measure, by the CPU alone
   done
 }
 
-made() { # made PART: waits for what it measures; made all: until the host is at rest, too
+made() { # made PART: waits for what is measured; PART all: and leaves the host at rest
   until [ -e "$work/$1.made" ] || [ -e "$work/all.made" ]; do sleep 0.1; done
 }
 
@@ -105,10 +114,12 @@ for part in $parts; do
       made first-token
       for name in llama-7b-first-token llama-7b-first-token-bf16-kv; do
         bench 90 latency $name --engine_dir $name "${prompts[@]}" --runs 5 --max_seconds 1
+        rm -rf "$work/$name"
       done ;;
     llama-7b-bf16)
       made all
-      grid llama-7b-bf16 --runs 2 ;;
+      grid llama-7b-bf16 --runs 2
+      rm -rf "$work/llama-7b-bf16" ;;
     llama-3.1-8b)
       made all
       grid llama-3.1-8b

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fp8.plugins.compile import compile_all, compile_kernel, key
 from fp8.plugins.gemm import few_tokens
 from fp8.plugins.gemm.few_tokens import CTA_SHARED_MAX, SMS, FewTokens
 from fp8.plugins.gemm.plugin import Gemm
+from fp8.plugins.gemm.types import blockwise
 from fp8.plugins.gemm_swiglu.plugin import GemmSwiglu
 
 E4M3, BF16, F16, F32 = "float8_e4m3fn", "bfloat16", "float16", "float32"
@@ -26,14 +29,22 @@ LAYERS = [
 
 
 def operands(dtype: str, n: int, k: int, scales: str = "tensor", bias: bool = False) -> list[Tensor | None]:
-    x_scale = {"none": None, "tensor": Tensor(F32, (1,)), "token": Tensor(F32, ("T",))}[scales]
+    x_scale = {"none": None, "tensor": Tensor(F32, (1,)), "token": Tensor(F32, ("T",))}.get(scales)
     w_scale = None if scales == "none" else Tensor(F32, (n,))
+    if scales == "block":
+        x_scale, w_scale = Tensor(F32, ("T", k // 128)), Tensor(F32, (n // 8, k // 128))
     return [Tensor(dtype, ("T", k)), Tensor(dtype, (n, k)), x_scale, w_scale, Tensor(F32, (n,)) if bias else None]
 
 
 VARIANTS: dict[str, tuple[Plugin, list[Tensor | None]]] = {
     "e4m3 to bf16": (Gemm(), operands(E4M3, 1000, 1040)),
     "e4m3 per token to f16": (Gemm(out_dtype=F16), operands(E4M3, 1000, 1040, "token", bias=True)),
+    "e4m3 block": (Gemm(), operands(E4M3, 1000, 1152, "block", bias=True)),
+    "e4m3 precise": (Gemm(accumulation="precise", out_dtype=F32), operands(E4M3, 1000, 1040)),
+    "swiglu precise": (
+        GemmSwiglu(accumulation="precise"),
+        [*operands(E4M3, 1008, 1040, bias=True), Tensor(F32, (1,))],
+    ),
     "e4m3 odd N": (Gemm(), operands(E4M3, 779, 1040, bias=True)),
     "bf16 logits odd N": (Gemm(out_dtype=F32, rows="L"), operands(BF16, 777, 520, "none")),
     "f16 to f16": (Gemm(out_dtype=F16), operands(F16, 512, 1024, "none", bias=True)),
@@ -43,8 +54,9 @@ VARIANTS: dict[str, tuple[Plugin, list[Tensor | None]]] = {
 }
 
 
-def cuts(tokens: int) -> list[FewTokens]:
+def cuts(tokens: int, plugin: Plugin, inputs: list[Tensor | None]) -> list[FewTokens]:
     """Every way to cut the work: folded, split evenly and not, several warpgroups, rows past the last tile."""
+    block, promotes = int(blockwise(inputs)), few_tokens.promotes(plugin, inputs)
     found = [
         FewTokens(tokens, 32, 1, 3, 2, 2),
         FewTokens(tokens, 32, 2, 3, 2),
@@ -53,7 +65,9 @@ def cuts(tokens: int) -> list[FewTokens]:
         FewTokens(tokens, 128, 4, 2, 1, 1, 2),
         FewTokens(tokens, 256, 1, 2, 1, 1, 4),
     ]
-    return found + ([FewTokens(tokens, 16, 2, 2, 4, 4)] if tokens <= 16 else [])
+    found += [FewTokens(tokens, 16, 2, 2, 4, 4)] if tokens <= 16 else []
+    fit = (t for t in found if not promotes or t.WARPGROUPS <= 2 or t.TOKENS * t.WARPGROUPS <= few_tokens.PROMOTED)
+    return [replace(t, BLOCKWISE=block) for t in fit]
 
 
 def test_float32_operands_are_refused_with_what_is_taken() -> None:
@@ -94,7 +108,13 @@ def test_beyond_96_tokens_only_a_long_k_comes_first() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels_compile_without_spills_or_serialized_wgmma(variant: str) -> None:
     plugin, inputs = VARIANTS[variant]
-    for tactic in (FewTokens(8, 32, 1, 3, 2, 2), FewTokens(64, 128, 4, 2, 1, 1, 2), FewTokens(128, 176, 1, 2, 1, 1, 3)):
+    width = 96 if few_tokens.promotes(plugin, inputs) else 128
+    for tactic in (
+        FewTokens(8, 32, 1, 3, 2, 2),
+        FewTokens(64, 128, 4, 2, 1, 1, 2),
+        FewTokens(width, 176, 1, 2, 1, 1, 3),
+    ):
+        tactic = replace(tactic, BLOCKWISE=int(blockwise(inputs)))
         cubin = compile_kernel(few_tokens.kernels(plugin, tactic, inputs)[0])
         assert not cubin.serialized and cubin.spill_bytes == 0 and cubin.registers <= 144
 
@@ -117,7 +137,7 @@ def test_every_cut_computes_the_reference_and_writes_no_other_row(variant: str) 
     from fp8.plugins.cuda import Module
 
     plugin, inputs = VARIANTS[variant]
-    tactics = [t for width in few_tokens.WIDTHS for t in cuts(width)]
+    tactics = [t for width in few_tokens.WIDTHS for t in cuts(width, plugin, inputs)]
     cubins = compile_all(few_tokens.kernels(plugin, t, inputs)[0] for t in tactics)
     (out,) = plugin.infer(inputs)
     # The tensor cores add e4m3 products in about 22 bits: ~1e-3 beside the output's own rounding.

@@ -23,6 +23,9 @@
 // L2 prefetch past the ring, before the wait or after it (+10 to 50%), of the linear after next's weights by a CTA that is
 // through (whole decode step of llama-7B: at best -0.4 of 68.3 us a layer, at worst +3); RMSNorm of x at this kernel's start
 // instead of a kernel of its own (+2.1 us a layer for qkv); launch_dependents after the first fill (+-0.5%).
+// PROMOTE adds the products of each 128 of K in float32; blockwise scales, which come with the stage, scale them there. At one
+// token as fast as without: 12288x4096 12.3, 4096x4096 5.4, 24576x4096 23.8, 4096x14336 14.3; at 64 15.7 (gemm.cu 14.7), 8.5
+// (7.6), 26.2 (26.7), 17.9 (18.4); at 128 gemm.cu is faster (17.3 against 23.0).
 // Not measured: warpgroups that take stages in turn, and A from registers (the wgmma rate bounds 32 rows without FOLD). Mind
 // that a stage must then always be the same warpgroup's: a wait by parity passes early when one runs a phase ahead.
 #include "fp8/convert.cuh"
@@ -33,7 +36,8 @@
 #include "fp8/wgmma.cuh"
 
 // Constants: GEMM_N, GEMM_K; WEIGHT (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32, 3 e4m3); SWIGLU and its 16-bit
-// type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token), W_SCALE, BIAS; and the tactic.
+// type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per row, 2 blockwise),
+// BIAS; PROMOTE; and the tactic.
 constexpr int ATOM = 128;  // bytes of K in one swizzle atom: 4 wgmma
 constexpr int ATOM_K = WEIGHT == 0 ? 128 : 64;
 constexpr int K_BLOCKS = (GEMM_K + ATOM_K * ATOMS - 1) / (ATOM_K * ATOMS);
@@ -45,10 +49,18 @@ constexpr int UNITS = TILES * GROUPS;                         // 64 rows x 8 tok
 constexpr int OWNED = (UNITS + SPLIT - 1) / SPLIT;            // units per rank
 constexpr int UNIT_BYTES = 64 * 8 * 4;
 // The last tile of a stage may reach past its rows; what it reads there only feeds rows that are never stored.
+constexpr bool BLOCKWISE = X_SCALE == 3, TOKEN_SCALE = X_SCALE == 1 || X_SCALE == 2;
+constexpr int ATOM_SCALES = TOKENS + ROWS / 8, STAGE_SCALES = BLOCKWISE ? ATOMS * ATOM_SCALES : 0;  // floats
+constexpr int APART = 4 * WARPGROUPS / FOLD;  // warps between two folds of the same rows
+constexpr int VALUES = TILES_EACH * TOKENS * FOLD / 2;
+// Wgmmas of different columns that a warpgroup waits for at once: PROMOTE needs accumulators for each.
+constexpr int AT_ONCE = !PROMOTE || VALUES >= 64 ? 1 : ATOMS / FOLD < 64 / VALUES ? ATOMS / FOLD : 64 / VALUES;
 constexpr int OVERRUN = TILES * 64 * ATOM - W_ATOM * FOLD - ATOMS * X_ATOM;
 constexpr int RING = STAGES * STAGE + (OVERRUN > 0 ? OVERRUN : 0);
 static_assert(ROWS % 16 == 0 && ROWS <= 256 && TOKENS % 8 == 0 && TOKENS <= 128);
 static_assert(TILES % WARPGROUPS == 0 && K_BLOCKS >= SPLIT && STAGES >= 2 && ATOMS % FOLD == 0);
+static_assert(!PROMOTE || (WEIGHT == 0 && ATOMS / FOLD % AT_ONCE == 0));
+static_assert(!BLOCKWISE || (PROMOTE && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 static_assert(FOLD == 1 || (ROWS * FOLD == 64 && WARPGROUPS == 1));
 
 struct Stage {
@@ -65,44 +77,86 @@ DEVICE void load_x(const Stage& s, const TensorMap* map, u32 bar, int block) {
   for (int a = 0; a < ATOMS; a++) tma_load_2d(s.x + a * X_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, 0);
 }
 
+// What blocks `block` of K scale: per column of K, tokens, then groups of 8 rows.
+DEVICE void load_w_scales(u32 to, const float* w_scale, int block, int row) {
+  for (int i = threadIdx.x % 32; i < ATOMS * (ROWS / 8); i += 32) {
+    int a = i / (ROWS / 8), g = i % (ROWS / 8), k = min(block * ATOMS + a, GEMM_K / 128 - 1);
+    copy_async<4>(to + (a * ATOM_SCALES + TOKENS + g) * 4, w_scale + (u64)min(row / 8 + g, GEMM_N / 8 - 1) * (GEMM_K / 128) + k);
+  }
+}
+DEVICE void load_x_scales(u32 to, const float* x_scale, int block, int tokens) {
+  for (int i = threadIdx.x % 32; i < ATOMS * TOKENS; i += 32) {
+    int a = i / TOKENS, t = i % TOKENS, k = min(block * ATOMS + a, GEMM_K / 128 - 1);
+    copy_async<4>(to + (a * ATOM_SCALES + t) * 4, x_scale + (u64)min(t, tokens - 1) * (GEMM_K / 128) + k);
+  }
+}
+
 DEVICE void mma(float (&d)[TOKENS * FOLD / 2], u64 a, u64 b, int accumulate) {
   if constexpr (WEIGHT == 0) wgmma_ss_e4m3(d, a, b, accumulate);
   else if constexpr (WEIGHT == 1) wgmma_ss_bf16(d, a, b, accumulate);
   else wgmma_ss_f16(d, a, b, accumulate);
 }
 
-// One stage of the ring: this warpgroup's tiles of 64 rows.
-DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], const Stage& s, int first_tile, int more) {
+// Columns `a` to `a` + FOLD of a stage: this warpgroup's tiles of 64 rows.
+DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], const Stage& s, int a, int first_tile, int more) {
 #pragma unroll
-  for (int a = 0; a < ATOMS; a += FOLD)
+  for (int j = 0; j < 4; j++)
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-      for (int t = 0; t < TILES_EACH; t++)
-        mma(d[t], wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM) + 2 * j, wgmma_descriptor(s.x + a * X_ATOM) + 2 * j, more | a | j);
+    for (int t = 0; t < TILES_EACH; t++)
+      mma(d[t], wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM) + 2 * j, wgmma_descriptor(s.x + a * X_ATOM) + 2 * j, more | j);
 }
 
-// Adds the diagonal blocks of a folded accumulator; the warps of the first ROWS rows then hold the sums.
-DEVICE void unfold(float (&sum)[TILES_EACH][TOKENS / 2], const float (&d)[TILES_EACH][TOKENS * FOLD / 2], float* scratch) {
-  constexpr int VALUES = TILES_EACH * TOKENS / 2, APART = 4 * WARPGROUPS / FOLD;  // warps between two blocks of the same rows
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fold = warp / APART;
+// The value `i` that is wanted of a folded accumulator.
+DEVICE float diagonal(const float (&d)[TOKENS * FOLD / 2], int i) {
+  int fold = threadIdx.x / 32 / APART;
+  float v = d[i];
+#pragma unroll
+  for (int f = 1; f < FOLD; f++) v = fold == f ? d[f * TOKENS / 2 + i] : v;
+  return v;
+}
+
+// sum += d of columns `a` to `a` + FOLD, which BLOCKWISE scales.
+DEVICE void promote(float (&sum)[TILES_EACH][TOKENS / 2], const float (&d)[TILES_EACH][TOKENS * FOLD / 2], const float* scales, int a, int first_tile) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float* mine = scales + (a + (FOLD > 1 ? warp / APART : 0)) * ATOM_SCALES;
+  float w[TILES_EACH][2];
 #pragma unroll
   for (int t = 0; t < TILES_EACH; t++)
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) {
-      sum[t][i] = d[t][i];
-#pragma unroll
-      for (int f = 1; f < FOLD; f++) sum[t][i] = fold == f ? d[t][f * TOKENS / 2 + i] : sum[t][i];
-      if (FOLD > 1 && fold) scratch[(warp * VALUES + t * TOKENS / 2 + i) * 32 + lane] = sum[t][i];
+    for (int i = 0; i < 2; i++) {  // rows past ROWS take any: they are not stored
+      int g = (first_tile + t) * 8 + warp % 4 * 2 + i;
+      w[t][i] = BLOCKWISE ? mine[TOKENS + (FOLD > 1 ? g % (ROWS / 8) : min(g, ROWS / 8 - 1))] : 1.f;
     }
-  if (FOLD > 1 || X_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written, too
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    float2 x = BLOCKWISE ? *(const float2*)(mine + 8 * g + 2 * (lane % 4)) : make_float2(1.f, 1.f);
+#pragma unroll
+    for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float scale = (e % 2 ? x.y : x.x) * w[t][e / 2];
+        sum[t][4 * g + e] = fmaf(diagonal(d[t], 4 * g + e), scale, sum[t][4 * g + e]);
+      }
+  }
+}
+
+// FOLD > 1: adds the sums of the folds; the warps of the first ROWS rows then hold them.
+DEVICE void unfold(float (&sum)[TILES_EACH][TOKENS / 2], float* scratch) {
+  constexpr int SUMS = TILES_EACH * TOKENS / 2;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, fold = warp / APART;
+  if (FOLD > 1 && fold)
+#pragma unroll
+    for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2; i++) scratch[(warp * SUMS + t * TOKENS / 2 + i) * 32 + lane] = sum[t][i];
+  if (FOLD > 1 || TOKEN_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written, too
   if (FOLD == 1 || fold) return;
 #pragma unroll
   for (int f = 1; f < FOLD; f++)
 #pragma unroll
     for (int t = 0; t < TILES_EACH; t++)
 #pragma unroll
-      for (int i = 0; i < TOKENS / 2; i++) sum[t][i] += scratch[((warp + f * APART) * VALUES + t * TOKENS / 2 + i) * 32 + lane];
+      for (int i = 0; i < TOKENS / 2; i++) sum[t][i] += scratch[((warp + f * APART) * SUMS + t * TOKENS / 2 + i) * 32 + lane];
 }
 
 // Sends each unit of partial sums to the rank that owns it, and adds what the peers sent of this rank's own.
@@ -189,6 +243,8 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   __shared__ u64 full[STAGES], empty[STAGES];
   __shared__ float token_scale[TOKENS];
   u8* partials = shared + RING;
+  float* scratch = (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES);
+  float* stage_scales = scratch + (FOLD > 1 ? 64 * TOKENS : 0);  // per stage
   u32 ring = shared_address(shared), rank = SPLIT > 1 ? cluster_rank() : 0;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x / SPLIT * ROWS;
   int begin = K_BLOCKS * rank / SPLIT, count = K_BLOCKS * (rank + 1) / SPLIT - begin;
@@ -198,7 +254,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   if (producer && lane == 0) {
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
-    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
+    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), BLOCKWISE ? 33 : 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
     fence_mbarrier_init();
 #pragma unroll 1
     for (int i = 0; i < filled; i++) {
@@ -211,20 +267,32 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
 
   int first_tile = warp / 4 * TILES_EACH;
-  float d[TILES_EACH][TOKENS * FOLD / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
+  float sum[TILES_EACH][TOKENS / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
   if (producer) {
+    auto scales_at = [&](int stage) { return shared_address(stage_scales) + stage * STAGE_SCALES * 4; };
+    if (BLOCKWISE)
+      for (int i = 0; i < filled; i++) load_w_scales(scales_at(i), w_scale, begin + i, row);
     griddepcontrol_wait();
-    if (lane == 0) {
 #pragma unroll 1
-      for (int i = 0; i < filled; i++) load_x(stage_at(ring, i), &x_map, shared_address(full + i), begin + i);
-      int stage = 0, parity = 0;
+    for (int i = 0; i < filled; i++) {
+      if (lane == 0) load_x(stage_at(ring, i), &x_map, shared_address(full + i), begin + i);
+      if (BLOCKWISE) load_x_scales(scales_at(i), x_scale, begin + i, tokens), copy_async_arrive(shared_address(full + i));
+    }
+    int stage = 0, parity = 0;
+    if (BLOCKWISE || lane == 0) {
 #pragma unroll 1
       for (int k = filled; k < count; k++) {
         u32 bar = shared_address(full + stage);
         mbarrier_wait(shared_address(empty + stage), parity);
-        mbarrier_arrive_expect_tx(bar, STAGE);
-        load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
-        load_x(stage_at(ring, stage), &x_map, bar, begin + k);
+        if (lane == 0) {
+          mbarrier_arrive_expect_tx(bar, STAGE);
+          load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
+          load_x(stage_at(ring, stage), &x_map, bar, begin + k);
+        }
+        if (BLOCKWISE) {
+          load_w_scales(scales_at(stage), w_scale, begin + k, row), load_x_scales(scales_at(stage), x_scale, begin + k, tokens);
+          copy_async_arrive(bar);
+        }
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
     }
@@ -235,31 +303,67 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
 #pragma unroll
       for (int i = 0; i < 2; i++) {  // constants of the engine: may be read before the wait
         int n = row + (first_tile + t) * 64 + warp % 4 * 16 + lane / 4 + i * 8;
-        scale[t][i] = W_SCALE && n < GEMM_N ? w_scale[n] : 1.f;
+        scale[t][i] = W_SCALE == 1 && n < GEMM_N ? w_scale[n] : 1.f;
         offset[t][i] = BIAS && n < GEMM_N ? bias[n] : 0.f;
       }
     griddepcontrol_wait();
-    if (X_SCALE && threadIdx.x < TOKENS)
+    if (TOKEN_SCALE && threadIdx.x < TOKENS)
       token_scale[threadIdx.x] = X_SCALE == 1 ? x_scale[0] : (int)threadIdx.x < tokens ? x_scale[threadIdx.x] : 0.f;
-    int stage = 0, parity = 0, last = -1;
+    int stage = 0, parity = 0;
+    float d[AT_ONCE][TILES_EACH][TOKENS * FOLD / 2];
+    if constexpr (PROMOTE) {
+#pragma unroll
+      for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = 0.f;
 #pragma unroll 1
-    for (int k = 0; k < count; k++) {
-      mbarrier_wait(shared_address(full + stage), parity);
-      wgmma_fence();
-      multiply(d, stage_at(ring, stage), first_tile, k);
-      wgmma_commit_group();
-      wgmma_wait_group<1>();  // the stage before is read
-      if (last >= 0 && lane == 0) mbarrier_arrive(shared_address(empty + last));
-      last = stage;
-      if (++stage == STAGES) stage = 0, parity ^= 1;
+      for (int k = 0; k < count; k++) {
+        mbarrier_wait(shared_address(full + stage), parity);
+#pragma unroll
+        for (int a = 0; a < ATOMS; a += FOLD * AT_ONCE) {
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; i++) multiply(d[i], stage_at(ring, stage), a + i * FOLD, first_tile, 0);
+          wgmma_commit_group();
+          wgmma_wait_group<0>();
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+            for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+              for (int j = 0; j < TOKENS * FOLD / 2; j++) pin(d[i][t][j]);
+            promote(sum, d[i], stage_scales + stage * STAGE_SCALES, a + i * FOLD, first_tile);
+          }
+        }
+        __syncwarp();  // every lane has read the scales
+        if (lane == 0) mbarrier_arrive(shared_address(empty + stage));
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+    } else {
+      int last = -1;
+#pragma unroll 1
+      for (int k = 0; k < count; k++) {
+        mbarrier_wait(shared_address(full + stage), parity);
+        wgmma_fence();
+#pragma unroll
+        for (int a = 0; a < ATOMS; a += FOLD) multiply(d[0], stage_at(ring, stage), a, first_tile, k | a);
+        wgmma_commit_group();
+        wgmma_wait_group<1>();  // the stage before is read
+        if (last >= 0 && lane == 0) mbarrier_arrive(shared_address(empty + last));
+        last = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+      wgmma_wait_group<0>();
+#pragma unroll
+      for (int t = 0; t < TILES_EACH; t++)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = diagonal(d[0][t], i);
     }
-    wgmma_wait_group<0>();
   }
 
-  float sum[TILES_EACH][TOKENS / 2];
   if (SPLIT > 1) cluster_wait();
   if (!producer) {
-    unfold(sum, d, (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES));
+    unfold(sum, scratch);
     if (SPLIT > 1) reduce(sum, shared_address(partials), first_tile, rank);
   }
   if (SPLIT > 1) cluster_arrive(), cluster_wait();
@@ -277,7 +381,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
       float v[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        float x = X_SCALE ? token_scale[8 * g + 2 * (lane % 4) + e % 2] : 1.f;
+        float x = TOKEN_SCALE ? token_scale[8 * g + 2 * (lane % 4) + e % 2] : 1.f;
         v[e] = sum[t][4 * g + e] * x * scale[t][e / 2] + offset[t][e / 2];
       }
       if constexpr (SWIGLU) store_swiglu(y, v, row + base, 8 * g, tokens, quantum);

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
+from fp8.plugins.gemm.types import GROUP_ROWS, blockwise
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ SM_SHARED = 228 * 1024  # bytes of shared memory per SM, of which every CTA cost
 CTA_SHARED = 1024
 CTA_SHARED_MAX = 227 * 1024
 ATOM = 128  # bytes of K in a swizzle atom
+PROMOTED = 288  # TOKENS x WARPGROUPS (3 or 4) for which there are registers for two sets of accumulators
 _WEIGHTS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 _OUTPUTS = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3}
 
@@ -40,6 +42,7 @@ class FewTokens:
     ATOMS: int
     FOLD: int = 1  # columns of K stacked in one wgmma: 64 / ROWS or 1
     WARPGROUPS: int = 1
+    BLOCKWISE: int = 0  # 1: a stage brings the scales of its columns of K
     kind: str = "few_tokens"
 
     @property
@@ -52,13 +55,15 @@ class FewTokens:
 
     @property
     def shared(self) -> int:
-        """Bytes of dynamic shared memory: ring (and what the last tile reads past it), partial sums, fold scratch."""
+        """Bytes of dynamic shared memory: ring (and what the last tile reads past it), partial sums, fold scratch,
+        blockwise scales."""
         x_atoms = self.ATOMS * self.TOKENS * ATOM
         ring = self.STAGES * (self.ATOMS * self.ROWS * ATOM + x_atoms)
         overrun = max(0, (self.tiles * 64 - self.ROWS * self.FOLD) * ATOM - x_atoms)
         owned = -(-self.tiles * self.TOKENS // 8 // self.SPLIT)
         scratch = 4 * 64 * self.TOKENS if self.FOLD > 1 else 0
-        return ring + overrun + owned * (self.SPLIT - 1) * 64 * 8 * 4 + scratch
+        scales = self.BLOCKWISE * self.STAGES * self.ATOMS * (self.TOKENS + self.ROWS // GROUP_ROWS) * 4
+        return ring + overrun + owned * (self.SPLIT - 1) * 64 * 8 * 4 + scratch + scales
 
     @property
     def ctas_per_sm(self) -> int:
@@ -82,6 +87,11 @@ def _sizes(inputs: Sequence[Tensor | None]) -> tuple[int, int, int]:
     return int(n), int(k), 1 if w.dtype == "float8_e4m3fn" else 2
 
 
+def promotes(plugin: Plugin, inputs: Sequence[Tensor | None]) -> bool:
+    """Whether the products of each 128 of K are added in float32, scaled or not."""
+    return blockwise(inputs) or plugin.attributes()["accumulation"] == "precise"
+
+
 def kernels(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
     """The one kernel of a tactic."""
     n, k, _ = _sizes(inputs)
@@ -95,9 +105,10 @@ def kernels(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None]) 
         "OUT": _OUTPUTS[y.dtype],
         "SWIGLU": int(plugin.name == "gemm_swiglu"),
         "ROUND": int(plugin.attributes()["out_dtype"] == "float16"),
-        "X_SCALE": 0 if x_scale is None else 1 if x_scale.shape[0] == 1 else 2,
-        "W_SCALE": int(w_scale is not None),
+        "X_SCALE": 0 if x_scale is None else 3 if tactic.BLOCKWISE else 1 if x_scale.shape[0] == 1 else 2,
+        "W_SCALE": 0 if w_scale is None else 1 + tactic.BLOCKWISE,
         "BIAS": int(bias is not None),
+        "PROMOTE": int(promotes(plugin, inputs)),
         "TOKENS": tactic.TOKENS,
         "ROWS": tactic.ROWS,
         "SPLIT": tactic.SPLIT,
@@ -159,18 +170,22 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> 
     if tokens > MAX_TOKENS or legal(inputs):
         return []
     n, k, size = _sizes(inputs)
-    found = enumerate_tactics(n, k * size, tokens)
+    found = enumerate_tactics(n, k * size, tokens, int(blockwise(inputs)))
+    if promotes(plugin, inputs):
+        found = [t for t in found if t.WARPGROUPS <= 2 or t.TOKENS * t.WARPGROUPS <= PROMOTED]
     return sorted(found, key=lambda t: (cost(t, n, k * size, tokens), repr(t)))
 
 
-def favoured(inputs: Sequence[Tensor | None], tokens: int) -> bool:
+def favoured(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> bool:
     """Whether few_tokens.cu is likely to beat gemm.cu: beyond 96 tokens the products bound it, unless K is so long that
-    gemm.cu has too few tiles (measurements in few_tokens.cu)."""
+    gemm.cu has too few tiles, and beyond 32 where they are promoted (measurements in few_tokens.cu)."""
+    if promotes(plugin, inputs):
+        return tokens <= 32
     _, k, size = _sizes(inputs)
     return tokens <= 96 or k * size > 8192
 
 
-def enumerate_tactics(n: int, k_bytes: int, tokens: int) -> list[FewTokens]:
+def enumerate_tactics(n: int, k_bytes: int, tokens: int, blockwise: int = 0) -> list[FewTokens]:
     """What is worth timing: the row counts of `_row_counts`, stages of 8 to 16 KB of weights where the rows allow."""
     width = next(t for t in WIDTHS if t >= tokens)
     atoms_of_k = -(-k_bytes // ATOM)
@@ -180,7 +195,8 @@ def enumerate_tactics(n: int, k_bytes: int, tokens: int) -> list[FewTokens]:
             for atoms in (a for a in (1, 2, 4) if (a == 1 and rows > 64) or 64 <= a * rows <= 128):
                 for fold in {1, 64 // rows if rows in (16, 32) else 1}:
                     for per_sm in (1, 2, 3):
-                        found.add(_fill(width, rows, split, atoms, fold, per_sm, -(-atoms_of_k // split)))
+                        t = FewTokens(width, rows, split, 2, atoms, fold, BLOCKWISE=blockwise)
+                        found.add(_fill(t, per_sm, -(-atoms_of_k // split)))
     return [t for t in found if t and -(-atoms_of_k // t.ATOMS) >= t.SPLIT]
 
 
@@ -190,16 +206,16 @@ def _row_counts(n: int, split: int) -> list[int]:
     return sorted(r for r in fit | {64, 128} if 16 <= r <= 256)
 
 
-def _fill(width: int, rows: int, split: int, atoms: int, fold: int, per_sm: int, k_atoms: int) -> FewTokens | None:
-    """The deepest ring that lets `per_sm` CTAs share an SM; None if it has fewer than two stages."""
-    if atoms % fold or width * fold > 128:
+def _fill(t: FewTokens, per_sm: int, k_atoms: int) -> FewTokens | None:
+    """With the deepest ring that lets `per_sm` CTAs share an SM; None if it has fewer than two stages."""
+    if t.ATOMS % t.FOLD or t.TOKENS * t.FOLD > 128:
         return None
-    groups = -(-rows * fold // 64) if width >= 32 else 1
+    t = replace(t, WARPGROUPS=t.tiles if t.TOKENS >= 32 else 1)
     budget = min(SM_SHARED // per_sm - 2 * CTA_SHARED, CTA_SHARED_MAX - CTA_SHARED)
-    for stages in range(min(budget // (atoms * (rows + width) * ATOM), -(-k_atoms // atoms), 24), 1, -1):
-        t = FewTokens(width, rows, split, stages, atoms, fold, groups)
-        if t.shared <= budget:
-            return t
+    for stages in range(min(budget // (t.ATOMS * (t.ROWS + t.TOKENS) * ATOM), -(-k_atoms // t.ATOMS), 24), 1, -1):
+        found = replace(t, STAGES=stages)
+        if found.shared <= budget:
+            return found
     return None
 
 

@@ -11,7 +11,6 @@ from fp8.plugins.gemm import few_tokens, library, many_tokens
 from fp8.plugins.gemm.few_tokens import FewTokens
 from fp8.plugins.gemm.library import Library
 from fp8.plugins.gemm.many_tokens import ManyTokens
-from fp8.plugins.gemm.types import blockwise
 
 if TYPE_CHECKING:
     import torch
@@ -20,33 +19,28 @@ if TYPE_CHECKING:
 
 Tactic = FewTokens | ManyTokens | Library
 KINDS = {"few_tokens": FewTokens, "many_tokens": ManyTokens, "library": Library}
-OFFERED_FEW = 12
+OFFERED_FEW, OFFERED_CLOSE = 12, 6
 
 
 class Linear(Plugin):
     """Tactics, kernels and launches; a subclass adds its fields, types and reference."""
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
-        """Few-token tactics first where they are likely to win (they scale no products and promote none), then the
-        many-token ones, the library last."""
-        few = [] if self._promotes(inputs) else few_tokens.candidates(self, inputs, tokens)
+        """Few-token tactics first where they are likely to win, then the many-token ones, the library last."""
+        few = few_tokens.candidates(self, inputs, tokens)
         many = many_tokens.candidates(self, inputs, tokens)
-        if few and few_tokens.favoured(inputs, tokens):
+        if few and few_tokens.favoured(self, inputs, tokens):
             ours: list[Tactic] = [*few[:OFFERED_FEW], *many[:2]]
         else:
-            ours = [*many, *few[:2]]
+            ours = [*many, *few[: OFFERED_CLOSE if tokens <= 96 else 2]]
         return [*ours, *library.candidates(self, inputs)]
 
     def legal(self, tactic: Tactic, inputs: Sequence[Tensor | None], tokens: int) -> bool:
         if isinstance(tactic, FewTokens):
-            return not self._promotes(inputs) and tactic in few_tokens.candidates(self, inputs, tokens)
+            return tactic in few_tokens.candidates(self, inputs, tokens)
         if isinstance(tactic, ManyTokens):
             return tactic in many_tokens.enumerate_tactics(many_tokens.problem(self, inputs), tokens)
         return tactic in library.candidates(self, inputs)
-
-    def _promotes(self, inputs: Sequence[Tensor | None]) -> bool:
-        """Whether products are summed in float32 every 128 of K, which few_tokens.cu does not."""
-        return blockwise(inputs) or self.attributes()["accumulation"] == "precise"
 
     def buckets(self, max_tokens: int) -> list[int]:
         """Powers of two from 8 up, 96, then `max_tokens`."""
