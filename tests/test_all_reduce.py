@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from fp8.builder import build
 from fp8.builder.build import Reporter, Request
 from fp8.builder.parallel import ranks
-from fp8.builder.parallel.lockstep import Group
+from fp8.builder.parallel.lockstep import Group, Member
 from fp8.builder.verify import sqnr
 from fp8.plugins.all_reduce import launch, region
 from fp8.plugins.all_reduce.plugin import AllReduce
@@ -22,6 +23,7 @@ from fp8.plugins.all_reduce.tactics import AllReduceTactic, candidates, kernels
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
 from fp8.plugins.base import PluginError, StepShape, Tensor
 from fp8.plugins.compile import compile_all
+from fp8.plugins.norm_quant import plugin as norm_plugin
 from fp8.plugins.norm_quant.plugin import NormQuant
 from fp8.runtime import peer_memory
 from fp8.scripts import build as command
@@ -307,6 +309,67 @@ def test_without_peer_memory_the_sum_is_nccls_and_in_fp8_the_reference_s() -> No
     assert calls.log == [(3, "sum")]
     launch.bind(AllReduceTactic("one_phase", 512, 2, 264, True), [], x, y, "sum", calls)(StepShape.prefill(3))
     assert y[:3].eq(2).all() and not y[3:].any()
+
+
+def test_the_joined_plugin_too_falls_back_on_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounded sum waits in the place of residual_out."""
+    launched: list[tuple] = []
+    monkeypatch.setattr(norm_plugin, "row_launch", lambda *given: launched.append(given) or (lambda step: None))
+    plugin = AllReduceNormQuant(quant="static", world=2)
+    x, residual, y, total = (torch.zeros(4, 128) for _ in range(4))
+    tensors = [x, residual, torch.zeros(128), None, torch.zeros(1), y, total]
+    rows, weight = Tensor("bfloat16", ("T", 128)), Tensor("bfloat16", (128,))
+    for tactic in plugin.tactics([rows, rows, weight, None, Tensor("float32", (1,))], 4):
+        calls = Calls()
+        functions = ["sum", "norm"] if tactic.over_peers else ["norm"]
+        plugin.bind(tactic, functions, tensors, None, comm=calls)(StepShape.prefill(3))  # type: ignore[arg-type]
+        assert calls.log == [(3, "sum")]
+        function, _, arguments, _ = launched.pop()
+        assert function == "norm" and arguments[0] is total and arguments[1] is residual and arguments[-1] is total
+
+
+class Card:
+    """What a process does to its GPU and the other's."""
+
+    def __init__(self, opens: bool) -> None:
+        self.opens, self.log = opens, list[str]()
+
+    def allocated(self, size: int) -> tuple[int, str]:
+        self.log.append("allocated")
+        return 16, "ab"
+
+    def opened(self, rank: int, own: int, handles: Sequence[bytes]) -> tuple[list[int], str]:
+        addresses = [own if r == rank else 32 for r in range(len(handles))]
+        self.log.append("opened")
+        return (addresses, "") if self.opens else ([own if r == rank else 0 for r in range(2)], "not to be opened")
+
+
+@pytest.mark.parametrize("second_opens", [True, False])
+def test_regions_are_closed_before_they_are_freed_and_on_all_ranks_or_none(monkeypatch, second_opens) -> None:
+    group, cards = Group(2), [Card(True), Card(second_opens)]
+    mine = threading.local()
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(peer_memory, "_place", lambda device: ["host", "bus"])
+    monkeypatch.setattr(peer_memory, "_obstacle", lambda places, device: "")
+    monkeypatch.setattr(peer_memory, "_allocated", lambda size: mine.card.allocated(size))
+    monkeypatch.setattr(peer_memory, "_opened", lambda *given: mine.card.opened(*given))
+    monkeypatch.setattr(peer_memory, "_close", lambda rank, addresses: mine.card.log.append(f"closed {addresses}"))
+    monkeypatch.setattr(peer_memory, "_free", lambda own: mine.card.log.append(f"freed {own}"))
+
+    def rank(member: Member) -> object:
+        mine.card = cards[member.rank]
+        found = peer_memory.share(member, torch.device("cpu"))  # type: ignore[arg-type]
+        if isinstance(found, peer_memory.PeerMemory):
+            addresses = found.regions.addresses
+            found.close()
+            return addresses
+        return found
+
+    found = group.run([functools.partial(rank, member) for member in group.members])
+    assert found == ([(16, 32), (32, 16)] if second_opens else ["not to be opened"] * 2)
+    for card in cards:
+        assert [entry.split()[0] for entry in card.log] == ["allocated", "opened", "closed", "freed"]
 
 
 def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

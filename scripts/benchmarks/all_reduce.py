@@ -9,7 +9,7 @@ import argparse
 import itertools
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -317,20 +317,18 @@ def times(ranks: Ranks, make: Callable[[int], Work]) -> dict[str, float]:
     }
 
 
-def timing(ranks: Ranks, sizes: Sequence[int]) -> list[dict[str, Any]]:
+def timing(ranks: Ranks, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row per size and op."""
-    rows = []
     times(ranks, lambda seed: sums(ranks, sizes[-1], seed=seed))  # clocks rise under load
     for kib in sizes:
         found = times(ranks, lambda seed, kib=kib: sums(ranks, kib, seed=seed))
-        rows.append(_row("all_reduce", kib, found))
+        yield _row("all_reduce", kib, found)
         if kib >= FP8_FROM:
             found = times(ranks, lambda seed, kib=kib: sums(ranks, kib, fp8=True, seed=seed))
-            rows.append(_row("all_reduce fp8", kib, found) | {"sqnr_db": _sqnr(ranks, kib)})
+            yield _row("all_reduce fp8", kib, found) | {"sqnr_db": _sqnr(ranks, kib)}
         if kib * 1024 <= 256 * HIDDEN * 2:
             found = times(ranks, lambda seed, kib=kib: norms(ranks, kib * 1024 // (HIDDEN * 2)))
-            rows.append(_row("all_reduce fused", kib, found))
-    return [row for row in rows if row["best_us"]]
+            yield _row("all_reduce fused", kib, found)
 
 
 def _row(op: str, kib: int, found: dict[str, float]) -> dict[str, Any]:
@@ -372,15 +370,24 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     ranks = open_ranks(args.world, args.tactics)
     sizes = sorted(args.sizes)
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {"world": ranks.world.world, "rows": [], "checks": {}, "failed": False}
     compile_ahead(ranks, sizes)
-    if "check" in args.parts:
-        found |= checks(ranks, sizes)
-    if "stress" in args.parts:
-        found |= stress(ranks, args.stress, sizes)
-    if "time" in args.parts:
-        rows = timing(ranks, [s for s in sizes if s <= TIMED])
-    failed = not ranks.same(not found.get("failures") and not found.get("wrong"))
-    for failure in found.get("failures", ()):
-        print(f"rank {ranks.world.rank}: {failure}", flush=True)
-    return rows, {"world": ranks.world.world, "rows": flat(rows), "checks": found, "failed": failed}
+    for part in (p for p in PARTS if p in args.parts):
+        if part == "time":
+            for row in timing(ranks, [s for s in sizes if s <= TIMED]):
+                rows += [row] if row["best_us"] else []
+                facts["rows"] = flat(rows)
+                _save(args, rows, facts)
+            continue
+        found = checks(ranks, sizes) if part == "check" else stress(ranks, args.stress, sizes)
+        for failure in found.get("failures", ()):
+            print(f"rank {ranks.world.rank}: {failure}", flush=True)
+        facts["checks"] |= found
+        facts["failed"] |= not ranks.same(not found.get("failures") and not found.get("wrong"))
+        _save(args, rows, facts)
+    return rows, facts
+
+
+def _save(args: argparse.Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    if args.world.rank == 0:
+        args.save(rows, facts)
