@@ -76,7 +76,7 @@ def test_steps_of_few_rows_travel_as_they_are() -> None:
     plugin = AllReduce("sum", 2, 6)
     parts = parts_of(2, 5)
     assert torch.equal(summed(plugin, parts)[0], (parts[0].float() + parts[1].float()).bfloat16())
-    assert plugin.buckets(2048) == [5, 16, 64, 256, 1024, 2048]
+    assert plugin.buckets(2048) == [5, 16, 64, 256, 512, 1024, 2048]
     x = Tensor("bfloat16", ("T", 384))
     assert not any(t.fp8 for t in plugin.tactics([x], 5)) and all(t.fp8 for t in plugin.tactics([x], 16))
 

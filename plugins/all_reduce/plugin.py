@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
 OPERATIONS = ("sum", "max")
-BUCKETS = (16, 64, 256, 1024)  # rows
+BUCKETS = (16, 64, 256, 512, 1024)  # rows
 DTYPES = ("bfloat16", "float16", "float32")
 
 

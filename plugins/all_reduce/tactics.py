@@ -20,6 +20,7 @@ from fp8.plugins.base import Kernel, Tensor
 UNIT = 16  # bytes of a load or store
 DTYPE_CODES = {"bfloat16": 0, "float16": 1, "float32": 2}  # values.cuh
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+WAIT_BYTES = 1_400_000  # that go over the wire while one more exchange is waited for: 3.5 us at 400 GB/s
 PHASES = {"one_phase": 1, "two_phases": 2}
 
 
@@ -56,25 +57,34 @@ def row_bytes(x: Tensor) -> int | None:
 
 
 def candidates(x: Tensor, tokens: int, world: int, fp8: bool) -> list[AllReduceTactic]:
-    """For up to `tokens` rows, the favourite first."""
+    """For up to `tokens` rows, the favourite first: as two H200s found (`mpirun -n 2 fp8-bench all_reduce`), and for
+    more ranks by the bytes on the wire."""
     row = row_bytes(x)
     if row is None or not 2 <= world <= MOST_WORLD:
         return [NCCL]
     streams = [t for method in _methods(world, fp8) for t in _streams(method, world, fp8)] if row % UNIT == 0 else []
     if fp8:
         return streams
-    return [NCCL, *_pushes(tokens * row), *streams]
+    pushes = _pushes(tokens * row)
+    return [*pushes, *streams, NCCL] if pushes and suits_push(tokens * row, world) else [*streams, *pushes, NCCL]
+
+
+def suits_push(size: int, world: int) -> bool:
+    """Whether one exchange of `size` bytes is the fastest: every rank sends world - 1 times the bytes then, and with
+    two phases 2 (world - 1) / world times, which takes longer by a wait for the others."""
+    return size * (world - 1) * (1 - 2 / world) <= WAIT_BYTES
 
 
 def _methods(world: int, fp8: bool) -> list[str]:
-    """One phase sends world - 1 times the bytes, two 2 (world - 1) / world times; in FP8 they also round differently,
-    so that there is but one."""
+    """Two phases send no more bytes than one does; among more than two ranks far fewer. In FP8 they round once more, so
+    that there is but one method."""
     if world > 2:
         return ["two_phases"]
-    return ["one_phase"] if fp8 else ["one_phase", "two_phases"]
+    return ["one_phase"] if fp8 else ["two_phases", "one_phase"]
 
 
 def _pushes(size: int) -> list[AllReduceTactic]:
+    """The smallest blocks that hold it all are the fastest."""
     sizes = ((256, 1), (512, 1), (512, 2), (512, 4))
     fit = [(t, u) for t, u in sizes if MOST_BLOCKS * t * u * UNIT >= size and t * u * UNIT <= PUSH_SLOT]
     return [AllReduceTactic("push", t, u, MOST_BLOCKS) for t, u in fit]

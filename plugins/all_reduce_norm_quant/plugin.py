@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.all_reduce import launch
 from fp8.plugins.all_reduce.plugin import AllReduce
-from fp8.plugins.all_reduce.region import MOST_BLOCKS, MOST_WORLD, PUSH_SLOT, push_constants
+from fp8.plugins.all_reduce.region import MOST_BLOCKS, PUSH_SLOT, push_constants
 from fp8.plugins.all_reduce.tactics import NCCL, UNIT, AllReduceTactic
 from fp8.plugins.base import Communicator, Kernel, Launcher, PluginError, StepShape, Tensor
 from fp8.plugins.norm_quant.plugin import NormQuant
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from fp8.plugins.cuda import Function
+
+
+FEW_ROWS = 16  # among which fewer threads with more values each are faster
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,12 @@ class AllReduceNormQuant(NormQuant):
         self.check(inputs)
         rows = whole_rows(inputs[0].shape[1], tokens)
         apart = [AllReduceNormQuantTactic(rows[0], t) for t in self._reduce.tactics([inputs[0]], tokens)]
-        if tokens > MOST_BLOCKS or not 2 <= self.world <= MOST_WORLD or self._reduce.travels_in_fp8(tokens):
+        if tokens > MOST_BLOCKS or apart[0].reduce == NCCL or self._reduce.travels_in_fp8(tokens):
             return apart
+        held = 2 if tokens <= FEW_ROWS else 1
         fused = [AllReduceNormQuantTactic(r) for r in rows if r.threads * r.held * UNIT <= PUSH_SLOT]
-        return [*apart[:1], *fused, *apart[1:]]
+        fused.sort(key=lambda t: abs(t.row.held - held))
+        return [*fused, *apart] if apart[0].reduce.method == "push" else [*apart, *fused]
 
     def buckets(self, max_tokens: int) -> list[int]:
         return self._reduce.buckets(max_tokens)

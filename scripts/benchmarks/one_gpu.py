@@ -15,7 +15,7 @@ from fp8.plugins.all_reduce.region import Regions, region_bytes
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
 from fp8.plugins.base import Plugin, StepShape
 from fp8.plugins.compile import compile_all
-from fp8.plugins.norm_quant.cases import TOLERANCE
+from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.runtime.launcher import RankError
 from fp8.scripts.benchmarks.case_buffers import Functions, types
 from fp8.scripts.gpu_round import error
@@ -28,6 +28,7 @@ BLOCKS = 8  # of a rank's launch: the blocks of all ranks run at the same time
 HIDDEN = 1024
 ROWS = (1, 5, 16)
 TURNS = 20
+NORM_ERROR = 1e-2  # of a norm's outputs: sums in another order flip a code in some 10^4, by an eighth of its value
 Inputs = list["torch.Tensor | None"]
 
 
@@ -87,7 +88,7 @@ def works(world: int) -> Iterator[tuple[Plugin, list[Inputs]]]:
             yield AllReduce("sum", world), [[normal(rows, HIDDEN).to(dtype)] for _ in range(world)]
         yield AllReduce("sum", world, 1), [[normal(rows, HIDDEN).bfloat16()] for _ in range(world)]
         yield AllReduce("max", world), [[normal(rows)] for _ in range(world)]
-    for rows, quant in ((min(r, BLOCKS), q) for r in ROWS for q in TOLERANCE):
+    for rows, quant in ((min(r, BLOCKS), q) for r in ROWS for q in QUANTS):
         scale = torch.tensor([0.0071], device="cuda") if quant == "static" else None
         common = [normal(rows, HIDDEN).bfloat16(), normal(HIDDEN).bfloat16(), None, scale]
         parts: list[Inputs] = [[normal(rows, HIDDEN).bfloat16(), *common] for _ in range(world)]
@@ -135,7 +136,7 @@ def check(shared: Shared, functions: Functions, plugin: Plugin, tactic: Any, inp
         torch.cuda.synchronize()
         for rank, out in enumerate(outputs):
             errors = [error(a, b) for a, b in zip(out, expected, strict=True)]
-            quant = TOLERANCE[plugin.quant] if isinstance(plugin, AllReduceNormQuant) else 0.0
-            if errors[-1] > 0 or max(errors) > quant:
+            bound = NORM_ERROR if isinstance(plugin, AllReduceNormQuant) else 0.0
+            if errors[-1] > 0 or max(errors) > bound:
                 return f"turn {turn}, rank {rank}: errors {errors}"
     return ""
