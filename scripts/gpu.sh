@@ -3,11 +3,11 @@
 #
 #   bash scripts/gpu.sh OUT_DIR [--no-venv] [--commit HASH] [PART...]     all parts of the first list by default:
 #     kernel        kernels of Llama 7B, 8B and 70B against cuBLASLt, cuDNN and torch            kernel.json
-#     first-token   prompts of 1024 to 131072 tokens, attention in FP8 and in BF16               llama-7b-first-*.json
-#     llama-7b-bf16 latency of the 7B shape in BF16                                              llama-7b-bf16.json
-#     llama-3.1-8b  latency of the grid, throughput of a full queue at every pair of lengths     llama-3.1-8b*.json
 #     llama-7b      random weights in FP8 with FP8 KV: build and start-up times, latency of the
 #                   grid, where a step's time goes                                               llama-7b*.json
+#     llama-3.1-8b  latency of the grid, throughput of a full queue at every pair of lengths     llama-3.1-8b*.json
+#     llama-7b-bf16 latency of the 7B shape in BF16                                              llama-7b-bf16.json
+#     first-token   prompts of 1024 to 131072 tokens, attention in FP8 and in BF16               llama-7b-first-*.json
 #   and, by name:
 #     kernels       every plugin's cases on every tactic against its reference, and their times  kernels.json
 #     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.log
@@ -16,15 +16,15 @@
 #     service       random arrivals, sampling, beams, prefixes, streaming, debug tensors on the example   service.json
 #     whole         the 8B shape's throughput of whole queues, as vLLM was measured              llama-3.1-8b-whole.json
 #
-# Parts run in this order. Engines take some 50 GB under $TMPDIR; they are made while kernels are measured. A part that
-# fails or takes too long loses its own figures alone.
+# Parts run in this order. Engines are made while kernels are measured; they hold no matrices (random_engine), but for
+# those of llama-7b, 14 GB in $TMPDIR. A part that fails or takes too long loses its own figures alone.
 set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-measured='kernel first-token llama-7b-bf16 llama-3.1-8b llama-7b'
+measured='kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token'
 named='kernels sanitizer example service whole'
 no_venv='' commit='' parts=''
 while [ $# -gt 0 ]; do
@@ -56,36 +56,27 @@ bench() { # bench SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.json; e
   say "$name: $mode took $((SECONDS - begin)) s"
 }
 
-checkpoint() { # checkpoint NAME MODEL QFORMAT KV [ARGUMENT...]
-  (cd "$work" && nice "$PYTHON" -m fp8.scripts.random_checkpoint --output_dir "$1" --model "$2" --qformat "$3" \
-    --kv_cache_dtype "$4" "${@:5}")
-}
-
-build() { # build CHECKPOINT NAME [ARGUMENT...]
-  (cd "$work" && nice "$PYTHON" -m fp8.scripts.build --checkpoint_dir "$1" --output_dir "$2" --log_level warning "${@:3}")
-}
-
-engine() { # engine NAME MODEL QFORMAT KV [ARGUMENT...]
-  checkpoint "$1-checkpoint" "$2" "$3" "$4" --max_position_embeddings 131136 && build "$1-checkpoint" "$1" "${@:5}"
-  rm -rf "$work/$1-checkpoint"
+random() { # random engine|checkpoint NAME MODEL QFORMAT KV [ARGUMENT...]
+  (cd "$work" && nice "$PYTHON" -m "fp8.scripts.random_$1" --output_dir "$2" --model "$3" --qformat "$4" \
+    --kv_cache_dtype "$5" "${@:6}")
 }
 
 small=(--max_batch_size 64 --max_seq_len 2048 --max_num_tokens 8192)
 queue=(--max_batch_size 1024 --max_seq_len 22528 --max_num_tokens 8192)
-long=(--max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192)
+long=(--max_position_embeddings 131136 --max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192)
 lengths=(--input_len 128 128 500 1000 2048 2048 5000 20000 --output_len 128 2048 2000 1000 128 2048 500 2000)
 prompts=(--input_len 1024 4096 16384 32768 65536 131072 --output_len 1)
 
-ahead() { # makes what the parts measure: by the CPU alone
+ahead() { # makes what the parts measure, by the CPU alone
   local part
   for part in $parts; do
     case $part in
+      llama-7b) random checkpoint llama-7b-checkpoint llama-7b fp8 fp8 ;;
+      llama-3.1-8b | whole) [ -d "$work/llama-3.1-8b" ] || random engine llama-3.1-8b llama-3.1-8b fp8 fp8 "${queue[@]}" ;;
+      llama-7b-bf16) random engine llama-7b-bf16 llama-7b bf16 auto "${small[@]}" ;;
       first-token)
-        engine llama-7b-first-token llama-7b fp8 fp8 "${long[@]}"
-        engine llama-7b-first-token-bf16-kv llama-7b fp8 auto "${long[@]}" ;;
-      llama-7b-bf16) engine llama-7b-bf16 llama-7b bf16 auto "${small[@]}" ;;
-      llama-3.1-8b | whole) [ -d "$work/llama-3.1-8b" ] || engine llama-3.1-8b llama-3.1-8b fp8 fp8 "${queue[@]}" ;;
-      llama-7b) checkpoint llama-7b-checkpoint llama-7b fp8 fp8 ;;
+        random engine llama-7b-first-token llama-7b fp8 fp8 "${long[@]}"
+        random engine llama-7b-first-token-bf16-kv llama-7b fp8 auto "${long[@]}" ;;
       *) continue ;;
     esac
     touch "$work/$part.made"
@@ -93,7 +84,7 @@ ahead() { # makes what the parts measure: by the CPU alone
   done
 }
 
-made() { # made PART: waits for what is measured; PART all: and leaves the host at rest
+made() { # made PART: waits for what it measures; made all: until the host is at rest, too
   until [ -e "$work/$1.made" ] || [ -e "$work/all.made" ]; do sleep 0.1; done
 }
 
@@ -110,30 +101,28 @@ for part in $parts; do
   begin=$SECONDS
   case $part in
     kernel) bench 180 kernel kernel --max_seconds 100 ;;
-    first-token)
-      made first-token
-      for name in llama-7b-first-token llama-7b-first-token-bf16-kv; do
-        bench 90 latency $name --engine_dir $name "${prompts[@]}" --runs 5 --max_seconds 1
-        rm -rf "$work/$name"
-      done ;;
-    llama-7b-bf16)
-      made all
-      grid llama-7b-bf16 --runs 2
-      rm -rf "$work/llama-7b-bf16" ;;
-    llama-3.1-8b)
-      made all
-      grid llama-3.1-8b
-      bench 90 roofline llama-3.1-8b-roofline --engine_dir llama-3.1-8b --batch_size 1 64 1024 --prompt_len 8192
-      bench 180 throughput llama-3.1-8b-throughput --engine_dir llama-3.1-8b "${lengths[@]}" --max_seconds 4 ;;
-    whole)
-      made all
-      bench 200 throughput llama-3.1-8b-whole --engine_dir llama-3.1-8b --input_len 128 1000 2048 \
-        --output_len 128 1000 128 --num_requests 4096 512 1024 ;;
     llama-7b)
       made all
       bench 200 startup llama-7b-startup --checkpoint_dir llama-7b-checkpoint --engine_dir llama-7b -- "${small[@]}"
       grid llama-7b
       bench 90 roofline llama-7b-roofline --engine_dir llama-7b --batch_size 1 64 --prompt_len 1024 8192 ;;
+    llama-3.1-8b)
+      made all
+      grid llama-3.1-8b
+      bench 90 roofline llama-3.1-8b-roofline --engine_dir llama-3.1-8b --batch_size 1 64 1024 --prompt_len 8192
+      bench 180 throughput llama-3.1-8b-throughput --engine_dir llama-3.1-8b "${lengths[@]}" --max_seconds 4 ;;
+    llama-7b-bf16)
+      made all
+      grid llama-7b-bf16 --runs 2 ;;
+    first-token)
+      made first-token
+      for name in llama-7b-first-token llama-7b-first-token-bf16-kv; do
+        bench 90 latency $name --engine_dir $name "${prompts[@]}" --runs 5 --max_seconds 1
+      done ;;
+    whole)
+      made all
+      bench 200 throughput llama-3.1-8b-whole --engine_dir llama-3.1-8b --input_len 128 1000 2048 \
+        --output_len 128 1000 128 --num_requests 4096 512 1024 ;;
     kernels) "$PYTHON" -m fp8.scripts.gpu_round --output "$out/kernels.json" --commit "$commit" || failed=1 ;;
     sanitizer)
       for tool in memcheck racecheck; do

@@ -13,8 +13,8 @@ from typing import Any
 
 from fp8.builder.tune import Site
 from fp8.plugins import compile
-from fp8.plugins.base import Kernel, Tensor
-from fp8.plugins.timing import BRIEF, SUSTAINED, Graph, capture, compare
+from fp8.plugins.base import Kernel, PluginError, Tensor
+from fp8.plugins.timing import SUSTAINED, Graph, Pace, capture, compare
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases, types
 from fp8.scripts.benchmarks.ceilings import Ceilings
@@ -22,6 +22,7 @@ from fp8.scripts.benchmarks.kernel_cases import Timed, timed_cases
 from fp8.scripts.benchmarks.peers import peers_of
 
 MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
+BRIEF = Pace(4, 0.01)
 HEAVY = 5e10  # FLOP from which a case is timed under sustained load
 KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
 CEILINGS = -1  # asks for them, in place of a case
@@ -82,6 +83,7 @@ class Measured:
     def __init__(self, chosen: Chosen) -> None:
         self._chosen, self._functions = chosen, Functions()
         self._compiling: dict[Kernel, Future] = {}
+        self._made: set[str] = set()
 
     @cached_property
     def _measured(self) -> tuple[Ceilings, dict[str, str | None]]:
@@ -101,11 +103,23 @@ class Measured:
         pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
         for t in timed:
             with contextlib.suppress(Exception):  # `row` meets it again, and tells
-                for kernels in tactics_of(t, case_types(t, self._chosen.seed), self._chosen.tactics)[1]:
-                    for k in kernels:
-                        if k not in self._compiling:
-                            self._compiling[k] = pool.submit(compile.compile_kernel, k)
+                for k in (k for several in tactics_of(t, self._types(t), self._chosen.tactics)[1] for k in several):
+                    if k not in self._compiling:
+                        self._compiling[k] = pool.submit(compile.compile_kernel, k)
         pool.shutdown(wait=False)
+
+    def _types(self, t: Timed) -> list[Tensor | None]:
+        """Of a case's inputs. Raises PluginError where values must be made for that, but for a plugin's first case: its
+        kernels do for the others."""
+        import torch
+
+        try:
+            return types(t.case.make(torch.Generator().manual_seed(self._chosen.seed), "meta"))
+        except NotImplementedError:
+            if str(t.case.plugin) in self._made:
+                raise PluginError(f"{t.case.plugin}: made already") from None
+            self._made.add(str(t.case.plugin))
+            return types(t.case.make(torch.Generator("cuda").manual_seed(self._chosen.seed), "cuda"))
 
     def row(self, t: Timed) -> Row:
         row: Row = {"name": t.name, "plugin": t.plugin}
@@ -151,16 +165,6 @@ def _peer_graphs(buffers: CaseBuffers, row: Row) -> dict[str, Graph]:
         except Exception as failed:  # a peer that is not there on this machine leaves its place empty, and says why
             row.setdefault("peer_failures", {})[name] = f"{type(failed).__name__}: {str(failed)[:300]}"
     return graphs
-
-
-def case_types(t: Timed, seed: int) -> list[Tensor | None]:
-    """Of a case's inputs; where they cannot be known without their values, these are made."""
-    import torch
-
-    try:
-        return types(t.case.make(torch.Generator().manual_seed(seed), "meta"))
-    except NotImplementedError:
-        return types(t.case.make(torch.Generator("cuda").manual_seed(seed), "cuda"))
 
 
 def tactics_of(t: Timed, found: Sequence[Tensor | None], count: int) -> tuple[list[Any], list[Sequence[Kernel]]]:
