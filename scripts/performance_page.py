@@ -87,7 +87,8 @@ def _spread(found: Sequence[Spread]) -> str:
         here = [s for s in found if s.section == section]
         shares = [f"{share:.1%}" for share in (statistics.median(s.fraction for s in here), here[0].fraction)]
         apart = ", ".join(s.name.removesuffix(f": {s.name.rpartition(': ')[2]}") for s in here if s.too_far)
-        rows.append([section, str(len(here)), *shares, f"{here[0].most:.0%}", apart])
+        allowed = "" if here[0].most is None else f"{here[0].most:.0%}"
+        rows.append([section, str(len(here)), *shares, allowed, apart])
     return _markdown(["section", "rows", "median spread", "largest", "allowed", "further apart"], sorted(rows))
 
 

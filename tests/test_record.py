@@ -117,6 +117,7 @@ def test_two_runs_are_compared_row_by_row(
         rows = [
             {"name": "whole", "section": "llama-7b", "figure": 100.0 * factor, "met": True},
             {"name": "kernel", "section": "gemm", "figure": 10.0 * factor, "met": True},
+            {"name": "build", "section": "startup", "figure": 10.0 * (factor + spread), "met": True},
             {"name": "only here", "section": "gemm", "figure": None if name == "a" else 1.0, "met": True},
         ]
         paths.append(tmp_path / f"{name}.json")
@@ -125,7 +126,7 @@ def test_two_runs_are_compared_row_by_row(
     printed = capsys.readouterr().out
     page = performance_page.render("<!-- table spread -->\n<!-- end -->\n", *map(record.load, paths))
     assert f"| llama-7b | 1 | {spread:.1%} | {spread:.1%} | 3% | {'whole ' * status}|" in page
-    assert f"{spread:.1%}" in printed and f"{status} of 2 rows further apart" in printed and "only here" not in printed
+    assert f"{spread:.1%}" in printed and f"{status} of 3 rows further apart" in printed and "only here" not in printed
 
 
 def test_a_page_with_an_unknown_table_is_refused() -> None:
