@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError, write_atomically
+from fp8.scripts.benchmarks.kernel_cases import PRODUCTS
 from fp8.scripts.benchmarks.targets import BATCHES
 from fp8.scripts.record import Spread, load, number, spreads, state
 
@@ -50,8 +51,8 @@ def _table(name: str, record: dict[str, Any], again: dict[str, Any] | None) -> s
         )
     if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
         return _by_batch(rows)
-    if name == "gemm shapes":
-        return _by_rows(rows)
+    if name in ("gemm shapes", "prompts"):
+        return _by_rows(rows) if name == "gemm shapes" else _by_prompts(rows)
     head = ["", "measured", "target", "peer", "", "of the ceiling", ""]
     return _markdown(head, [_cells(row) for row in rows])
 
@@ -124,11 +125,33 @@ def _by_rows(rows: Rows) -> str:
         mode, size = row["name"].removeprefix("gemm fp8 ").split(":")[0].split()
         m, _, shape = size.partition("x")
         us = "" if row["us"] is None else f" ({number(row['us'])})"
-        ratio = "-" if row["figure"] is None else f"{row['figure']:.2f}"
-        lines.setdefault(f"{mode} {shape}", {})[m] = f"{f'**{ratio}**' if state(row) == 'missed' else ratio}{us}"
-    columns = list(dict.fromkeys(m for line in lines.values() for m in line))
-    table = [[name, *(line.get(m, "") for m in columns)] for name, line in lines.items()]
-    return _markdown(["NxK", *(f"M = {m}" for m in columns)], table)
+        lines.setdefault(f"{mode} {shape}", {})[f"M = {m}"] = f"{_marked(row)}{us}"
+    return _grid("NxK", lines)
+
+
+def _by_prompts(rows: Rows) -> str:
+    """A line per case of attention over prompts, a column per figure; what is missed is bold."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        case, _, what = row["name"].removeprefix("attention prompt ").partition(": ")
+        line = lines.setdefault(case.removesuffix(PRODUCTS), {})
+        line[what + (PRODUCTS if case.endswith(PRODUCTS) else "")] = (
+            f"{_marked(row)} (at least {number(row['target'])})"
+        )
+        if what == "TFLOP/s":
+            line["peer, TFLOP/s"] = f"{number(row['anchor'])} ({row['whose']})"
+            line["of the ceiling"] = "" if row["of_the_ceiling"] is None else f"{row['of_the_ceiling']:.0%}"
+    return _grid("", lines)
+
+
+def _marked(row: dict[str, Any]) -> str:
+    figure = _figure(row)
+    return f"**{figure}**" if state(row) == "missed" else figure
+
+
+def _grid(corner: str, lines: dict[str, dict[str, str]]) -> str:
+    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+    return _markdown([corner, *columns], [[name, *(line.get(c, "") for c in columns)] for name, line in lines.items()])
 
 
 def _figure(row: dict[str, Any]) -> str:
