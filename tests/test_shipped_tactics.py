@@ -1,11 +1,13 @@
-"""Every kernel that an engine of a real shape ships compiles for sm_90a: none serialized, none dropped, no spills."""
+"""Every kernel that an engine of a real shape ships compiles for sm_90a: none serialized, none dropped, no spills.
+The table of tactics that ships is of ops and tactics that there are."""
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fp8.builder import build
+from fp8.builder import build, tactic_table, tune
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.formats.base import load as load_format
 from fp8.models.config import load as load_model
@@ -36,3 +38,25 @@ def test_every_kernel_of_an_engine_compiles_clean(
     assert not warnings  # a tactic that does not compile, or that ptxas serializes, is dropped with one
     assert not spills, spills
     assert len(compiled.cubins) == len(facts) >= 20
+
+
+def entries() -> list[tuple[tune.Site, dict[str, Any]]]:
+    """Every place of the shipped table, and its tactic's fields. Raises what `parse_op` raises for a name of old."""
+    ops = {op: tactic_table.parse_op(op) for op in tactic_table.shipped().entries}
+    ranges = tactic_table.shipped().entries.items()
+    return [(tune.Site(*ops[op], rows, op), e.tactic) for op, found in ranges for rows, e in found.items()]
+
+
+def test_every_shipped_entry_is_a_legal_tactic_of_its_op() -> None:
+    found = entries()
+    stale = [f"{site.label}: {fields}" for site, fields in found if site.restored(fields) is None]
+    assert not stale, f"make them anew with python -m fp8.scripts.tune_table: {stale[:3]} of {len(stale)}"
+    assert len(found) > 250
+    assert all(tactic_table.op_name(site.plugin, site.types) == site.module for site, _ in found)
+    assert tactic_table.shipped().facts["GPU"] == "NVIDIA H200"
+
+
+def test_shipped_entries_compile() -> None:
+    """A few; an engine that takes another drops it with a warning if it does not."""
+    for site, fields in random.Random(0).sample(entries(), 8):
+        assert tune.choose([site], {}, warn=pytest.fail)[site].tactic == site.plugin.tactic(fields)
