@@ -45,7 +45,7 @@ doc_to_target: "{{context}}"
 metric_list: [{metric: bits_per_byte}]
 """,
 }
-ITEMS = {"next_line": 16, "rest_of_line": 8, "text": 4}
+ITEMS = {"next_line": 500, "rest_of_line": 8, "text": 4}
 
 
 @pytest.fixture(scope="module")
