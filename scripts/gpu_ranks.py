@@ -30,13 +30,14 @@ from fp8.runtime.llm import LLM, Completion
 from fp8.runtime.ranks import stop
 from fp8.runtime.sampling_params import SamplingParams
 from fp8.runtime.session import Session
+from fp8.scripts.argument_types import positive
 from fp8.scripts.gpu_engines import FP8_DB, HIGH_PRECISION_DB, PERPLEXITY, WINDOW, logits, perplexity
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.ranks import OPENING_ERRORS
-from fp8.scripts.run import positive
 
 PROMPTS, PROMPT_TOKENS, OUTPUT_TOKENS = 7, 40, 48
 NEAR, NEAR_FP8 = 0.05, 0.4  # ln p of the best two tokens: nearer ones may change places with the batch's size alone
+EQUAL_DB = 300.0  # stands for no difference at all, which JSON cannot say
 DEVIATIONS = 5  # of some thousand tokens, none is farther off
 KV_BLOCKS = 64
 COLUMNS = (
@@ -80,7 +81,8 @@ def compare(divided: LLM, one: LLM, tokens: list[int], windows: int) -> dict[str
         "pp_size": place.pp_size, "device": ours.device.type, "needed_db": FP8_DB if fp8 else HIGH_PRECISION_DB,
     }  # fmt: skip
     expected, found = logits(base, tokens), logits(ours, tokens)
-    row["prefill_db"], row["decode_db"] = (sqnr(f, e) for e, f in zip(expected, found, strict=True))
+    pairs = zip(expected, found, strict=True)
+    row["prefill_db"], row["decode_db"] = (min(sqnr(f, e), EQUAL_DB) for e, f in pairs)
     row["perplexity_one"], row["perplexity"] = (perplexity(session, tokens, windows) for session in (base, ours))
     deviation = float((torch.cat(found) - torch.cat(expected)).square().mean().sqrt())
     gaps = [parts(a, b) for a, b in zip(greedy(divided, tokens), greedy(one, tokens), strict=True)]

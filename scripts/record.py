@@ -1,6 +1,7 @@
 """Makes the record from results files: what was measured beside what is aimed at and what others reach.
 
     python -m fp8.scripts.record --input OUT_DIR --output h200.json     a row per target, met or missed
+    python -m fp8.scripts.record --gpus 2 --input OUT_DIR --output h200x2.json      of scripts/gpu_ranks.sh
     python -m fp8.scripts.record --compare A.json B.json                the spread between two runs
 
 A row is {name, figure, unit, anchor, whose, target, at_least, met, section, us, of_the_ceiling}; figure is null where
@@ -22,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8.builder.engine import EngineError, write_atomically
+from fp8.scripts.argument_types import positive
+from fp8.scripts.benchmarks import rank_targets
 from fp8.scripts.benchmarks.figures import Document, figures, losses, read
 from fp8.scripts.benchmarks.targets import Target, targets
 
@@ -30,19 +33,19 @@ HEADER = (
 )  # fmt: skip
 KERNELS, WHOLE = 0.05, 0.03  # how far two runs of the same commit may be apart
 ALLOWED = {
-    **dict.fromkeys(("gemm", "gemm shapes", "blockwise", "prompts", "decodes", "norms"), KERNELS),
-    **dict.fromkeys(("llama-7b", "llama-3.1-8b", "llama-7b bf16", "first token", "throughput"), WHOLE),
+    **dict.fromkeys(("gemm", "gemm shapes", "blockwise", "prompts", "decodes", "norms", "all-reduce"), KERNELS),
+    **dict.fromkeys(("llama-7b", "llama-3.1-8b", "llama-7b bf16", "first token", "throughput", "ranks: models"), WHOLE),
 }  # times of builds and starts are the host's and its disk's
 
 
-def record(documents: dict[str, Document]) -> dict[str, Any]:
+def record(documents: dict[str, Document], gpus: int = 1) -> dict[str, Any]:
     """What the files say of their runs, a row per target, and where the time of a step goes."""
     found = figures(documents)
     sources = {
         name: {key: document.get(key) for key in ("command", "commit", "date", *HEADER)}
         for name, document in documents.items()
     }
-    rows = [_row(target, found) for target in targets()]
+    rows = [_row(target, found) for target in (targets() if gpus == 1 else rank_targets.targets(gpus))]
     header = {key: sorted({str(s[key]) for s in sources.values() if s[key]}) for key in ("commit", "date", *HEADER)}
     return {
         "command": "python -m fp8.scripts.record",
@@ -64,7 +67,9 @@ def _row(target: Target, found: dict[str, float]) -> dict[str, Any]:
 
 
 def state(row: dict[str, Any]) -> str:
-    return "not measured" if row["figure"] is None else "met" if row["met"] else "missed"
+    if row["figure"] is None:
+        return "not measured"
+    return "told" if row["met"] is None else "met" if row["met"] else "missed"
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -130,6 +135,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", type=Path, help="a folder of results files, as scripts/gpu.sh leaves it")
     what.add_argument("--compare", type=Path, nargs=2, metavar="RECORD", help="two records; exits with 1 if far apart")
+    parser.add_argument("--gpus", type=positive, default=1, help="that the files are of: scripts/gpu_ranks.sh's (1)")
     parser.add_argument("--output", type=Path, help="write the record here")
     return parser.parse_args(argv)
 
@@ -157,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{apart} of {len(found)} rows further apart than {KERNELS:.0%} (kernels) or {WHOLE:.0%} (whole model)"
             )
             return 1 if apart else 0
-        made = record(read(args.input))
+        made = record(read(args.input), args.gpus)
         if args.output:
             write_atomically(args.output, [json.dumps(made, indent=1).encode() + b"\n"])
     except (EngineError, OSError) as error:

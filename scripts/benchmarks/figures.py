@@ -115,13 +115,33 @@ def _engines(_: str, document: Document) -> Figures:
             yield f"{title}: perplexity over BF16", row["perplexity_gpu"] / base["perplexity_gpu"] - 1
 
 
+def _ranks(_: str, document: Document) -> Figures:
+    for row in document["rows"]:
+        kind = f"{row['format']}{' + fp8 kv' if row['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"
+        key = f"example {kind},{place(row)}"
+        yield f"{key}: logits, SQNR to one rank's", min(row["prefill_db"], row["decode_db"])
+        yield f"{key}: perplexity, off one rank's", abs(row["perplexity"] / row["perplexity_one"] - 1)
+
+
+def _all_reduce(_: str, document: Document) -> Figures:
+    for row in document["rows"]:
+        yield f"{row['name']}: us", row["us"]
+    for row in document["results"]:
+        if row.get("sqnr_db"):
+            size = f"{row['kib']} KB" if row["kib"] < 1024 else f"{row['kib'] // 1024} MB"
+            yield f"{row['name']} {size}: SQNR", row["sqnr_db"]
+    if "launches" in document["checks"]:
+        yield "all_reduce, in turn: launches at varied sizes", document["checks"]["launches"]
+        yield "all_reduce, in turn: wrong results", document["checks"]["wrong"]
+
+
 def _nothing(_: str, __: Document) -> Figures:
     return iter(())
 
 
 READERS: dict[str, Callable[[str, Document], Figures]] = {
     "kernel": _kernel, "gpu_round": _gpu_round, "latency": _latency, "throughput": _throughput, "startup": _startup,
-    "gpu_engines": _engines, "roofline": _nothing, "host": _nothing,
+    "gpu_engines": _engines, "gpu_ranks": _ranks, "all_reduce": _all_reduce, "roofline": _nothing, "host": _nothing,
 }  # fmt: skip
 
 
@@ -141,7 +161,7 @@ def losses(documents: dict[str, Document], most: int = 4) -> list[dict[str, Any]
 
 
 def shape(name: str, document: Document) -> str:
-    """`llama-7b fp8 + fp8 kv`: the shape that the file's name begins with, and the engine's types.
+    """`llama-7b fp8 + fp8 kv tp 2`: the shape that the file's name begins with, the engine's types and ranks.
 
     Raises EngineError where the file tells of an engine of another shape."""
     model = next((m for m in sorted(PRESETS, key=len, reverse=True) if name.startswith(m)), None)
@@ -153,4 +173,10 @@ def shape(name: str, document: Document) -> str:
     for fact, key in FACTS.items():
         if engine[fact] != PRESETS[model][key]:
             raise EngineError(f"{name}.json: its engine has {fact} {engine[fact]}, but {model} {PRESETS[model][key]}")
-    return f"{model} {engine['format']}{' + fp8 kv' if engine['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"
+    kind = f"{engine['format']}{' + fp8 kv' if engine['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"
+    return f"{model} {kind}{place(engine)}"
+
+
+def place(facts: Document) -> str:
+    """` tp 2` of an engine of several ranks."""
+    return "".join(f" {axis} {facts[f'{axis}_size']}" for axis in ("tp", "pp") if facts.get(f"{axis}_size", 1) > 1)
