@@ -6,6 +6,7 @@ entry points yet, is started through `fp8-lm-eval`, which takes the same argumen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from fp8.runtime.llm import LLM, sample_seed
 from fp8.runtime.request import RequestError, SamplingParams
 from fp8.runtime.scoring import score_continuations
+from fp8.scripts.run import ERRORS
 
 MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call it; first wins
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "seed")
@@ -185,13 +187,18 @@ def register() -> None:
         register_model("fp8-engine")(Fp8Engine)
 
 
-def main() -> None:
+def main() -> int:
     """lm-eval's own command line, with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
     register()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ERRORS as error:
+        print(f"fp8-lm-eval: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

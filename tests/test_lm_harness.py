@@ -19,7 +19,7 @@ from lm_eval.api.registry import Registry, get_model, model_registry
 from lm_eval.tasks import TaskManager
 
 from fp8.runtime.request import RequestError
-from fp8.scripts.lm_harness import Fp8Engine, cut, register, sampling_params
+from fp8.scripts.lm_harness import Fp8Engine, cut, main, register, sampling_params
 
 MODEL = evaluation_data.MODEL
 TASKS = {
@@ -170,6 +170,23 @@ def test_generation_kwargs_become_sampling_params() -> None:
 def test_more_tokens_than_the_engine_holds_are_refused(model: Fp8Engine) -> None:
     with pytest.raises(RequestError, match="max_gen_toks is 1024, and the engine holds 1024"):
         model.generate_until([Instance("generate_until", {}, ("x", {"max_gen_toks": 1024}), 0)], disable_tqdm=True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model: Fp8Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "tok_encode", lambda text, **_: [2048] * len(text))
+    with pytest.raises(RequestError, match=r"token 2048 .*outside the vocabulary"):
+        model.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)], disable_tqdm=True)
+    with pytest.raises(RequestError, match=r"token 2048 .*outside the vocabulary"):
+        model.generate_until([Instance("generate_until", {}, ("a", {"until": []}), 0)], disable_tqdm=True)
+
+
+def test_a_directory_without_an_engine_ends_the_command_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "fp8-engine", "--model_args", f"engine_dir={tmp_path}", "--tasks", "hellaswag"]
+    monkeypatch.setattr("sys.argv", ["fp8-lm-eval", *flags])
+    assert main() == 1
+    assert f"fp8-lm-eval: {tmp_path}/rank0.engine does not exist" in capsys.readouterr().err
 
 
 def test_lm_eval_finds_the_class() -> None:
