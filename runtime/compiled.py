@@ -155,6 +155,8 @@ class CompiledExecutor:
         for _ in range(repeats):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launchers) + 1)]
             torch.cuda._sleep(20_000_000)  # some 10 ms: the host gets ahead, so that its own time is not measured
+            if self._comm is not None:  # ranks begin together
+                self._comm.all_gather(self._workspace[:1])
             events[0].record()
             for launcher, event in zip(launchers, events[1:], strict=True):
                 launcher(shape)

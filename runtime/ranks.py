@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 class Command:
     """What rank 0 has the others do. `inputs`: the live parts of a step's packed fields."""
 
-    what: str  # "step", "logits" (of all tokens; nothing is sampled), or "stop"
+    what: str  # "step", "logits" (of all tokens; nothing is sampled), "time" (launch by launch), or "stop"
     shape: StepShape | None = None
     inputs: dict[str, np.ndarray] | None = None
     options: Options | None = None
     copies: Mapping[int, int] | None = None  # KV blocks, before the step
+    repeats: int = 0
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,9 @@ class Session:
                 if self.ranks.tells:
                     self.ranks.send_logits(logits)
                 return
+            if command.what == "time":
+                self._time(shape, stage, command.repeats)
+                return
             self._turn = (self._turn + 1) % self.max_unread
             ticket = self._start((), shape, stage, command.options, command.copies)
         if self.ranks.tells:
@@ -310,11 +313,12 @@ class Session:
         stage: int,
         options: Options | None = None,
         copies: Mapping[int, int] | None = None,
+        repeats: int = 0,
     ) -> None:
         if self.ranks is not None:
             self.ranks.begin(what)
             live = self._packer.live(shape, self._inputs.host[stage])
-            self.ranks.tell(Command(what, shape, live, options, copies))
+            self.ranks.tell(Command(what, shape, live, options, copies, repeats))
 
     def _wait(self, stage: int) -> None:
         """Until the step that used that staging buffer last has ended."""
@@ -329,14 +333,22 @@ class Session:
         return nullcontext() if self.ranks is None else self.ranks.guard()
 
     def time_launches(self, rows: Sequence[Row], repeats: int) -> list[float]:
-        """Seconds that each step of the plan takes for `rows` by itself; writes their K and V, samples nothing."""
-        with self._scope():
-            if self._graphs is not None:
-                self._events[self._turn].synchronize()
-            shape = self._packer.pack(rows, self._inputs.host[self._turn])
-            self._inputs.upload(self._turn)
-            self._inputs.gather_input_ids(shape.tokens)
-            return self.executor.time_launches(shape, repeats)
+        """Seconds that each step of the plan takes for `rows` by itself; writes their K and V, samples nothing. Of
+        several ranks, which share the layers, those of rank 0."""
+        stage = self._turn
+        with self._guard(), self._scope():
+            self._wait(stage)
+            shape = self._packer.pack(rows, self._inputs.host[stage])
+            self._tell("time", shape, stage, repeats=repeats)
+            seconds = self._time(shape, stage, repeats)
+            if self.ranks is not None:
+                self.ranks.end()
+        return seconds
+
+    def _time(self, shape: StepShape, stage: int, repeats: int) -> list[float]:
+        self._inputs.upload(stage)
+        self._inputs.gather_input_ids(shape.tokens)
+        return self.executor.time_launches(shape, repeats)
 
     @property
     def stages(self) -> int:

@@ -171,6 +171,16 @@ def test_fp8_bench_measures_all_ranks_together(engines, tmp_path):
     assert (found["engine"]["tp_size"], found["engine"]["mlp_size"]) == (2, engine["intermediate_size"])
 
 
+def test_fp8_bench_times_the_launches_of_all_ranks(engines, tmp_path):
+    sizes = ["--batch_size", "2", "--context_len", "16", "--prompt_len", "--runs", "2", "--output"]
+    ended = run(mpirun((2, module("bench", "roofline", "--engine_dir", engines / "e21", *sizes, tmp_path / "f.json"))))
+    assert ended.status == 0, ended.err
+    rows = json.loads((tmp_path / "f.json").read_text())["results"]
+    assert {"all_reduce_norm_quant", "all_gather"} <= {row["plugin"] for row in rows}
+    ended = run(mpirun((2, module("bench", "roofline", "--engine_dir", engines / "e12"))))
+    check_fault(ended, "a pipeline stage has but some")
+
+
 def test_rank_0_serves_and_says_when_all_end(engines, capsys):
     """SIGTERM to another rank, as mpirun sends it to all, ends nothing; to rank 0, everything, and well."""
     with job(mpirun((2, module("serve", "--engine_dir", engines / "e12", "--port", 0)))) as started:

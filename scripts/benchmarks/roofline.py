@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     """Rows of every step asked for: the step as a whole, then its kernels, the largest losses first."""
     memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
     session = Session(args.engine_dir, args.device, *memory, world=args.world, make_weight=args.make_weight)
-    if session.ranks is not None:
-        raise RequestError("fp8-bench roofline times launches one by one, which engines of one rank alone can do")
+    if session.stages > 1:
+        raise RequestError("fp8-bench roofline times all launches of a step in turn; a pipeline stage has but some")
     fill_cache(session)
     found = ceilings.measure()[0] if session.device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
