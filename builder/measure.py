@@ -121,7 +121,7 @@ def driver_version() -> str:
 def has_choice(site: Site) -> bool:
     """Whether its tactics can be timed here, on random operands, and are several."""
     indices = any(t and t.dtype.startswith("int") for t in site.types)
-    return not indices and not site.plugin.collective and len(site.candidates()) > 1
+    return not indices and not site.plugin.collective and len(site.offered) > 1
 
 
 def _entry(site: Site) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +46,14 @@ class Table:
     entries: dict[str, dict[int, Entry]] = field(default_factory=dict)
 
     def nearest(self, op: str, rows: int) -> Fields | None:
-        """The tactic of the range that ends at `rows`, or nearest to it: less than a factor of two away, as an engine's
-        last range may end anywhere."""
+        """The tactic of the op, or else of one like it, in the range that ends at `rows`, or nearest to it: less than a
+        factor of two away, as an engine's last range may end anywhere."""
+        ranges = self.entries.get(op)
+        if ranges is None:
+            ranges = next((found for other, found in self.entries.items() if alike(op, other)), {})
         ratio = lambda end: max(end, rows) / min(end, rows)
-        near = [end for end in self.entries.get(op, {}) if ratio(end) < 2]
-        return self.entries[op][min(near, key=lambda end: (ratio(end), end))].tactic if near else None
+        near = [end for end in ranges if ratio(end) < 2]
+        return ranges[min(near, key=lambda end: (ratio(end), end))].tactic if near else None
 
     def put(self, op: str, rows: int, entry: Entry) -> None:
         self.entries.setdefault(op, {})[rows] = entry
@@ -65,6 +69,15 @@ def op_name(plugin: Plugin, types: Sequence[Tensor | None]) -> str:
     words = [f"{k}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}" for k, v in given.items()]
     inputs = [f"{t.dtype} {','.join(map(str, t.shape))}" if t else "-" for t in types]
     return "|".join([" ".join([plugin.name, *words]), *inputs])
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether ops differ in the number of x's scales alone, one or one per row: what is fast is the same for both."""
+    return _one_scale(one) == _one_scale(other)
+
+
+def _one_scale(op: str) -> str:
+    return re.sub(r"(\|float32) [TL](?=\||$)", r"\1 1", op)
 
 
 def parse_op(name: str) -> tuple[Plugin, tuple[Tensor | None, ...]]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fp8.builder import tactic_table
@@ -30,10 +31,15 @@ class Site:
     max_tokens: int
     module: str = dataclasses.field(default="", compare=False)  # the first of those that share it, for messages
 
-    @property
+    @cached_property
     def op(self) -> str:
         """What the shipped table is keyed by."""
         return tactic_table.op_name(self.plugin, self.types)
+
+    @cached_property
+    def offered(self) -> tuple[Any, ...]:
+        """The plugin's tactics, its favourites first."""
+        return tuple(self.plugin.tactics(self.types, self.max_tokens))
 
     @property
     def label(self) -> str:
@@ -43,7 +49,7 @@ class Site:
     def candidates(self, measured: dict[str, Any] | None = None) -> list[Any]:
         """Best first, each once."""
         known = (self.restored(measured), self.restored(tactic_table.shipped().nearest(self.op, self.max_tokens)))
-        return list(dict.fromkeys([*(t for t in known if t), *self.plugin.tactics(self.types, self.max_tokens)]))
+        return list(dict.fromkeys([*(t for t in known if t), *self.offered]))
 
     def restored(self, fields: dict[str, Any] | None) -> Any:
         """The tactic of a table's fields; None if there is none such (any more), or if it is not legal here."""

@@ -40,7 +40,7 @@ def sites(wanted: Iterable[Shape], max_num_tokens: int) -> list[Site]:
     for shape in wanted:
         for site, share in _shares(shape, max_num_tokens):
             shares[site] = shares.get(site, 0.0) + share / (shape.tp_size * PRESETS[shape.model]["hidden_size"])
-    return sorted(shares, key=lambda site: -shares[site])
+    return sorted(filter(measure.has_choice, shares), key=lambda site: -shares[site])
 
 
 def _shares(shape: Shape, max_num_tokens: int) -> Iterator[tuple[Site, float]]:
@@ -54,7 +54,7 @@ def _shares(shape: Shape, max_num_tokens: int) -> Iterator[tuple[Site, float]]:
             times.setdefault(site.max_tokens, []).append((site, times_each * _seconds(site)))
     for found in times.values():
         whole = sum(seconds for _, seconds in found)
-        yield from ((site, seconds / whole) for site, seconds in found if measure.has_choice(site))
+        yield from ((site, seconds / whole) for site, seconds in found)
 
 
 def _tactics(shape: Shape, max_num_tokens: int) -> plan.Tactics:

@@ -51,16 +51,14 @@ class Tuning:
     def __post_init__(self) -> None:
         from fp8.builder.tactic_table import digest
 
-        offered = {site: site.plugin.tactics(site.types, site.max_tokens) for site in self.todo}
-        self._candidates = {site: self._chosen(site, tactics) for site, tactics in offered.items()}
-        favourites = {site: tactics[: self.count] for site, tactics in offered.items()}
+        favourites = {site: site.offered[: self.count] for site in self.todo}
         # With another favourite, or another kernel, the old choice is in doubt.
         self._digests = {site: digest(map(site.kernels, tactics), tactics) for site, tactics in favourites.items()}
 
-    def _chosen(self, site: Site, tactics: list[Any]) -> list[Any]:
+    def _candidates(self, site: Site) -> list[Any]:
         """The favourites, the first of every other kind, and what the table holds of old."""
-        favourites = tactics[: self.count]
-        others = {type(t): t for t in reversed(tactics) if type(t) not in set(map(type, favourites))}
+        favourites = site.offered[: self.count]
+        others = {type(t): t for t in reversed(site.offered) if type(t) not in set(map(type, favourites))}
         old = self.table.entries.get(site.op, {}).get(site.max_tokens)
         restored = site.restored(old.tactic) if old else None
         return list(dict.fromkeys([*favourites, *others.values(), *([restored] if restored else [])]))
@@ -72,22 +70,36 @@ class Tuning:
 
         return [site for site in self.todo if not known(site)]
 
+    def attempt(self, timer: Timer, compiler: Compiler, end: float, progress: Progress, output: Path) -> int:
+        """`run`, whose result is written however it ends: 0, or the status of a failure, which is told."""
+        from fp8.builder.timer import TuneError
+
+        status = 0
+        try:
+            self.run(timer, compiler, end, progress, output)
+        except (TuneError, BrokenExecutor) as error:
+            print(f"tune_table: {error}", file=sys.stderr)
+            status = 1
+        except KeyboardInterrupt:
+            status = 130
+        self.write(output)
+        return status
+
     def run(self, timer: Timer, compiler: Compiler, end: float, progress: Progress, output: Path) -> None:
         """Until all is timed, or the clock says `end`. Raises TuneError if nothing can be timed."""
         from fp8.builder.measure import time_site
         from fp8.builder.timer import NothingWorks
 
-        missing = self.missing()
-        task = progress.add_task("tactics", total=len(missing))
-        timer.start()
-        compiler.submit([k for site in missing for t in self._candidates[site] for k in site.kernels(t)])
+        candidates = {site: self._candidates(site) for site in self.missing()}
+        task = progress.add_task("tactics", total=len(candidates))
+        compiler.submit([k for site, tactics in candidates.items() for t in tactics for k in site.kernels(t)])
         warn = lambda text: progress.console.print(f"warning: {text}", markup=False, soft_wrap=True)
         written = time.monotonic()
-        for site in missing:
+        for site, tactics in candidates.items():
             if time.monotonic() > end:
                 break
             try:
-                self._keep(time_site(site, self._candidates[site], timer, compiler, MAX_BATCH, warn))
+                self._keep(time_site(site, tactics, timer, compiler, MAX_BATCH, warn))
             except NothingWorks as error:
                 warn(str(error))
             progress.advance(task)
@@ -131,11 +143,13 @@ def compiling(workers: int, console: Console) -> Iterator[Compiler]:
     from fp8.builder.tune import Compiler
 
     warn = lambda text: console.print(f"warning: {text[:400]}", markup=False, soft_wrap=True)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            yield Compiler(pool, lambda done, total: None, warn)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        for _ in range(workers):
+            pool.submit(int)  # starts a process
+        yield Compiler(pool, lambda done, total: None, warn)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def opened(path: Path, facts: dict[str, Any] | None, console: Console) -> Table:
@@ -198,29 +212,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is timed is written
+    shapes = table_sites.shapes(options.model, options.qformat, options.tp_size)
     try:
         if options.candidates < 1 or options.workers < 1 or min(options.tp_size) < 1:
             raise BuildError("candidates, workers and tp_size must be at least 1")
-        facts = None if options.list else machine() | _kept(provenance("tune_table", argv, options.commit))
-        shapes = table_sites.shapes(options.model, options.qformat, options.tp_size)
-        sites = table_sites.sites(shapes, options.max_num_tokens)
-        tuning = Tuning(opened(options.output, facts, console), sites, options.candidates, options.times)
+        if options.list:
+            table, sites = opened(options.output, None, console), table_sites.sites(shapes, options.max_num_tokens)
+            for site in Tuning(table, sites, options.candidates).missing():
+                print(f"{site.op} up to {site.max_tokens} rows")
+            return 0
+        with Timer() as timer, compiling(options.workers, console) as compiler, Progress(console=console) as progress:
+            timer.start()  # which takes seconds
+            facts = machine() | _kept(provenance("tune_table", argv, options.commit))
+            sites = table_sites.sites(shapes, options.max_num_tokens)
+            tuning = Tuning(opened(options.output, facts, console), sites, options.candidates, options.times)
+            status = tuning.attempt(timer, compiler, begin + options.max_seconds, progress, options.output)
     except (BuildError, FormatError, PluginError, TuneError) as error:
         print(f"tune_table: {error}", file=sys.stderr)
         return 1
-    if options.list:
-        print("\n".join(f"{site.op} up to {site.max_tokens} rows" for site in tuning.missing()))
-        return 0
-    status = 0
-    try:
-        with Timer() as timer, compiling(options.workers, console) as compiler, Progress(console=console) as progress:
-            tuning.run(timer, compiler, begin + options.max_seconds, progress, options.output)
-    except (TuneError, BrokenExecutor) as error:
-        print(f"tune_table: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        status = 130
-    tuning.write(options.output)
     print(f"{options.output}: {tuning.summary()} ({time.monotonic() - begin:.0f} s)")
     return status
 

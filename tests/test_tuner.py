@@ -210,6 +210,27 @@ def test_builds_take_the_table_s_tactic_and_that_of_the_nearest_range(monkeypatc
     assert at(8).candidates(tactic_fields(measured))[:2] == [measured, few], "what was timed here goes before"
 
 
+def test_a_linear_per_row_takes_the_tactic_of_the_one_per_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = (Tensor("float8_e4m3fn", ("T", 256)), Tensor("float8_e4m3fn", (512, 256)))
+    w_scale = Tensor("float32", (512,))
+    tensor, row, block = (
+        Site(load("gemm")(), (*codes, *scales, None), 512)
+        for scales in (
+            (Tensor("float32", (1,)), w_scale),
+            (Tensor("float32", ("T",)), w_scale),
+            (Tensor("float32", ("T", 2)), Tensor("float32", (64, 2))),
+        )
+    )
+    last = tensor.offered[-2]
+    table = Table({}, {tensor.op: {512: Entry(tactic_fields(last), 1.0, "")}})
+    monkeypatch.setattr(tactic_table, "shipped", lambda: table)
+    assert tensor.candidates()[0] == row.candidates()[0] == last
+    assert block.candidates() == list(block.offered)
+    first = row.offered[1]
+    table.put(row.op, 512, Entry(tactic_fields(first), 1.0, ""))
+    assert row.candidates()[0] == first, "its own goes before"
+
+
 def test_a_stale_entry_falls_back_to_the_plugin_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Site(load("gemm")(), BF16, 64)
     right = tactic_fields(one.candidates()[0])

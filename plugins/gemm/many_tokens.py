@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
@@ -79,8 +80,12 @@ class Problem:
     k_blocks: int
     constants: tuple[tuple[str, int], ...]
 
+    @cached_property
+    def _values(self) -> dict[str, int]:
+        return dict(self.constants)
+
     def __getitem__(self, name: str) -> int:
-        return dict(self.constants)[name]
+        return self._values[name]
 
     @property
     def blockwise(self) -> bool:
