@@ -3,8 +3,8 @@
     python -m fp8.scripts.tune_table --output builder/tactics_h200.json --max_seconds 90
 
 The largest shares of an engine's time come first. Entries that the output holds already, measured on this GPU with the
-same kernels and favourites, are kept: after a run that was stopped, or a change to a kernel, only what is missing is
-timed. A tactic that crashes, hangs or computes wrongly is dropped with a warning; the rest goes on.
+same kernels and favourites, are kept: after a run that was stopped, what is missing is timed, then what has changed. A
+tactic that crashes, hangs or computes wrongly is dropped with a warning; the rest goes on.
 """
 
 from __future__ import annotations
@@ -64,11 +64,10 @@ class Tuning:
         return list(dict.fromkeys([*favourites, *others.values(), *([restored] if restored else [])]))
 
     def missing(self) -> list[Site]:
-        def known(site: Site) -> bool:
-            entry = self.table.entries.get(site.op, {}).get(site.max_tokens)
-            return entry is not None and entry.digest == self._digests[site]
-
-        return [site for site in self.todo if not known(site)]
+        """What the table does not hold, then what it holds of other kernels or favourites."""
+        held = {site: self.table.entries.get(site.op, {}).get(site.max_tokens) for site in self.todo}
+        stale = [site for site, entry in held.items() if entry and entry.digest != self._digests[site]]
+        return [*(site for site, entry in held.items() if entry is None), *stale]
 
     def attempt(self, timer: Timer, compiler: Compiler, end: float, progress: Progress, output: Path) -> int:
         """`run`, whose result is written however it ends: 0, or the status of a failure, which is told."""

@@ -284,7 +284,9 @@ def test_the_table_is_made_from_the_favourites_and_continued(tmp_path: Path) -> 
     again = Tuning(opened(output, facts, Console()), [first, second, broken], count=2)
     assert again.missing() == [broken]
     written.put(first.op, 16, Entry(tactic_fields(fastest), 1.0, "of other kernels"))
-    assert Tuning(written, [first], count=2).missing() == [first]
+    assert Tuning(written, [first, second, broken], count=2).missing() == [broken, first], (
+        "what is not there at all first"
+    )
     kept = tune(written, [first], output)
     assert kept.table.entries[first.op][16].tactic == tactic_fields(fastest), "what won before is timed too"
 
