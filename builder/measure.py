@@ -16,7 +16,7 @@ from typing import Any
 
 from fp8.builder.plan import Tactics
 from fp8.builder.tactic_cache import Facts, TacticCache
-from fp8.builder.tactic_table import digest
+from fp8.builder.tactic_table import digest_of_kernels, digest_of_tactics
 from fp8.builder.timer import NothingWorks, Timer, TuneError
 from fp8.builder.trial import Candidate, Job, Trial
 from fp8.builder.tune import Compiler, Site, tactic_fields
@@ -127,7 +127,8 @@ def has_choice(site: Site) -> bool:
 def _entry(site: Site) -> str:
     """What its winner depends on: the place, and candidates with the content of their kernels."""
     candidates = site.candidates()
-    return f"{site.label}|{digest(map(site.kernels, candidates), candidates)}"
+    kernels = digest_of_kernels(k for t in candidates for k in site.kernels(t))
+    return f"{site.label}|{digest_of_tactics(candidates)}|{kernels}"
 
 
 def time_site(

@@ -1,8 +1,9 @@
 """The tactics that ship with the package, timed on an H200 by `python -m fp8.scripts.tune_table`.
 
 A file of them is JSON: what they were measured with, and for every op (`op_name`) and range of rows a tactic, its
-microseconds there and the `digest` of the candidates that it won against. Builds take a tactic only where it is legal:
-an entry that has gone stale does no harm, the plugin's own choice stands in.
+microseconds there, and digests of the plugin's favourites that it won against and of their kernels. An entry is in
+force while its tactic is legal and the favourites are the same; else the plugin's own choice stands in. Where kernels
+alone have changed, it is in force, but to be timed anew.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from fp8.builder.engine import write_atomically
 from fp8.plugins.base import Kernel, Plugin, Tensor, load
 from fp8.plugins.compile import key
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).with_name("tactics_h200.json")
+
+FAVOURITES = 6  # of a plugin, in its order, that an entry is to have won against
 
 Fields = dict[str, Any]
 
@@ -35,7 +38,8 @@ class TableError(ValueError):
 class Entry:
     tactic: Fields
     us: float
-    digest: str
+    favourites: str  # digests
+    kernels: str
 
 
 @dataclass
@@ -45,15 +49,15 @@ class Table:
     facts: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, dict[int, Entry]] = field(default_factory=dict)
 
-    def nearest(self, op: str, rows: int) -> Fields | None:
-        """The tactic of the op, or else of one like it, in the range that ends at `rows`, or nearest to it: less than a
-        factor of two away, as an engine's last range may end anywhere."""
-        ranges = self.entries.get(op)
-        if ranges is None:
-            ranges = next((found for other, found in self.entries.items() if alike(op, other)), {})
+    def nearest(self, op: str, rows: int) -> tuple[str, int] | None:
+        """Where to look for a tactic: at the op, or else at one like it, in the range that ends at `rows`, or nearest
+        to it: less than a factor of two away, as an engine's last range may end anywhere."""
+        name = op if op in self.entries else next((other for other in self.entries if alike(op, other)), None)
+        if name is None:
+            return None
         ratio = lambda end: max(end, rows) / min(end, rows)
-        near = [end for end in ranges if ratio(end) < 2]
-        return ranges[min(near, key=lambda end: (ratio(end), end))].tactic if near else None
+        near = [end for end in self.entries[name] if ratio(end) < 2]
+        return (name, min(near, key=lambda end: (ratio(end), end))) if near else None
 
     def put(self, op: str, rows: int, entry: Entry) -> None:
         self.entries.setdefault(op, {})[rows] = entry
@@ -103,10 +107,17 @@ def _tensor(text: str) -> Tensor | None:
     return Tensor(dtype, tuple(int(d) if d.isdigit() else d for d in dims.split(",")))
 
 
-def digest(candidates: Iterable[Sequence[Kernel]], tactics: Iterable[Any]) -> str:
-    """Of tactics and the content of their kernels: with another one, a choice among them says nothing."""
-    keys = [key(k) for kernels in candidates for k in kernels]
-    return hashlib.sha256("|".join([*keys, *map(repr, tactics)]).encode()).hexdigest()[:12]
+def digest_of_tactics(tactics: Iterable[Any]) -> str:
+    return _digest(map(repr, tactics))
+
+
+def digest_of_kernels(kernels: Iterable[Kernel]) -> str:
+    """Of their content, and of all that they are compiled with."""
+    return _digest(map(key, kernels))
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("|".join(texts).encode()).hexdigest()[:8]
 
 
 def read(path: Path) -> Table:
@@ -116,7 +127,7 @@ def read(path: Path) -> Table:
         if data["format"] != FORMAT:
             raise TableError(f"{path} has format {data['format']}, expected {FORMAT}")
         entries = {
-            op: {int(rows): Entry(dict(tactic), float(us), str(of)) for rows, (tactic, us, of) in ranges.items()}
+            op: {int(rows): Entry(dict(tactic), float(us), *map(str, of)) for rows, (tactic, us, *of) in ranges.items()}
             for op, ranges in data["tactics"].items()
         }
         return Table(dict(data["measured"]), entries)
@@ -133,7 +144,7 @@ def write(path: Path, table: Table) -> None:
     head = json.dumps({"format": FORMAT, "measured": table.facts})[:-1]
     lines = []
     for op, ranges in sorted(table.entries.items()):
-        found = {str(n): [e.tactic, round(e.us, 3), e.digest] for n, e in sorted(ranges.items())}
+        found = {str(n): [e.tactic, round(e.us, 3), e.favourites, e.kernels] for n, e in sorted(ranges.items())}
         lines.append(f"{json.dumps(op)}:{json.dumps(found, separators=(',', ':'))}")
     write_atomically(path, [f'{head},\n"tactics":{{\n'.encode(), ",\n".join(lines).encode(), b"\n}}\n"])
 

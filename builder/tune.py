@@ -46,10 +46,26 @@ class Site:
         """What measured tactics are keyed by: `gemm|float8_e4m3fn T,4096|...|<=16`."""
         return f"{self.op}|<={self.max_tokens}"
 
+    @property
+    def favourites(self) -> tuple[Any, ...]:
+        """What an entry of the shipped table has won against."""
+        return self.offered[: tactic_table.FAVOURITES]
+
     def candidates(self, measured: dict[str, Any] | None = None) -> list[Any]:
         """Best first, each once."""
-        known = (self.restored(measured), self.restored(tactic_table.shipped().nearest(self.op, self.max_tokens)))
+        known = (self.restored(measured), self.shipped())
         return list(dict.fromkeys([*(t for t in known if t), *self.offered]))
+
+    def shipped(self) -> Any:
+        """The tactic that the shipped table has for this place, if it is in force; else None."""
+        table = tactic_table.shipped()
+        found = table.nearest(self.op, self.max_tokens)
+        if found is None:
+            return None
+        entry = table.entries[found[0]][found[1]]
+        own = self if found == (self.op, self.max_tokens) else Site(*tactic_table.parse_op(found[0]), found[1])
+        in_force = tactic_table.digest_of_tactics(own.favourites) == entry.favourites
+        return self.restored(entry.tactic) if in_force else None
 
     def restored(self, fields: dict[str, Any] | None) -> Any:
         """The tactic of a table's fields; None if there is none such (any more), or if it is not legal here."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from fp8.builder.measure import Timed
-    from fp8.builder.tactic_table import Table
+    from fp8.builder.tactic_table import Entry, Table
     from fp8.builder.timer import Timer
     from fp8.builder.tune import Compiler, Site
 
@@ -43,31 +43,39 @@ class Tuning:
 
     table: Table
     todo: list[Site]
-    count: int  # favourites that are timed
     times: TextIO | None = None  # where every candidate's time is written
     timed: list[Timed] = field(default_factory=list)
     begin: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        from fp8.builder.tactic_table import digest
+        from fp8.builder.tactic_table import digest_of_kernels, digest_of_tactics
 
-        favourites = {site: site.offered[: self.count] for site in self.todo}
-        # With another favourite, or another kernel, the old choice is in doubt.
-        self._digests = {site: digest(map(site.kernels, tactics), tactics) for site, tactics in favourites.items()}
+        self._digests = {}
+        for site in self.todo:
+            kernels = digest_of_kernels(k for t in site.favourites for k in site.kernels(t))
+            self._digests[site] = (digest_of_tactics(site.favourites), kernels)
 
     def _candidates(self, site: Site) -> list[Any]:
         """The favourites, the first of every other kind, and what the table holds of old."""
-        favourites = site.offered[: self.count]
+        favourites = site.favourites
         others = {type(t): t for t in reversed(site.offered) if type(t) not in set(map(type, favourites))}
-        old = self.table.entries.get(site.op, {}).get(site.max_tokens)
+        old = self._entry(site)
         restored = site.restored(old.tactic) if old else None
         return list(dict.fromkeys([*favourites, *others.values(), *([restored] if restored else [])]))
 
     def missing(self) -> list[Site]:
-        """What the table does not hold, then what it holds of other kernels or favourites."""
-        held = {site: self.table.entries.get(site.op, {}).get(site.max_tokens) for site in self.todo}
-        stale = [site for site, entry in held.items() if entry and entry.digest != self._digests[site]]
-        return [*(site for site, entry in held.items() if entry is None), *stale]
+        """What the table does not hold in force, then what it holds of other kernels."""
+        first, then = [], []
+        for site in self.todo:
+            entry = self._entry(site)
+            if entry is None or entry.favourites != self._digests[site][0]:
+                first.append(site)
+            elif entry.kernels != self._digests[site][1]:
+                then.append(site)
+        return [*first, *then]
+
+    def _entry(self, site: Site) -> Entry | None:
+        return self.table.entries.get(site.op, {}).get(site.max_tokens)
 
     def attempt(self, timer: Timer, compiler: Compiler, end: float, progress: Progress, output: Path) -> int:
         """`run`, whose result is written however it ends: 0, or the status of a failure, which is told."""
@@ -113,7 +121,7 @@ class Tuning:
         site = timed.site
         if timed.seconds:
             us = timed.seconds[timed.best] * 1e6
-            self.table.put(site.op, site.max_tokens, Entry(tactic_fields(timed.best), us, self._digests[site]))
+            self.table.put(site.op, site.max_tokens, Entry(tactic_fields(timed.best), us, *self._digests[site]))
             self.timed.append(timed)
             if self.times:
                 seconds = [[tactic_fields(t), took * 1e6] for t, took in timed.seconds.items()]
@@ -180,15 +188,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--qformat", nargs="+", default=("fp8",), help="such as fp8 fp8_rowwise bf16 (fp8)")
     parser.add_argument("--tp_size", nargs="+", type=int, default=table_sites.TP_SIZES, help="(1 2 4 8)")
     parser.add_argument("--max_num_tokens", type=int, default=8192, help="rows of the last range (8192)")
-    parser.add_argument("--candidates", type=int, default=6, help="of a plugin's favourites that are timed (6)")
     parser.add_argument("--max_seconds", type=float, default=600.0, help="stop then, and write what is there (600)")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="that compile")
     parser.add_argument(
         "--times", type=argparse.FileType("w"), help="write every candidate's time here, as lines of JSON"
     )
     parser.add_argument("--list", action="store_true", help="print what is missing in the output, and time nothing")
+    parser.add_argument("--prune", action="store_true", help="drop what is no longer legal, and time nothing")
     add_argument(parser)
     return parser.parse_args(argv)
+
+
+def prune(table: Table) -> int:
+    """Drops what is no legal tactic of its op any more; how many these are."""
+    from fp8.builder.tactic_table import parse_op
+    from fp8.builder.tune import Site
+    from fp8.plugins.base import PluginError
+
+    before = len(table)
+    for op, ranges in list(table.entries.items()):
+        try:
+            plugin, types = parse_op(op)
+            found = {n: e for n, e in ranges.items() if Site(plugin, types, n).restored(e.tactic) is not None}
+        except (ValueError, TypeError, PluginError):  # a plugin or an attribute that is gone
+            found = {}
+        table.entries[op] = found
+        if not found:
+            del table.entries[op]
+    return before - len(table)
 
 
 def _kept(facts: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fp8.builder.build import BuildError
     from fp8.builder.formats.base import FormatError
     from fp8.builder.measure import machine
+    from fp8.builder.tactic_table import TableError, read, write
     from fp8.builder.timer import Timer, TuneError
     from fp8.plugins.base import PluginError
     from fp8.scripts import table_sites
@@ -213,20 +241,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is timed is written
     shapes = table_sites.shapes(options.model, options.qformat, options.tp_size)
     try:
-        if options.candidates < 1 or options.workers < 1 or min(options.tp_size) < 1:
-            raise BuildError("candidates, workers and tp_size must be at least 1")
+        if options.workers < 1 or min(options.tp_size) < 1:
+            raise BuildError("workers and tp_size must be at least 1")
+        if options.prune:
+            table = read(options.output)
+            print(f"{options.output}: {prune(table)} entries dropped, {len(table)} left")
+            write(options.output, table)
+            return 0
         if options.list:
             table, sites = opened(options.output, None, console), table_sites.sites(shapes, options.max_num_tokens)
-            for site in Tuning(table, sites, options.candidates).missing():
+            for site in Tuning(table, sites).missing():
                 print(f"{site.op} up to {site.max_tokens} rows")
             return 0
         with Timer() as timer, compiling(options.workers, console) as compiler, Progress(console=console) as progress:
             timer.start()  # which takes seconds
             facts = machine() | _kept(provenance("tune_table", argv, options.commit))
             sites = table_sites.sites(shapes, options.max_num_tokens)
-            tuning = Tuning(opened(options.output, facts, console), sites, options.candidates, options.times)
+            tuning = Tuning(opened(options.output, facts, console), sites, options.times)
             status = tuning.attempt(timer, compiler, begin + options.max_seconds, progress, options.output)
-    except (BuildError, FormatError, PluginError, TuneError) as error:
+    except (BuildError, FormatError, PluginError, TableError, TuneError) as error:
         print(f"tune_table: {error}", file=sys.stderr)
         return 1
     print(f"{options.output}: {tuning.summary()} ({time.monotonic() - begin:.0f} s)")

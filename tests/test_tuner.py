@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -19,7 +20,7 @@ from rich.progress import Progress
 from fp8.builder import measure, tactic_table
 from fp8.builder.engine import Limits
 from fp8.builder.tactic_cache import TacticCache
-from fp8.builder.tactic_table import Entry, Table, TableError, op_name, parse_op
+from fp8.builder.tactic_table import Entry, Table, TableError, digest_of_tactics, op_name, parse_op
 from fp8.builder.timer import NothingWorks, Timer, TuneError
 from fp8.builder.trial import Job, Operands, Trial, WrongResult
 from fp8.builder.tune import Compiler, Site, tactic_fields
@@ -56,6 +57,11 @@ def h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FP8_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measure, "machine", lambda: H200)
     return TacticCache(tmp_path / "tactics", H200, ignore).path
+
+
+def entry(one: Site, tactic: Any, kernels: str = "") -> Entry:
+    """In force."""
+    return Entry(tactic_fields(tactic), 1.0, digest_of_tactics(one.favourites), kernels)
 
 
 def timed(timer: Timer, site: Site, warn: Any = ignore) -> measure.Timed:
@@ -200,7 +206,7 @@ def test_builds_take_the_table_s_tactic_and_that_of_the_nearest_range(monkeypatc
     plugin = load("gemm")()
     at = lambda rows: Site(plugin, BF16, rows)
     few, many = at(8).candidates()[1], at(512).candidates()[-2]
-    entries = {8: Entry(tactic_fields(few), 1.0, ""), 512: Entry(tactic_fields(many), 1.0, "")}
+    entries = {8: entry(at(8), few), 512: entry(at(512), many)}
     monkeypatch.setattr(tactic_table, "shipped", lambda: Table({}, {at(8).op: entries}))
     assert at(8).candidates()[0] == few and at(512).candidates()[0] == at(700).candidates()[0] == many
     assert at(16).candidates() == plugin.tactics(BF16, 16), "8 rows are too far from 16"
@@ -222,12 +228,12 @@ def test_a_linear_per_row_takes_the_tactic_of_the_one_per_tensor(monkeypatch: py
         )
     )
     last = tensor.offered[-2]
-    table = Table({}, {tensor.op: {512: Entry(tactic_fields(last), 1.0, "")}})
+    table = Table({}, {tensor.op: {512: entry(tensor, last)}})
     monkeypatch.setattr(tactic_table, "shipped", lambda: table)
     assert tensor.candidates()[0] == row.candidates()[0] == last
     assert block.candidates() == list(block.offered)
     first = row.offered[1]
-    table.put(row.op, 512, Entry(tactic_fields(first), 1.0, ""))
+    table.put(row.op, 512, entry(row, first))
     assert row.candidates()[0] == first, "its own goes before"
 
 
@@ -238,31 +244,34 @@ def test_a_stale_entry_falls_back_to_the_plugin_s_choice(monkeypatch: pytest.Mon
         right | {"kind": "gone"}, right | {"KNOB": 1}, right | {"STAGES": 1000}, {"kind": "library", "KNOB": 0}, {},
     ]  # fmt: skip
     for fields in stale:
-        table = Table({}, {one.op: {64: Entry(fields, 1.0, "")}})
+        table = Table({}, {one.op: {64: dataclasses.replace(entry(one, one.offered[0]), tactic=fields)}})
         monkeypatch.setattr(tactic_table, "shipped", lambda table=table: table)
-        assert one.candidates() == one.plugin.tactics(one.types, 64), fields
+        assert one.candidates() == list(one.offered), fields
+    second = dataclasses.replace(entry(one, one.offered[1]), favourites="others")
+    monkeypatch.setattr(tactic_table, "shipped", lambda: Table({}, {one.op: {64: second}}))
+    assert one.candidates() == list(one.offered), "it has not won against these"
 
 
 def test_a_table_is_written_and_read(tmp_path: Path) -> None:
     table = Table({"GPU": "NVIDIA H200"})
-    table.put("gemm|-", 8, Entry({"kind": "library"}, 1.2345, "abc"))
+    table.put("gemm|-", 8, Entry({"kind": "library"}, 1.2345, "abc", "def"))
     tactic_table.write(tmp_path / "t.json", table)
     assert tactic_table.read(tmp_path / "t.json") == Table(
-        {"GPU": "NVIDIA H200"}, {"gemm|-": {8: Entry({"kind": "library"}, 1.234, "abc")}}
+        {"GPU": "NVIDIA H200"}, {"gemm|-": {8: Entry({"kind": "library"}, 1.234, "abc", "def")}}
     )
-    for content in ("", "[]", "{}", '{"format": 1, "measured": {}, "tactics": {"a": {"b": [1, 2, 3]}}}'):
+    for content in ("", "[]", "{}", '{"format": 2, "measured": {}, "tactics": {"a": {"b": [1, 2, 3, 4]}}}'):
         (tmp_path / "t.json").write_text(content)
         with pytest.raises(TableError, match="no table of tactics, or damaged"):
             tactic_table.read(tmp_path / "t.json")
-    (tmp_path / "t.json").write_text('{"format": 2}')
-    with pytest.raises(TableError, match="has format 2, expected 1"):
+    (tmp_path / "t.json").write_text('{"format": 1}')
+    with pytest.raises(TableError, match="has format 1, expected 2"):
         tactic_table.read(tmp_path / "t.json")
     with pytest.raises(TableError, match="cannot be read"):
         tactic_table.read(tmp_path / "none.json")
 
 
 def tune(table: Table, sites: list[Site], output: Path, end: float = math.inf) -> Tuning:
-    tuning = Tuning(table, sites, count=2)
+    tuning = Tuning(table, sites)
     with Timer(CpuTrial) as timer, ThreadPoolExecutor(1) as pool, Progress() as progress:
         tuning.run(timer, Compiler(pool, ignore, ignore), end, progress, output)
     tuning.write(output)
@@ -271,24 +280,36 @@ def tune(table: Table, sites: list[Site], output: Path, end: float = math.inf) -
 
 def test_the_table_is_made_from_the_favourites_and_continued(tmp_path: Path) -> None:
     output, facts = tmp_path / "t.json", {"GPU": "NVIDIA H200"}
-    fastest, first = Way("right", 1.0), site(SLOW, FAST, Way("right", 1.0))
-    second, broken = site(FAST, SLOW, rows=8), site(Way("raises"), Way("wrong"), rows=32)
-    made = tune(Table(facts), [first, second, broken], output)
-    assert made.summary().startswith(
-        "2 choices timed, 2 in the table, 1 left; the models' favourites are 150.00% slower"
-    )
+    ways = [SLOW, FAST, *(Way("right", 30.0 + i) for i in range(4)), Way("right", 1.0)]
+    first, second, broken = site(*ways), site(FAST, SLOW, rows=8), site(Way("raises"), Way("wrong"), rows=32)
+    every, fastest = [first, second, broken], ways[-1]
+    made = tune(Table(facts), every, output)
+    assert made.summary().startswith("2 choices timed, 2 in the table, 1 left; the models' favourites are 150.00% slow")
     written = tactic_table.read(output)
-    assert {rows: e.tactic for rows, e in written.entries[first.op].items()} == {16: tactic_fields(FAST)}, (
-        "two favourites"
-    )
-    again = Tuning(opened(output, facts, Console()), [first, second, broken], count=2)
-    assert again.missing() == [broken]
-    written.put(first.op, 16, Entry(tactic_fields(fastest), 1.0, "of other kernels"))
-    assert Tuning(written, [first, second, broken], count=2).missing() == [broken, first], (
-        "what is not there at all first"
-    )
+    assert written.entries[first.op][16].tactic == tactic_fields(FAST), "the last is no favourite"
+    assert Tuning(opened(output, facts, Console()), every).missing() == [broken]
+    written.put(first.op, 16, entry(first, fastest, "other kernels"))
+    assert Tuning(written, every).missing() == [broken, first]
+    written.put(first.op, 16, dataclasses.replace(entry(first, fastest), favourites="others"))
+    assert Tuning(written, every).missing() == [first, broken], "as they come where nothing is in force"
     kept = tune(written, [first], output)
     assert kept.table.entries[first.op][16].tactic == tactic_fields(fastest), "what won before is timed too"
+
+
+def test_what_is_not_legal_any_more_is_dropped_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, one = tmp_path / "t.json", Site(load("gemm")(), BF16, 64)
+    gone = dataclasses.replace(entry(one, one.offered[0]), tactic={"kind": "gone"})
+    table = Table(
+        {}, {one.op: {64: entry(one, one.offered[0]), 128: gone}, "gone|-": {8: gone}, "gemm x=1|-": {8: gone}}
+    )
+    tactic_table.write(path, table)
+    assert (
+        tune_table.main(["--output", str(path), "--prune"]) == 0
+        and "3 entries dropped, 1 left" in capsys.readouterr().out
+    )
+    assert tactic_table.read(path).entries == {one.op: {64: entry(one, one.offered[0])}}
+    path.write_text("{")
+    assert tune_table.main(["--output", str(path), "--prune"]) == 1 and "damaged" in capsys.readouterr().err
 
 
 def test_the_clock_ends_the_table_s_making(tmp_path: Path) -> None:
@@ -300,7 +321,7 @@ def test_the_clock_ends_the_table_s_making(tmp_path: Path) -> None:
 def test_a_table_of_another_gpu_or_a_damaged_one_is_begun_anew(tmp_path: Path) -> None:
     path, console = tmp_path / "t.json", Console(record=True, width=300)
     assert len(opened(path, {"GPU": "NVIDIA H200"}, console)) == 0 and not console.export_text()
-    tactic_table.write(path, Table({"GPU": "NVIDIA H100"}, {"gemm|-": {8: Entry({}, 1.0, "")}}))
+    tactic_table.write(path, Table({"GPU": "NVIDIA H100"}, {"gemm|-": {8: Entry({}, 1.0, "", "")}}))
     assert len(opened(path, {"GPU": "NVIDIA H200"}, console)) == 0
     assert "is of NVIDIA H100, this is NVIDIA H200: it is begun anew" in console.export_text()
     path.write_text("{")
@@ -327,7 +348,7 @@ def test_the_command_says_what_is_missing_and_what_it_needs(tmp_path: Path, caps
     )
     if not torch.cuda.is_available():
         assert tune_table.main(arguments) == 1 and "torch sees none" in capsys.readouterr().err
-    assert tune_table.main([*arguments, "--candidates", "0"]) == 1 and "at least 1" in capsys.readouterr().err
+    assert tune_table.main([*arguments, "--workers", "0"]) == 1 and "at least 1" in capsys.readouterr().err
     assert not (tmp_path / "t.json").exists()
 
 
