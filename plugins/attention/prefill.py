@@ -21,8 +21,9 @@ plugin.py joins two parts of one interface, this module for the prefill rows and
         zeros where sequence_lengths is 0.
 
 rope_kv_write comes first in the stream, if there are other than decode rows, and is launched with programmatic
-dependent launch like the rest: both parts run `griddepcontrol.wait` before they read q, the caches or any step input.
-The prefill part runs after the decode part and depends on nothing that it wrote.
+dependent launch like the rest: both parts run `griddepcontrol.wait` before they read what a kernel of the step writes,
+that is qkv, q, and the step's own tokens in the caches; the step's inputs are uploaded before its first kernel. The
+prefill part runs after the decode part and depends on nothing that it wrote.
 """
 
 from __future__ import annotations
