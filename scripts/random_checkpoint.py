@@ -65,6 +65,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         **LLAMA_3, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
+    "llama-3.1-405b": {
+        **LLAMA_3, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+        "num_attention_heads": 128, "num_key_value_heads": 8,
+    },
 }  # fmt: skip
 ACTIVATION_AMAX = 8.0  # of normalized activations, queries, keys and values; what calibration finds is near it
 WEIGHT_STD = 0.02

@@ -42,6 +42,7 @@ HIDDEN = 4096  # values of a row
 SIZES = (8, 32, 128, 512, 2048, 8192, 32768, 65536)  # KiB
 FP8_FROM = 512  # KiB
 TIMED = 32768  # KiB at most
+MESSAGES = (8, 8192)  # KiB
 FEW_ROWS = (1, 3, 16, 64, 256)
 LAUNCHES, REPLAYS = 20, 20
 SEED = 1
@@ -332,6 +333,22 @@ def timing(ranks: Ranks, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
             yield _row("all_reduce fused", kib, found)
 
 
+def messages(ranks: Ranks) -> list[dict[str, Any]]:
+    """{"name", "us"}: every rank sends to the next and receives from the one before, as pipeline stages do."""
+    import torch
+
+    found, group = [], ranks.group
+    for kib in MESSAGES:
+        x, y = (torch.zeros(kib * 1024, dtype=torch.uint8, device="cuda") for _ in range(2))
+        send = partial(group.exchange, x, (group.rank + 1) % group.world, y, (group.rank - 1) % group.world)
+        found.append({"name": f"send {_size(kib)}", "us": timed(ranks, [send])})
+    return found
+
+
+def _size(kib: int) -> str:
+    return f"{kib} KB" if kib < 1024 else f"{kib // 1024} MB"
+
+
 def _row(op: str, kib: int, found: dict[str, float]) -> dict[str, Any]:
     nccl = next((us for name, us in found.items() if name.startswith("nccl")), None)
     own = {name: us for name, us in found.items() if not name.startswith("nccl")}
@@ -350,7 +367,7 @@ def flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """{"name", "us"}: the fastest own tactic, and NCCL's (with norm_quant after it, for the fused op)."""
     found = []
     for row in rows:
-        size = f"{row['kib']} KB" if row["kib"] < 1024 else f"{row['kib'] // 1024} MB"
+        size = _size(row["kib"])
         found.append({"name": f"{row['name']} {size}", "us": row["best_us"]})
         if row["nccl_us"] is not None:
             name = row["name"].replace("all_reduce", "nccl").replace("fused", "+ norm_quant")
@@ -379,6 +396,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
                 rows += [row] if row["best_us"] else []
                 facts["rows"] = flat(rows)
                 _save(args, rows, facts)
+            facts["rows"] = [*facts["rows"], *messages(ranks)]
+            _save(args, rows, facts)
             continue
         found = checks(ranks, sizes) if part == "check" else stress(ranks, args.stress, sizes)
         for failure in found.get("failures", ()):

@@ -11,6 +11,8 @@ from fp8.scripts.benchmarks.targets import FP8, Target
 
 NCCL_US = {8: 9.7, 32: 10.2, 128: 10.4, 512: 13.1, 2048: 29.7, 8192: 47.6, 32768: 143.8}  # KiB of bfloat16
 SYMMETRIC_US = {8: 6.4, 32: 7.2, 128: 7.3, 512: 8.0, 2048: 13.0}
+FIGURES = (("tokens/s", "tokens/s", True), ("first token ms", "ms", False), ("time per token ms", "ms", False))
+MESSAGES = (8, 8192)
 FUSED_US = {8: 7.0, 512: 10.0}  # with residual, norm and quantization
 NCCL_AND_NORM_US = {8: 12.4}
 FP8_RATIO = {8192: 1.4, 32768: 1.4}  # the same sum with e4m3 on the wire
@@ -48,7 +50,7 @@ def _models(gpus: int) -> Iterator[Target]:
 
     for batch in (1, 64):
         for place in ("", f" tp {gpus}", f" pp {gpus}"):
-            for figure, unit, good in (("tokens/s", "tokens/s", True), ("time per token ms", "ms", False)):
+            for figure, unit, good in FIGURES:
                 name = f"{key(place, batch)}: {figure}"
                 yield Target("ranks: models", name, unit, (name,), None, good)
     one, many = (f"{key(place, 1)}: time per token ms" for place in ("", f" tp {gpus}"))
@@ -72,6 +74,8 @@ def _all_reduce() -> Iterator[Target]:
         whose = whose if kib in SYMMETRIC_US else "NCCL"
         name = f"all_reduce {size(kib)}: us"
         yield Target(section, name, "us", (name,), peer, False, peer, whose)
+    for kib in MESSAGES:
+        yield Target(section, f"send {size(kib)}: us", "us", (f"send {size(kib)}: us",), None, False)
     for kib, us in FUSED_US.items():
         name, apart = f"all_reduce fused {size(kib)}: us", NCCL_AND_NORM_US.get(kib)
         yield Target(section, name, "us", (name,), us, False, apart, "NCCL and a norm" if apart else "")
