@@ -92,6 +92,37 @@ def test_completions_are_those_of_generate_whole_and_streamed(engine_dir: Path) 
         assert [c["finish_reason"] for c in mine if c["finish_reason"]] == ["length"]
 
 
+FIELDS: list[dict[str, Any]] = [
+    {"temperature": 0}, {"temperature": 1.6}, {"seed": 6}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3},
+    {"typical_p": 0.3}, {"repetition_penalty": 1.8}, {"presence_penalty": 2}, {"frequency_penalty": 1.5},
+    {"logit_bias": {"40": 25}}, {"stop": ["t", "0"]}, {"stop_token_ids": [54, 3]},
+    {"stop_token_ids": [54, 3], "min_tokens": 9}, {"ignore_eos": True},
+]  # fmt: skip
+
+
+def test_every_sampling_field_is_that_of_generate(engine_dir: Path) -> None:
+    common = {"max_tokens": 24, "temperature": 5, "seed": 5}
+    wanted = [{**common, **field} for field in FIELDS]
+    params = [
+        SamplingParams(**{**w, "logit_bias": {int(t): b for t, b in w.get("logit_bias", {}).items()}}) for w in wanted
+    ]
+    llm = LLM(engine_dir, "cpu")
+    (plain,) = llm.generate(["user:AB;assistant:"], SamplingParams(**common))
+    expected = [llm.generate(["user:AB;assistant:"], p)[0] for p in params]
+    assert sum(e.text == plain.text for e in expected) == 1, "each but ignore_eos makes a difference"
+
+    async def main() -> list[Any]:
+        async with client(engine_dir) as (http, _):
+            texts = [http.post("/v1/completions", json={"prompt": "user:AB;assistant:", **w}) for w in wanted]
+            message = {"messages": [{"role": "user", "content": "AB"}]}
+            return await asyncio.gather(*texts, *(http.post("/v1/chat/completions", json=message | w) for w in wanted))
+
+    answers = [answer.json()["choices"][0] for answer in asyncio.run(main())]
+    for e, text, chat in zip(expected, answers, answers[len(wanted) :], strict=False):
+        assert text["text"] == chat["message"]["content"] == e.text
+        assert text["finish_reason"] == chat["finish_reason"] == e.finish_reason
+
+
 def test_a_chat_goes_through_the_template(engine_dir: Path) -> None:
     (expected,) = LLM(engine_dir, "cpu").generate(["user:AB;assistant:"], SamplingParams(max_tokens=8))
     body = {"messages": [{"role": "user", "content": "AB"}], "max_completion_tokens": 8, "temperature": 0}
