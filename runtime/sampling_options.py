@@ -73,7 +73,7 @@ class History:
 def options_of(rows: Sequence[Row], history: History) -> Options | None:
     """The options of a step's rows; None if the sampling kernel alone will do. Plain data, for any rank to apply."""
     sampling = [row for row in rows if row.samples]
-    if all(r.request.params.plain and r.index >= r.request.params.min_tokens for r in sampling):
+    if all(row.request.params.plain and not _masked(row) for row in sampling):
         return None
     params = [row.request.params for row in sampling]
     stops = [_masked(row) for row in sampling]

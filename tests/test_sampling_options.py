@@ -121,6 +121,12 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch_of_32(
     assert llm.worker.pool.free_blocks == llm.worker.pool.num_blocks
 
 
+def test_min_tokens_without_any_stop_token_is_nothing_to_do(engine_dir: Path) -> None:
+    params = [SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, min_tokens=5, ignore_eos=True)]
+    plain, lengthened = LLM(engine_dir, "cpu").generate([[1, 2]] * 2, params)
+    assert plain.token_ids == lengthened.token_ids
+
+
 def test_a_frequency_penalty_forbids_repeats(engine_dir: Path) -> None:
     params = SamplingParams(max_tokens=40, logit_bias={5: 100.0, 6: 99.0}, frequency_penalty=2.0)
     (completion,) = LLM(engine_dir, "cpu", lag=1).generate([[5, 6]], params)
