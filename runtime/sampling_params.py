@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+SMALLEST, LARGEST = 1e-6, 1e6  # of what logits are divided by: they stay numbers of float32
 MAX_LOGPROBS = 20  # alternatives per token: as far as OpenAI's interface goes
 
 
@@ -90,14 +91,16 @@ class SamplingParams:
 
     def _check_choice(self) -> None:
         number = _number
-        number("temperature", self.temperature, 0, math.inf, note=" (0 is greedy)")
+        number("temperature", self.temperature, 0, LARGEST, note=f" (0 is greedy; above it, {SMALLEST} is the least)")
+        if 0 < self.temperature < SMALLEST:
+            raise RequestError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or at least {SMALLEST}")
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**63 - 1, note=" (64 bits)")
         _integer("top_k", self.top_k, 0, note=" (0 keeps all tokens)")
         number("top_p", self.top_p, 0, 1, above=True)
         number("min_p", self.min_p, 0, 1)
         number("typical_p", self.typical_p, 0, 1, above=True)
-        number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True, note=" (1 changes nothing)")
+        number("repetition_penalty", self.repetition_penalty, SMALLEST, LARGEST, note=" (1 changes nothing)")
         number("presence_penalty", self.presence_penalty, -2, 2)
         number("frequency_penalty", self.frequency_penalty, -2, 2)
         if not isinstance(self.logit_bias, Mapping):
@@ -172,5 +175,4 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False,
     right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not right or value < low or value > high or (above and value == low):
         floor = f"above {low}" if above else f"at least {low}"
-        limit = f"finite and {floor}" if high == math.inf else f"{floor} and at most {high}"
-        raise RequestError(f"{name} is {value!r}; it must be {limit}{note}")
+        raise RequestError(f"{name} is {value!r}; it must be {floor} and at most {high:g}{note}")

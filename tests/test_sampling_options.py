@@ -77,6 +77,16 @@ def test_no_option_waits_for_the_device() -> None:
     assert torch.equal(drawn.tokens.cpu(), expected.tokens)
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-6}, {"repetition_penalty": 1e-6}, {"repetition_penalty": 1e6}])
+@pytest.mark.parametrize("wanted", [{"top_p": 0.9}, {"min_p": 0.1, "typical_p": 0.9}, {"top_k": 3}])
+def test_the_extremes_leave_numbers(extreme: dict[str, Any], wanted: dict[str, Any]) -> None:
+    params = SamplingParams(**{"temperature": 1.0, **extreme, **wanted})
+    out = changed([row(i, params, *text) for i, text in enumerate(TEXTS)], 1000 * logits())
+    assert not out.isnan().any() and (out > -torch.inf).any(1).all() and not (out == torch.inf).any()
+    if "temperature" in extreme:
+        assert torch.equal(out.argmax(1), logits().argmax(1))
+
+
 def test_rows_without_numbers_do_no_harm() -> None:
     bad = torch.full((2, V), -torch.inf)
     one = torch.ones(2)
@@ -236,8 +246,11 @@ def test_the_earliest_stop_string_counts_and_none_before_min_tokens() -> None:
         ({"top_p": float("nan")}, "top_p is nan"),
         ({"min_p": -0.1}, "min_p is -0.1; it must be at least 0 and at most 1"),
         ({"typical_p": 0}, "typical_p is 0; it must be above 0"),
-        ({"temperature": "hot"}, "temperature is 'hot'; it must be finite and at least 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be finite and above 0"),
+        ({"temperature": "hot"}, r"temperature is 'hot'; it must be at least 0 and at most 1e\+06 \(0 is greedy"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0 \\(greedy\\) or at least 1e-06"),
+        ({"temperature": 1e300}, "temperature is 1e.300; it must be at least 0 and at most"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0.0; it must be at least 1e-06 and at most 1e\+06"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
         ({"presence_penalty": 3}, "presence_penalty is 3; it must be at least -2 and at most 2"),
         ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5"),
         ({"logit_bias": {3: 101}}, "logit_bias of token 3 is 101; it must be at least -100 and at most 100"),
