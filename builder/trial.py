@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from fp8.plugins.cuda import Function
 
+COLD = (
+    120 << 20
+)  # bytes of weights that launches rotate over: more than twice the L2 cache, as every set costs its launch
 CHECKED_ROWS = 64  # spread over all rows, first and last among them
 # ||out - reference|| / ||reference||, of codes where the output is quantized. Kernels are within a fourth of these, as
 # their cases show; one that is wrong is far off. A single row may have four times as much: it may be of few columns.
@@ -131,7 +134,8 @@ class Operands:
         self.outputs = [self._random(t) for t in job.plugin.infer(job.types)]
         activations = [None if t is None or _fixed(t) else self._random(t) for t in job.types]
         first = self._weights()
-        count = sets_for(sum(w.nbytes for w in first if w is not None)) if any(w is not None for w in first) else 1
+        size = sum(w.nbytes for w in first if w is not None)
+        count = sets_for(size, COLD) if size else 1
         weights = [first, *(self._weights() for _ in range(count - 1))]
         self.sets = [
             [*(a if a is not None else w for a, w in zip(activations, one, strict=True)), *self.outputs]

@@ -39,9 +39,9 @@ class Graph:
     seconds: float  # of one launch, estimated: it says how often to replay
 
 
-def sets_for(size: int) -> int:
-    """How many sets of buffers of `size` bytes one launch after the other is to rotate over."""
-    return min(MOST_SETS, -(-COLD // max(size, 1)))
+def sets_for(size: int, cold: int = COLD) -> int:
+    """How many sets of buffers of `size` bytes one launch after the other is to rotate over, to come through `cold`."""
+    return min(MOST_SETS, -(-cold // max(size, 1)))
 
 
 def capture(launches: Sequence[Callable[[], object]]) -> Graph:
