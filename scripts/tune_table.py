@@ -179,12 +179,15 @@ def opened(path: Path, facts: dict[str, Any] | None, console: Console) -> Table:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from fp8.scripts import table_sites
     from fp8.scripts.provenance import add_argument
+    from fp8.scripts.random_checkpoint import PRESETS
 
     parser = argparse.ArgumentParser(
         "python -m fp8.scripts.tune_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="the table; continued if it is there")
-    parser.add_argument("--model", nargs="+", choices=table_sites.MODELS, default=table_sites.MODELS, help="(all)")
+    parser.add_argument("--model", nargs="+", choices=PRESETS, default=table_sites.MODELS,
+        help=f"({', '.join(table_sites.MODELS)})",
+    )  # fmt: skip
     parser.add_argument("--qformat", nargs="+", default=("fp8",), help="such as fp8 fp8_rowwise bf16 (fp8)")
     parser.add_argument("--tp_size", nargs="+", type=int, default=table_sites.TP_SIZES, help="(1 2 4 8)")
     parser.add_argument("--max_num_tokens", type=int, default=8192, help="rows of the last range (8192)")
