@@ -68,9 +68,8 @@ class Table:
 
 def op_name(plugin: Plugin, types: Sequence[Tensor | None]) -> str:
     """`gemm rows=L|bfloat16 L,4096|...|-`: the attributes that are not their defaults, the inputs."""
-    fields = dataclasses.fields(plugin)  # type: ignore[arg-type]
-    given = {f.name: getattr(plugin, f.name) for f in fields if getattr(plugin, f.name) != f.default}
-    words = [f"{k}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}" for k, v in given.items()]
+    given = _set_fields(plugin).items()
+    words = [f"{k}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}" for k, v in given]
     inputs = [f"{t.dtype} {','.join(map(str, t.shape))}" if t else "-" for t in types]
     return "|".join([" ".join([plugin.name, *words]), *inputs])
 
@@ -108,7 +107,14 @@ def _tensor(text: str) -> Tensor | None:
 
 
 def digest_of_tactics(tactics: Iterable[Any]) -> str:
-    return _digest(map(repr, tactics))
+    """Fields at their defaults do not count: that a kind of tactic gets another one does not change those that were."""
+    return _digest(f"{type(t).__name__} {_set_fields(t)}" for t in tactics)
+
+
+def _set_fields(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults."""
+    fields = dataclasses.fields(record)
+    return {f.name: getattr(record, f.name) for f in fields if getattr(record, f.name) != f.default}
 
 
 def digest_of_kernels(kernels: Iterable[Kernel]) -> str:

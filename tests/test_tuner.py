@@ -216,6 +216,13 @@ def test_builds_take_the_table_s_tactic_and_that_of_the_nearest_range(monkeypatc
     assert at(8).candidates(tactic_fields(measured))[:2] == [measured, few], "what was timed here goes before"
 
 
+def test_another_field_of_a_tactic_leaves_the_table_in_force() -> None:
+    old = dataclasses.make_dataclass("Tile", [("M", int), ("SPLIT", int, 1)], frozen=True)
+    new = dataclasses.make_dataclass("Tile", [("M", int), ("SPLIT", int, 1), ("PER_SM", int, 1)], frozen=True)
+    assert digest_of_tactics([old(64), old(64, 2)]) == digest_of_tactics([new(64), new(64, 2)])
+    assert digest_of_tactics([old(64)]) != digest_of_tactics([new(64, 1, 2)])
+
+
 def test_a_linear_per_row_takes_the_tactic_of_the_one_per_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = (Tensor("float8_e4m3fn", ("T", 256)), Tensor("float8_e4m3fn", (512, 256)))
     w_scale = Tensor("float32", (512,))
