@@ -150,7 +150,8 @@ def compiling(workers: int, console: Console) -> Iterator[Compiler]:
     from fp8.builder.tune import Compiler
 
     warn = lambda text: console.print(f"warning: {text[:400]}", markup=False, soft_wrap=True)
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, which ends them
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignored)
     try:
         for _ in range(workers):
             pool.submit(int)  # starts a process
