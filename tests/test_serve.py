@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -402,3 +404,79 @@ def test_a_client_that_reads_slowly_gets_everything(engine_dir: Path) -> None:
             received += part
             time.sleep(0.01)
         assert received.count(b'"finish_reason": "length"') == 8 and b"[DONE]" in received
+
+
+def test_bad_clients_beside_a_sound_one_change_nothing_for_it(engine_dir: Path) -> None:
+    """Garbage, half requests, bodies of another length than they say or of no end, and connections torn off."""
+    sound = {"prompt": "AB!", "max_tokens": 240, "temperature": 0, "ignore_eos": True}
+    (expected,) = LLM(engine_dir, "cpu").generate(["AB!"], SamplingParams(max_tokens=240, ignore_eos=True))
+    whole = post_request({**sound, "stream": True})
+    chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    starts = {
+        "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        "half a header": whole[:40],
+        "half a body": whole[:-20],
+        "more body than it says": whole + b"}}}}",
+        "chunks without end": chunked + b"fa0\r\n" + b"[" * 4000 + b"\r\n",
+        "a chunk of no length": chunked + b"zz\r\n",
+        "no length at all": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        "torn off in the stream": whole,
+    }
+    with listening(engine_dir, "--max_body_bytes", "2000", "--body_seconds", "2") as (url, server, _):
+        state, answers = server.config.app.state.server, []
+
+        def ask() -> None:
+            for _ in range(4):
+                answers.append(httpx.post(f"{url}/v1/completions", json=sound, timeout=60).json()["choices"][0]["text"])
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while asking.is_alive():
+            connections = [raw(url, start) for start in starts.values()]
+            time.sleep(0.1)
+            for connection in connections:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not ended
+                connection.close()
+        assert answers == [expected.text] * 4
+        asyncio.run(wait_until_free(engine_of(server)))
+        deadline = time.monotonic() + 5
+        while (state.reserved or server.server_state.connections) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not state.reserved and not server.server_state.connections
+
+
+@pytest.mark.parametrize("framing", [["Content-Length: 999999"], ["Transfer-Encoding: chunked"]])
+def test_a_body_that_is_too_large_is_refused_before_it_is_all_there(engine_dir: Path, framing: list[str]) -> None:
+    head = "\r\n".join(["POST /v1/completions HTTP/1.1", "Host: x", *framing, "", ""]).encode()
+    part = b"[" * 3000
+    with listening(engine_dir, "--max_body_bytes", "2000") as (url, server, _):
+        connection = raw(url, head + (b"bb8\r\n" + part + b"\r\n" if "chunked" in framing[0] else part))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        assert not server.config.app.state.server.reserved
+
+
+def test_a_shutdown_waits_no_longer_than_it_should_and_takes_nothing_new(
+    engine_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"prompt": "A", "max_tokens": 250, "temperature": 0, "ignore_eos": True, "stream": True}
+    with listening(engine_dir, "--drain_seconds", "1") as (url, server, thread):
+        llm, state = engine_of(server), server.config.app.state.server
+        step = llm.worker.step
+        monkeypatch.setattr(llm.worker, "step", lambda: (time.sleep(0.1), step())[1])  # 25 s for the whole answer
+        kept = httpx.Client(base_url=url, timeout=30)
+        assert kept.get("/health").json() == {"status": "ok"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+            parts = answer.iter_text()
+            next(parts)
+            state.draining = True  # as after a signal, but that connections are not closed yet
+            assert kept.get("/health").status_code == 503
+            refused = kept.post("/v1/completions", json={**body, "stream": False})
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+            state.draining, begin = False, time.monotonic()
+            server.handle_exit(signal.SIGTERM, None)
+            assert state.draining
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                assert "[DONE]" not in "".join(parts)
+        thread.join(20)
+        assert not thread.is_alive() and 0.5 < time.monotonic() - begin < 6
+        assert llm.worker.pool.free_blocks == llm.worker.pool.num_blocks
