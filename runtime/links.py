@@ -41,17 +41,17 @@ class Links(Protocol):
 
 class Returned:
     """The tables of sampled tokens that the last stage returns to this rank, which is of the first: one for every step
-    that samples. A step needs what was sampled `stages` steps before it, no later ones; so each stage has a step to
-    do, and no host stands between a token and the next."""
+    that samples. No host stands between a token and the next; and as a step seldom needs what was sampled less than
+    `stages` steps before it, each stage has a step to do."""
 
     def __init__(self, links: Links, table: torch.Tensor, stages: int) -> None:
         self._links, self._table, self._stages = links, table, stages
         self._begun = self._read = 0  # steps
         self._coming: deque[int] = deque()  # the steps whose tables were not taken
 
-    def begin(self, samples: bool) -> None:
-        """Before a step: takes the tables that it needs."""
-        self._take(self._begun - self._stages)
+    def begin(self, samples: bool, behind: int) -> None:
+        """Before a step: takes the tables that it needs, the last one that of the step so many steps before."""
+        self._take(self._begun - min(behind or self._stages, self._stages))
         if samples:
             self._coming.append(self._begun)
         self._begun += 1

@@ -34,7 +34,8 @@ class Command:
     inputs: dict[str, np.ndarray] | None = None
     options: Options | None = None
     copies: Mapping[int, int] | None = None  # KV blocks, before the step
-    repeats: int = 0
+    behind: int = 0  # how many steps before was the last one whose tokens it takes in unread; 0: the stages
+    repeats: int = 0  # of "time"
 
 
 @dataclass(frozen=True)

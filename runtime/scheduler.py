@@ -34,6 +34,7 @@ class Row:
     count: int
     samples: bool  # its last token's logits give a token
     index: int  # how many tokens the request had generated before: the counter of its random numbers
+    behind: int = 0  # it takes in a token that nobody has read, of the step so many steps before; 0: a known one
 
 
 class Scheduler:
@@ -48,8 +49,8 @@ class Scheduler:
         reuse_prefixes: bool = True,
         stages: int = 1,
     ) -> None:
-        """With several pipeline `stages` a step takes a part of the sequences, so that every stage has one to do; a
-        token that is not known yet can be the next one's input so many steps later."""
+        """With several pipeline `stages` a step takes a part of the sequences, so that every stage has one to do. A
+        sequence then goes on so many steps later, when the last stage has its token; sooner only if no other can."""
         self.pool = pool
         self.stages = stages
         self.max_num_tokens = max_num_tokens
@@ -99,7 +100,7 @@ class Scheduler:
         if self._searching:  # what may give way together must do so before any row is taken
             for request in [r for r in self.running if r.pending]:
                 self._make_room(request)
-        rows = self._decode_rows(decoding)
+        rows = self._decode_rows(decoding, self.stages)
         budget = self.max_num_tokens - len(rows)
         prompts = [r for r in prompts if r.slot >= 0]  # some may have given way
         pending = [r.pending for r in prompts]
@@ -113,6 +114,9 @@ class Scheduler:
         shares = self.policy.shares(pending, budget)
         taken = [self._take(r, count) for r, count in zip(prompts, shares, strict=True) if count]
         rows += sorted(taken, key=lambda row: row.count > 1)  # stable
+        if not rows:
+            early = [r for r in decoding if r.slot >= 0 and r.in_flight]
+            rows = self._decode_rows(early, max((self.steps - r.sampled_in for r in early), default=0))
         self.steps += bool(rows)
         return rows
 
@@ -166,8 +170,9 @@ class Scheduler:
             request.finish_reason = "abort"
             self._forget(request)
 
-    def _decode_rows(self, requests: Sequence[Request]) -> list[Row]:
-        """A row of one token for each, as far as they keep their place."""
+    def _decode_rows(self, requests: Sequence[Request], behind: int) -> list[Row]:
+        """A row of one token for each, as far as they keep their place; for one whose token is not read, if that was
+        sampled so many steps ago."""
         size, served = self.pool.block_size, self.policy.served
         most = min(self.max_num_tokens, -(-len(self.running) // self.stages))
         rows: list[Row] = []
@@ -175,7 +180,8 @@ class Scheduler:
             computed = request.computed
             if request.slot < 0 or len(rows) == most:
                 continue
-            if request.in_flight and self.steps - request.sampled_in < self.stages:
+            ago = self.steps - request.sampled_in
+            if request.in_flight and ago < behind:
                 continue
             if request.search:
                 rows.append(self._take(request, 1))
@@ -187,7 +193,7 @@ class Scheduler:
             request.in_flight += 1
             request.sampled_in = self.steps
             served(request, 1)
-            rows.append(Row(request, computed, 1, True, index))
+            rows.append(Row(request, computed, 1, True, index, ago if computed >= len(request.tokens) else 0))
         return rows
 
     def _take(self, request: Request, count: int) -> Row:

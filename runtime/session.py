@@ -165,8 +165,9 @@ class Session:
         with self._guard(), self._scope():
             host = self._inputs.host[stage]
             shape, options = self._packer.pack(rows, host), options_of(rows, self._history)
-            self._tell("step", shape, stage, options, copies)
-            return self._start(rows, shape, stage, options, copies)
+            behind = min((row.behind for row in rows if row.behind), default=0)
+            self._tell("step", shape, stage, options, copies, behind)
+            return self._start(rows, shape, stage, options, copies, behind)
 
     def _start(
         self,
@@ -175,13 +176,14 @@ class Session:
         stage: int,
         options: Options | None,
         copies: Mapping[int, int] | None,
+        behind: int,
     ) -> Ticket:
         """Runs, or enqueues, the step whose inputs lie in that staging buffer."""
         if copies:
             self._copy_blocks(copies)
         count = shape.logits_rows
         if self._returned is not None:
-            self._returned.begin(bool(count))
+            self._returned.begin(bool(count), behind)
         launch, forward = self._launch, self._forward
         replayed = self._graphs is not None and self.recorder is None
         if replayed and shape.decode_sequences == shape.sequences == count:
@@ -295,7 +297,7 @@ class Session:
                 self._time(shape, stage, command.repeats)
                 return
             self._turn = (self._turn + 1) % self.max_unread
-            ticket = self._start((), shape, stage, command.options, command.copies)
+            ticket = self._start((), shape, stage, command.options, command.copies, command.behind)
         if self.ranks.tells:
             open_.append(ticket)
 
@@ -313,12 +315,13 @@ class Session:
         stage: int,
         options: Options | None = None,
         copies: Mapping[int, int] | None = None,
+        behind: int = 0,
         repeats: int = 0,
     ) -> None:
         if self.ranks is not None:
             self.ranks.begin(what)
             live = self._packer.live(shape, self._inputs.host[stage])
-            self.ranks.tell(Command(what, shape, live, options, copies, repeats))
+            self.ranks.tell(Command(what, shape, live, options, copies, behind, repeats))
 
     def _wait(self, stage: int) -> None:
         """Until the step that used that staging buffer last has ended."""
