@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import socket
 import struct
@@ -404,6 +405,24 @@ def test_a_client_that_reads_slowly_gets_everything(engine_dir: Path) -> None:
             received += part
             time.sleep(0.01)
         assert received.count(b'"finish_reason": "length"') == 8 and b"[DONE]" in received
+
+
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/nothing"])
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\n[1,2]zz"])
+def test_a_body_that_breaks_off_into_nonsense_is_400_and_no_exception(
+    engine_dir: Path, caplog: pytest.LogCaptureFixture, path: bytes, rest: bytes
+) -> None:
+    chunked = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with listening(engine_dir) as (url, server, _):
+        logging.getLogger("uvicorn").addHandler(caplog.handler)
+        connection, answer = raw(url, chunked + rest), b""
+        while part := connection.recv(1000):
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 400")
+        time.sleep(0.1)
+        assert not server.server_state.connections and not server.config.app.state.server.reserved
+        logging.getLogger("uvicorn").removeHandler(caplog.handler)
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 def test_bad_clients_beside_a_sound_one_change_nothing_for_it(engine_dir: Path) -> None:

@@ -48,6 +48,13 @@ def guarded(head_seconds: float, stall_seconds: float) -> type[H11Protocol]:
             super().resume_writing()
             self._stall = _stop(self._stall)
 
+        def send_400_response(self, msg: str) -> None:
+            """The answer to what turns out to be no HTTP, after headers that were: these need no other any more."""
+            super().send_400_response(msg)
+            if self.cycle is not None:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._head, self._stall = _stop(self._head), _stop(self._stall)
             super().connection_lost(exc)
