@@ -30,6 +30,7 @@ RECORD = Path(__file__).resolve().parent.parent / "docs" / "performance" / "h200
 MARKED = re.compile(r"(<!-- model (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 INPUT, OUTPUT = 1024, 128  # tokens
 MODELS, GPUS = ("llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b"), (1, 2, 4, 8, 16)
+CHUNK = 8192  # tokens of a step of prompts
 PER_GPU = 64  # sequences under way for each GPU, where tokens/s count
 ACTIVATION = 2  # bytes
 
@@ -163,7 +164,7 @@ class Engine:
         chunk = flops + self.layers * 2 * reduce + self.machine.hop(size * shape.hidden * ACTIVATION, self.layout)
         return (chunks + pp - 1) * chunk
 
-    def tokens_per_second(self, batch: int, step_tokens: int = 8192) -> float:
+    def tokens_per_second(self, batch: int, step_tokens: int = CHUNK) -> float:
         """Of a batch that starts together: 1024 tokens in, 128 out."""
         decode = (OUTPUT - 1) * self.token_seconds(batch, INPUT + OUTPUT / 2)
         return batch * OUTPUT / (self.prompt_seconds(batch, INPUT, step_tokens) + decode)
@@ -211,8 +212,8 @@ def check(machine: Machine, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     """(what, unit, measured, modelled) of every figure of the record that the model was not made from."""
     figures = {row["name"]: row["figure"] for row in record["rows"]}
     for model, layout, batch, step_tokens in (
-        ("llama-7b", Layout(2), 1, 8192), ("llama-7b", Layout(2), 64, 8192), ("llama-7b", Layout(1, 2), 1, 4096),
-        ("llama-7b", Layout(1, 2), 64, 4096), ("llama-2-70b", Layout(2), 1, 8192),
+        ("llama-7b", Layout(2), 1, CHUNK), ("llama-7b", Layout(2), 64, CHUNK), ("llama-7b", Layout(1, 2), 1, 4096),
+        ("llama-7b", Layout(1, 2), 64, 4096), ("llama-2-70b", Layout(2), 1, CHUNK),
     ):  # fmt: skip
         engine = Engine(Shape.of(PRESETS[model]), layout, machine)
         place = f"tp {layout.tp}" if layout.tp > 1 else f"pp {layout.pp}"
@@ -247,7 +248,10 @@ def best(machine: Machine, shape: Shape, gpus: int) -> tuple[Engine | None, Engi
 def tables(record: Mapping[str, Any]) -> dict[str, str]:
     """The page's, by name."""
     machine = calibrated(record)
-    return {"machine": _machine(machine), "check": _check(machine, record), "choice": _choice(machine)}
+    return {
+        "machine": _machine(machine), "layer": _layer(machine), "check": _check(machine, record),
+        "choice": _choice(machine),
+    }  # fmt: skip
 
 
 def _machine(m: Machine) -> str:
@@ -260,6 +264,29 @@ def _machine(m: Machine) -> str:
         ["between hosts (assumed)", f"{m.network.latency * 1e6:.0f} us + {m.network.rate / 1e9:.0f} GB/s"],
     ]
     return _markdown(["of one GPU", ""], rows)
+
+
+def _layer(machine: Machine) -> str:
+    """What a layer takes of a step, and what its ranks say to each other."""
+    rows = []
+    for model in MODELS:
+        shape = Shape.of(PRESETS[model])
+        for tp in (1, 2, 8):
+            row = [model, str(tp)]
+            for tokens in (1, 64):
+                moved = shape.layer_weights / tp + tokens * (INPUT + OUTPUT / 2) * shape.kv(tp)
+                own = machine.layer + moved / machine.memory_rate
+                row += _parts(own, 2 * machine.all_reduce(tokens * shape.hidden * ACTIVATION, tp))
+            own = CHUNK * 2 * shape.layer_weights / tp / machine.flops
+            row += _parts(own, 2 * machine.all_reduce(CHUNK * shape.hidden * ACTIVATION, tp))
+            rows.append([*row, _number(CHUNK * shape.hidden * ACTIVATION / 2**20)])
+    sizes = "decode of 1", "decode of 64", f"{CHUNK} of prompts"
+    steps = [f"{what}, us" for size in sizes for what in (size, "all-reduces")]
+    return _markdown(["model", "tp", *steps, "MiB"], rows)
+
+
+def _parts(own: float, reduces: float) -> list[str]:
+    return [_number(own * 1e6), _number(reduces * 1e6) if reduces else ""]
 
 
 def _check(machine: Machine, record: Mapping[str, Any]) -> str:
