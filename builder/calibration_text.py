@@ -74,7 +74,7 @@ def _json_lines(path: Path, max_seq_length: int) -> Iterator[str]:
                 continue
             try:
                 yield _text_of(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CalibrationError(f"{path}:{number}: expected a JSON object with a string `text`") from error
 
 

@@ -43,7 +43,7 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever the template raises, or runs into
             raise RequestError(f"the chat template refuses these messages: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._tokenizer(_sound(str(text)), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer | None:
@@ -70,7 +70,7 @@ class FastTokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text).ids)
+        return list(self._tokenizer.encode(_sound(text)).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -88,13 +88,24 @@ class SlowTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, verbose=False)["input_ids"])
+        return list(self._tokenizer(_sound(text), verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def piece(self, token: int) -> str:
         return _piece(self._tokenizer, self._tokenizer("a", add_special_tokens=False)["input_ids"], token)
+
+
+def _sound(text: str) -> str:
+    """The text. Raises RequestError if it is none, as what a shell or JSON hands over need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"a text has half a surrogate pair at position {error.start}, which is no character; leave it out"
+        ) from error
+    return text
 
 
 def _piece(tokenizer: Any, before: list[int], token: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -25,6 +26,15 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{value} is not a number of seconds above 0")
     return value
+
+
+def new_file(text: str) -> Path:
+    """Where a result is to be written: known to be possible before it is computed."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a directory" if path.is_dir() else f"cannot be written: there is no directory {path.parent}"
+        raise argparse.ArgumentTypeError(f"{path} {why}")
+    return path
 
 
 def port(text: str) -> int:

@@ -22,11 +22,12 @@ from fp8.builder.engine import write_atomically
 from fp8.runtime.llm import LLM
 from fp8.runtime.peers import Peers
 from fp8.runtime.request import RequestError
+from fp8.scripts.argument_types import fraction, new_file, positive
 from fp8.scripts.evaluation.models import Engine, Model, Reference
 from fp8.scripts.evaluation.statistics import chance_limit
 from fp8.scripts.evaluation.task import Task, modules, task_name
 from fp8.scripts.ranks import among_peers, is_divided, on_all_ranks
-from fp8.scripts.run import ERRORS, add_session_arguments, fraction, positive
+from fp8.scripts.run import ERRORS, add_session_arguments
 
 SHARED = ("data", "max_items", "skip_long", "max_ppl_increase", "min_accuracy")  # flags that a task's COMMON may name
 
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_items", type=positive, metavar="N", help="take only the first N items (of each subject)")
     p.add_argument("--skip_long", action="store_true", help="leave out items that are too long, and say how many")
     p.add_argument("--reference", type=Path, help="Hugging Face model directory, run in float32 on the same prompts")
-    p.add_argument("--output", type=Path, help="write the result as JSON")
+    p.add_argument("--output", type=new_file, help="write the result as JSON")
     gates = p.add_argument_group(
         "gates", "A missed gate ends in status 2; the result is printed and written all the same."
     )

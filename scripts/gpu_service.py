@@ -31,6 +31,7 @@ from rich.table import Table
 
 from fp8.builder.engine import write_atomically
 from fp8.runtime.llm import LLM
+from fp8.scripts.argument_types import new_file
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.quickstart import EXAMPLES, StepFailed, Variant, command
 from fp8.scripts.service_checks.beams import beams
@@ -97,7 +98,7 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser("gpu_service", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--work_dir", type=Path, required=True, help="checkpoints, engines and dumps go here")
-    p.add_argument("--output", type=Path, help="write the results as JSON")
+    p.add_argument("--output", type=new_file, help="write the results as JSON")
     p.add_argument("--device", default="cuda", help="cuda (default), or cpu: slowly, to try the checks themselves")
     p.add_argument("--requests", type=int, default=200, help="that arrive at random (default: 200)")
     add_argument(p)

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fp8.builder.engine import write_atomically
-from fp8.scripts.argument_types import positive, seconds
+from fp8.scripts.argument_types import new_file, positive, seconds
 from fp8.scripts.provenance import add_argument, provenance
 
 WARM_UP = 0.2  # of the time
@@ -301,7 +300,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max_memory_growth", type=float, default=0.02, help="of RSS, after the first fifth (default: 0.02)"
     )
-    p.add_argument("--output", type=Path, help="write the result as JSON, the samples with it")
+    p.add_argument("--output", type=new_file, help="write the result as JSON, the samples with it")
     add_argument(p)
     return p
 

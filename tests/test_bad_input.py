@@ -284,7 +284,8 @@ def test_an_unknown_flag_is_refused(command: str, refused: Refusal) -> None:
     ("command", "flag", "value"),
     [("run", "max_kv_blocks", "0"), ("run", "rank_timeout", "nan"), ("run", "kv_cache_free_gpu_memory_fraction", "2"),
      ("evaluate", "max_tokens", "-1"), ("evaluate", "window", "0"), ("evaluate", "stride", "0"),
-     ("evaluate", "max_items", "0"), ("serve", "port", "65536"), ("serve", "body_seconds", "-1"),
+     ("evaluate", "max_items", "0"), ("evaluate", "output", "no/such/dir.json"), ("evaluate", "output", "/tmp"),
+     ("serve", "port", "65536"), ("serve", "body_seconds", "-1"),
      ("serve", "stall_seconds", "nan"), ("serve", "request_seconds", "0"), ("serve", "drain_seconds", "inf"),
      ("serve", "max_requests", "0"), ("serve", "max_body_bytes", "much"), ("serve", "policy", "none")],
 )  # fmt: skip

@@ -135,6 +135,14 @@ def test_a_tokenizer_that_does_not_match_the_vocabulary_is_named(
     assert "is outside the vocabulary (0 to 96); does the tokenizer belong to this model?" in message
 
 
+@pytest.mark.parametrize("text", ["AB\udcff", "\ud800"])
+def test_a_text_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    directory = tiny_engine.write(tmp_path)
+    hf_llama.add_tokenizer(directory)
+    assert run.main(["--engine_dir", str(directory), "--input_text", text, "--device", "cpu"]) == 1
+    assert f"half a surrogate pair at position {len(text) - 1}" in capsys.readouterr().err
+
+
 def test_a_directory_without_an_engine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--engine_dir", str(tmp_path), "--input_tokens", "1"]) == 1
     assert "is not an engine directory" in capsys.readouterr().err
@@ -189,6 +197,8 @@ def test_a_chat_goes_through_the_template_of_the_tokenizer(tmp_path: Path, capsy
         ("a.csv", "id,text\n", "holds no prompt"),
         ("a.doc", "AB", "ends in .doc; known are .txt, .jsonl, .csv"),
         ("a.jsonl", '{"text": "AB"}\n{', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "a.jsonl:1 is not JSON"),
+        ("a.csv", 'text\n"AB\n', "is not CSV (unexpected end of data); is a quote missing?"),
         ("a.jsonl", '{"question": "AB"}', "a.jsonl:1 has none of the keys text, prompt, messages"),
         ("a.jsonl", '{"messages": ["x"]}', "messages must be a list of objects"),
         ("a.csv", "id,question\n1,AB\n", "has the columns id, question; one must be text or prompt"),

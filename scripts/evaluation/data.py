@@ -60,7 +60,7 @@ def json_rows(path: Path, keys: Sequence[str], flags: Sequence[str]) -> list[Row
     """The texts under `keys` of every object of a JSONL file; empty lines are skipped. `flags` set the keys."""
     rows = [
         Row(where, [_text(item, key, flag, where) for key, flag in zip(keys, flags, strict=True)])
-        for where, item in _objects(path)
+        for where, item in json_lines(path)
     ]
     if not rows:
         raise RequestError(
@@ -69,12 +69,13 @@ def json_rows(path: Path, keys: Sequence[str], flags: Sequence[str]) -> list[Row
     return rows
 
 
-def _objects(path: Path) -> Iterator[tuple[str, object]]:
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, what) of every line that is not empty."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RequestError(f"{path}:{number} is not JSON: {error}") from error
 
 
