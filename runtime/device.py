@@ -11,6 +11,8 @@ from fp8.runtime.reference import kv_block_bytes
 if TYPE_CHECKING:
     import torch
 
+LEAST_CORES = 4  # for a rank with a GPU
+
 
 def choose_device(name: str, target: str, place: int | None = None) -> torch.device:
     """ "auto": the GPU if there is one and the engine holds kernels, else the CPU. `place`: which of several processes
@@ -41,6 +43,16 @@ def _own_gpu(place: int) -> int:
     if place >= count:
         raise EngineError(f"this is process {place} of its host (from 0), which has {count} GPUs; start one per GPU")
     return place
+
+
+def few_cores(allowed: int, present: int) -> str | None:
+    """What is wrong with a GPU rank that may run on so few of the host's cores: Open MPI binds each of two to one."""
+    if allowed >= LEAST_CORES or present <= allowed:
+        return None
+    return (
+        f"this rank may run on {allowed} of {present} cores, and its launches, messages and NCCL's threads share "
+        f"{'it' if allowed == 1 else 'them'}; start the job with mpirun --bind-to none"
+    )
 
 
 def blocks_in_host_memory(plan: Plan, processes: int = 1, asked: int | None = None) -> int:

@@ -7,12 +7,14 @@ the last one to the first, each rank to its counterpart: all ranks of a stage ho
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from fp8.builder.engine import Plan
 from fp8.plugins.base import Communicator, load
 from fp8.runtime.comm import HIDDEN, SAMPLED, HostGroup, World, tensor_bytes, tensor_of
+from fp8.runtime.device import few_cores
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +154,8 @@ class GpuLinks:
 
         from fp8.runtime.nccl import NcclGroup
 
+        if wrong := few_cores(len(os.sched_getaffinity(0)), os.cpu_count() or 1):
+            LOG.warning("rank %d: %s", world.rank, wrong)
         self._before, self._after = neighbours(world, plan)
         self.group: Communicator = _group(world, plan, device)
         self._ring = NcclGroup(world, range(world.world)) if plan.compatibility.pp_size > 1 else None

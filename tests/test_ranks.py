@@ -14,6 +14,7 @@ import torch
 
 from fp8.builder.engine import Limits
 from fp8.runtime.comm import tensor_bytes, tensor_of
+from fp8.runtime.device import few_cores
 from fp8.runtime.launcher import RankError, launched
 from fp8.runtime.preflight import by_rank
 from fp8.runtime.request import Request, SamplingParams
@@ -167,3 +168,8 @@ def test_another_rank_restores_what_was_packed():
     for name, array in here.items():
         assert np.array_equal(array, there[name]), name
     assert sum(array.nbytes for array in live.values()) < 1500
+
+
+def test_a_rank_that_is_bound_to_a_core_is_told_the_remedy():
+    assert few_cores(4, 64) is few_cores(2, 2) is few_cores(64, 64) is None
+    assert re.search("1 of 64 cores, .* share it; start the job with mpirun --bind-to none", few_cores(1, 64) or "")
