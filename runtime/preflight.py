@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from fp8.runtime.launcher import RankError
 if TYPE_CHECKING:
     import torch
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -84,6 +86,26 @@ def check_devices(world: World | None, device: torch.device) -> None:
     cards = [card for _, _, card in every]
     if device.type == "cuda" and len(set(cards)) < len(cards):
         raise RankError(f"ranks share a GPU ({by_rank(cards)}); give each one of its own (--device auto does)")
+
+
+def common_blocks(world: World | None, available: int) -> int:
+    """KV blocks that every rank has room for; says so where a rank's memory makes the pool of all much smaller."""
+    if world is None:
+        return available
+    every = [int(text) for text in world.exchange(str(available))]
+    if world.rank == 0 and (text := uneven(every)):
+        LOG.warning(text)
+    return min(every)
+
+
+def uneven(blocks: Sequence[int]) -> str | None:
+    """What is wrong with ranks that have room for so many KV blocks each."""
+    if 2 * min(blocks) >= max(blocks):
+        return None
+    room = by_rank([f"{n} blocks" for n in blocks])
+    return (
+        f"the KV pool has {min(blocks)} blocks, as the ranks have room for {room}; does something else use that memory?"
+    )
 
 
 def manifest(engine: Engine) -> dict[str, str]:

@@ -104,7 +104,7 @@ class Session:
             (self._prepare_gpu, self._allocate_on_gpu) if on_gpu else (self._prepare_cpu, self._allocate_on_cpu)
         )
         available = preflight.all_or_none(world, lambda: prepare(engine, max_kv_blocks, fraction))
-        self.num_blocks = available if world is None else min(map(int, world.exchange(str(available))))
+        self.num_blocks = preflight.common_blocks(world, available)
         if world is not None:
             assert self.ranks is not None
             with self.ranks.guard(), self._scope():

@@ -16,7 +16,7 @@ from fp8.builder.engine import Limits
 from fp8.runtime.comm import tensor_bytes, tensor_of
 from fp8.runtime.device import few_cores
 from fp8.runtime.launcher import RankError, launched
-from fp8.runtime.preflight import by_rank
+from fp8.runtime.preflight import by_rank, uneven
 from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.sockets import Gate, Wire, connect
@@ -173,3 +173,9 @@ def test_another_rank_restores_what_was_packed():
 def test_a_rank_that_is_bound_to_a_core_is_told_the_remedy():
     assert few_cores(4, 64) is few_cores(2, 2) is few_cores(64, 64) is None
     assert re.search("1 of 64 cores, .* share it; start the job with mpirun --bind-to none", few_cores(1, 64) or "")
+
+
+def test_a_rank_with_little_memory_is_named():
+    assert uneven([100, 60, 100]) is None
+    found = uneven([100, 30, 100]) or ""
+    assert "has 30 blocks, as the ranks have room for ranks 0, 2: 100 blocks; rank 1: 30 blocks" in found
