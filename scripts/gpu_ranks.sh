@@ -107,7 +107,7 @@ ahead &
 set +m
 trap 'kill -- -$! 2>/dev/null || true; rm -rf "$work"' EXIT
 case $parts in
-  *all_reduce*) [ "$device" = cpu ] || bench "$gpus" 120 all_reduce all_reduce --parts stress time ;;
+  *all_reduce*) [ "$device" = cpu ] || bench "$gpus" 60 all_reduce all_reduce --parts stress time ;;
 esac
 wait $! || failed=1
 say "engines were made after $((SECONDS - begin)) s"
@@ -116,17 +116,17 @@ for part in ${parts/all_reduce/}; do
   begin=$SECONDS
   case $part in
     llama-7b)
-      bench "$gpus" 90 latency "llama-7b-tp$gpus" --engine_dir llama-7b-tp --device $device --batch_size 1 64 "${length[@]}"
-      bench 1 90 latency llama-7b-one --engine_dir llama-7b --device $device --batch_size 1 64 "${length[@]}"
-      bench "$gpus" 90 latency "llama-7b-pp$gpus" --engine_dir llama-7b-pp --device $device --batch_size 1 64 "${length[@]}" ;;
+      bench "$gpus" 60 latency "llama-7b-tp$gpus" --engine_dir llama-7b-tp --device $device --batch_size 1 64 "${length[@]}"
+      bench 1 60 latency llama-7b-one --engine_dir llama-7b --device $device --batch_size 1 64 "${length[@]}"
+      bench "$gpus" 60 latency "llama-7b-pp$gpus" --engine_dir llama-7b-pp --device $device --batch_size 1 64 "${length[@]}" ;;
     llama-70b)
-      bench "$gpus" 120 latency "llama-2-70b-tp$gpus" --engine_dir llama-2-70b-tp --device $device --batch_size 1 "${length[@]}" ;;
+      bench "$gpus" 90 latency "llama-2-70b-tp$gpus" --engine_dir llama-2-70b-tp --device $device --batch_size 1 "${length[@]}" ;;
     engines)
       pairs=()
       for name in bf16 fp8 fp8-kv; do pairs+=("$name/tp=$name/one" "$name/pp=$name/one"); done
       windows=()
       [ "$device" = cuda ] || windows=(--max_windows 2)
-      ranks "$gpus" 180 gpu_ranks --device $device --data "$here/examples/heldout.txt" --commit "$commit" \
+      ranks "$gpus" 120 gpu_ranks --device $device --data "$here/examples/heldout.txt" --commit "$commit" \
         --output "$out/engines.json" "${windows[@]}" "${pairs[@]}" || failed=1 ;;
   esac
   say "$part took $((SECONDS - begin)) s"

@@ -32,9 +32,9 @@ from fp8.runtime.scoring import token_losses
 from fp8.runtime.session import Session
 from fp8.scripts.gpu_engines import logits
 
-LENGTHS = (1, 64, 90)
-SAMPLED = SamplingParams(max_tokens=8, temperature=0.8, seed=3, repetition_penalty=1.2, ignore_eos=True)
-GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+LENGTHS = (1, 70)
+SAMPLED = SamplingParams(max_tokens=5, temperature=0.8, seed=3, repetition_penalty=1.2, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=5, ignore_eos=True)
 
 
 class ExactExecutor(ReferenceExecutor):
@@ -67,11 +67,11 @@ def use(exactly: bool) -> None:
 
 
 def results(llm: LLM, tokens: list[int]) -> tuple[torch.Tensor, float, list[list[int]]]:
-    """Logits of prompts in chunks and of single tokens; perplexity; texts of five prompts, greedy and sampled."""
-    found = torch.cat(logits(llm.session, tokens, LENGTHS, 3))
-    losses = np.concatenate([token_losses(llm.session, tokens[at : at + 96])[0] for at in (0, 96, 192)])
-    params = [GREEDY, SAMPLED, GREEDY, SAMPLED, SAMPLED]
-    texts = llm.generate([tokens[i * 31 :][: 7 * i + 1] for i in range(5)], params)
+    """Logits of prompts in chunks and of single tokens; perplexity; texts of four prompts, greedy and sampled."""
+    found = torch.cat(logits(llm.session, tokens, LENGTHS, 2))
+    losses = np.concatenate([token_losses(llm.session, tokens[at : at + 96])[0] for at in (0, 96)])
+    params = [GREEDY, SAMPLED, GREEDY, SAMPLED]
+    texts = llm.generate([tokens[i * 31 :][: 7 * i + 1] for i in range(4)], params)
     return found, math.exp(losses.mean()), [t.token_ids for t in texts]
 
 
