@@ -1,9 +1,9 @@
 """The tactics that ship with the package, timed on an H200 by `python -m fp8.scripts.tune_table`.
 
 A file of them is JSON: what they were measured with, and for every op (`op_name`) and range of rows a tactic, its
-microseconds there, and digests of the plugin's favourites that it won against and of their kernels. An entry is in
-force while its tactic is legal and the favourites are the same; else the plugin's own choice stands in. Where kernels
-alone have changed, it is in force, but to be timed anew.
+microseconds there, and digests of the plugin's favourites that it won against and of their kernels. Builds take an
+entry while its tactic is legal: what was measured goes before what a model expects. Where favourites or kernels have
+changed since, it is to be timed anew.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Table:
     facts: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, dict[int, Entry]] = field(default_factory=dict)
 
-    def nearest(self, op: str, rows: int) -> tuple[str, int] | None:
-        """Where to look for a tactic: at the op, or else at one like it, in the range that ends at `rows`, or nearest
-        to it: less than a factor of two away, as an engine's last range may end anywhere."""
-        name = op if op in self.entries else next((other for other in self.entries if alike(op, other)), None)
-        if name is None:
-            return None
+    def nearest(self, op: str, rows: int) -> Entry | None:
+        """Of the op, or else of one like it, in the range that ends at `rows`, or nearest to it: less than a factor of
+        two away, as an engine's last range may end anywhere."""
+        ranges = self.entries.get(op)
+        if ranges is None:
+            ranges = next((found for other, found in self.entries.items() if alike(op, other)), {})
         ratio = lambda end: max(end, rows) / min(end, rows)
-        near = [end for end in self.entries[name] if ratio(end) < 2]
-        return (name, min(near, key=lambda end: (ratio(end), end))) if near else None
+        near = [end for end in ranges if ratio(end) < 2]
+        return ranges[min(near, key=lambda end: (ratio(end), end))] if near else None
 
     def put(self, op: str, rows: int, entry: Entry) -> None:
         self.entries.setdefault(op, {})[rows] = entry

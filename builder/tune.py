@@ -48,7 +48,7 @@ class Site:
 
     @property
     def favourites(self) -> tuple[Any, ...]:
-        """What an entry of the shipped table has won against."""
+        """What an entry of the shipped table is to have won against."""
         return self.offered[: tactic_table.FAVOURITES]
 
     def candidates(self, measured: dict[str, Any] | None = None) -> list[Any]:
@@ -57,15 +57,9 @@ class Site:
         return list(dict.fromkeys([*(t for t in known if t), *self.offered]))
 
     def shipped(self) -> Any:
-        """The tactic that the shipped table has for this place, if it is in force; else None."""
-        table = tactic_table.shipped()
-        found = table.nearest(self.op, self.max_tokens)
-        if found is None:
-            return None
-        entry = table.entries[found[0]][found[1]]
-        own = self if found == (self.op, self.max_tokens) else Site(*tactic_table.parse_op(found[0]), found[1])
-        in_force = tactic_table.digest_of_tactics(own.favourites) == entry.favourites
-        return self.restored(entry.tactic) if in_force else None
+        """The tactic that the shipped table has for this place, if it is legal; else None."""
+        entry = tactic_table.shipped().nearest(self.op, self.max_tokens)
+        return self.restored(entry.tactic) if entry else None
 
     def restored(self, fields: dict[str, Any] | None) -> Any:
         """The tactic of a table's fields; None if there is none such (any more), or if it is not legal here."""

@@ -64,15 +64,17 @@ class Tuning:
         return list(dict.fromkeys([*favourites, *others.values(), *([restored] if restored else [])]))
 
     def missing(self) -> list[Site]:
-        """What the table does not hold in force, then what it holds of other kernels."""
-        first, then = [], []
+        """What the table does not hold, then what has other favourites by now, then what has other kernels."""
+        missing: tuple[list[Site], ...] = ([], [], [])
         for site in self.todo:
-            entry = self._entry(site)
-            if entry is None or entry.favourites != self._digests[site][0]:
-                first.append(site)
-            elif entry.kernels != self._digests[site][1]:
-                then.append(site)
-        return [*first, *then]
+            entry, (favourites, kernels) = self._entry(site), self._digests[site]
+            if entry is None:
+                missing[0].append(site)
+            elif entry.favourites != favourites:
+                missing[1].append(site)
+            elif entry.kernels != kernels:
+                missing[2].append(site)
+        return [*missing[0], *missing[1], *missing[2]]
 
     def _entry(self, site: Site) -> Entry | None:
         return self.table.entries.get(site.op, {}).get(site.max_tokens)
