@@ -109,7 +109,7 @@ def test_rows_that_no_128_divides_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_a_size_or_none() -> None:
     given = ["--checkpoint_dir", "c", "--output_dir", "e"]
-    for more, expected in (([], 0), (["--fp8_all_reduce"], 256), (["--fp8_all_reduce", "64"], 64)):
+    for more, expected in (([], 0), (["--fp8_all_reduce"], 4096), (["--fp8_all_reduce", "64"], 64)):
         assert command.parse([*given, *more]).fp8_all_reduce == expected
 
 
