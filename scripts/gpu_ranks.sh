@@ -51,7 +51,8 @@ fi
 [ "$gpus" -gt 1 ] || fail "a round of several ranks needs several GPUs; there is $gpus (scripts/gpu.sh measures one)"
 # Ranks are not bound to a core each: a rank's threads (NCCL's too) need several.
 read -ra mpirun <<<"${MPIRUN:-mpirun --allow-run-as-root --bind-to none --oversubscribe}"
-work=$(mktemp -d) here=$PWD
+work=$(mktemp -d)
+ln -s "$PWD/examples" "$work/examples"
 failed=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -75,8 +76,8 @@ hollow() { # hollow NAME MODEL ARGUMENT...: an engine without its matrices, rand
 }
 
 example() { # example NAME QFORMAT KV: checkpoint and engines of one rank, tp N and pp N
-  CUDA_VISIBLE_DEVICES='' python quantize --model_dir "$here/examples/tiny-python-llama" --qformat "$2" --kv_cache_dtype "$3" \
-    --calib_dataset "$here/examples/calibration.txt" --calib_size 64 --device cpu --output_dir "$1/checkpoint" >/dev/null 2>&1
+  CUDA_VISIBLE_DEVICES='' python quantize --model_dir examples/tiny-python-llama --qformat "$2" --kv_cache_dtype "$3" \
+    --calib_dataset examples/calibration.txt --calib_size 64 --device cpu --output_dir "$1/checkpoint" >/dev/null 2>&1
   for place in "1 1 one" "$gpus 1 tp" "1 $gpus pp"; do
     set -- "$1" $place
     python build --checkpoint_dir "$1/checkpoint" --output_dir "$1/$4" --target $target --tp_size "$2" --pp_size "$3" \
@@ -126,7 +127,7 @@ for part in ${parts/all_reduce/}; do
       for name in bf16 fp8 fp8-kv; do pairs+=("$name/tp=$name/one" "$name/pp=$name/one"); done
       windows=()
       [ "$device" = cuda ] || windows=(--max_windows 2)
-      ranks "$gpus" 120 gpu_ranks --device $device --data "$here/examples/heldout.txt" --commit "$commit" \
+      ranks "$gpus" 120 gpu_ranks --device $device --data examples/heldout.txt --commit "$commit" \
         --output "$out/engines.json" "${windows[@]}" "${pairs[@]}" || failed=1 ;;
   esac
   say "$part took $((SECONDS - begin)) s"

@@ -254,6 +254,17 @@ def tables(record: Mapping[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def render(page: str, made: Mapping[str, str]) -> str:
+    """The page with these tables. Raises EngineError for one of another name."""
+
+    def table(found: re.Match[str]) -> str:
+        if found["name"] not in made:
+            raise EngineError(f"the page has a table of the model {found['name']!r}; there are {', '.join(made)}")
+        return f"{found[1]}{made[found['name']]}{found[3]}"
+
+    return MARKED.sub(table, page)
+
+
 def _machine(m: Machine) -> str:
     rows = [
         ["weights and cache in decode steps", f"{m.memory_rate / 1e12:.2f} TB/s"],
@@ -350,8 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         made = tables(record)
         if args.page:
-            page = MARKED.sub(lambda found: f"{found[1]}{made[found['name']]}{found[3]}", args.page.read_text())
-            write_atomically(args.page, [page.encode()])
+            write_atomically(args.page, [render(args.page.read_text(), made).encode()])
     except (EngineError, OSError) as error:
         print(f"parallel_model: {error}", file=sys.stderr)
         return 1

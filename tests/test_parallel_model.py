@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from fp8.builder.engine import EngineError
-from fp8.scripts import parallel_model, random_checkpoint
+from fp8.scripts import parallel_model, performance_page, random_checkpoint
+from fp8.scripts import record as measured
+from fp8.scripts.benchmarks import figures, rank_targets
 from fp8.scripts.parallel_model import INPUT, OUTPUT, Engine, Layout, Link, Machine, Shape
 
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "performance" / "h200x2"
 CONTEXT = INPUT + OUTPUT / 2
 ONE = "llama-7b fp8 + fp8 kv, 1024 in, 128 out"
 FIGURES = {
@@ -87,6 +90,29 @@ def test_what_does_not_fit_is_not_chosen(machine: Machine) -> None:
     assert fullest.layout.gpus == 16 and fullest.fits(16 * parallel_model.PER_GPU)
 
 
+def test_the_committed_page_is_what_the_commands_make() -> None:
+    """Of two GPUs' results: the record, and docs/parallel.md."""
+    made = measured.record(figures.read(RESULTS), 2)
+    assert made == measured.load(RESULTS.with_suffix(".json")), "python -m fp8.scripts.record --gpus 2 makes it anew"
+    page = (RESULTS.parent.parent / "parallel.md").read_text()
+    assert performance_page.render(page, made) == page, "python -m fp8.scripts.performance_page makes it anew"
+    tables = parallel_model.tables(made)
+    assert parallel_model.render(page, tables) == page, "python -m fp8.scripts.parallel_model makes it anew"
+    shown = {
+        found["name"]
+        for pattern in (performance_page.MARKED, parallel_model.MARKED)
+        for found in pattern.finditer(page)
+    }
+    assert shown == {"summary", *tables, *(target.section for target in rank_targets.targets(2))}
+
+
+def test_the_model_is_near_what_was_measured() -> None:
+    made = measured.load(RESULTS.with_suffix(".json"))
+    found = list(parallel_model.check(parallel_model.calibrated(made), made))
+    assert len(found) == 7
+    assert all(abs(modelled / value - 1) < 0.15 for *_, value, modelled in found)
+
+
 def test_the_tables_of_a_page_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "record.json").write_text(json.dumps({**record(), "sources": {}}))
     page = tmp_path / "page.md"
@@ -95,5 +121,8 @@ def test_the_tables_of_a_page_are_made_anew(tmp_path: Path, capsys: pytest.Captu
     text = page.read_text()
     assert text.startswith("before\n<!-- model choice -->\n| model |") and text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text and "does not fit" in text
+    page.write_text("<!-- model choices -->\n<!-- end -->\n")
+    assert parallel_model.main(["--record", str(tmp_path / "record.json"), "--page", str(page)]) == 1
+    assert "a table of the model 'choices'; there are machine, layer" in capsys.readouterr().err
     assert parallel_model.main(["--record", str(tmp_path / "none.json")]) == 1
     assert "parallel_model: " in capsys.readouterr().err
