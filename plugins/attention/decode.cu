@@ -482,14 +482,14 @@ DEVICE void combine(const Partial* partials, int block, int count, int rows, con
 
 // True in the block that arrives last of `count` at a unit's counter, which is zero again after it.
 DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) {  // its fences stand for the block's: what came before the barrier is seen by who comes after
+    __threadfence();
     shared.last = atomicAdd(counter, 1) + 1 == count;
     if (shared.last) *counter = 0;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return shared.last;
 }
 
