@@ -23,12 +23,13 @@ OPENING_ERRORS = (EngineError, RankError, PluginError, OSError)
 
 
 def add_rank_arguments(p: argparse.ArgumentParser) -> None:
-    """`--rank_timeout`; and `world`, the ranks that an engine is divided among, None without a launcher."""
+    """`--rank_timeout`; and `world`, the ranks that an engine is divided among, None without a launcher; `prepare` is
+    called with the arguments and the session of every rank but 0, which sees to its own."""
     p.add_argument(
         "--rank_timeout", type=seconds, default=RANK_TIMEOUT, metavar="SECONDS",
         help="under mpirun: end all ranks if one is silent, or stands still in a step, for so long (default: 20)",
     )  # fmt: skip
-    p.set_defaults(world=None, make_weight=None)
+    p.set_defaults(world=None, make_weight=None, prepare=None)
 
 
 def on_all_ranks(name: str, args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
@@ -105,6 +106,8 @@ def _follow(args: argparse.Namespace) -> int:
         )
     except OPENING_ERRORS:  # rank 0 has it too, and prints it
         return int(args.world.await_end())
+    if args.prepare is not None:
+        args.prepare(args, session)
     session.follow()
     args.world.close()
     return 0

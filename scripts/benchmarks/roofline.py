@@ -28,6 +28,7 @@ from fp8.scripts.run import positive
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
+    parser.set_defaults(prepare=lambda args, session: fill_cache(session))
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences of a decode step")
     parser.add_argument("--context_len", type=positive, default=1024, help="of each of them")
     parser.add_argument(

@@ -30,6 +30,7 @@ QUEUED = 256  # requests that wait at any time in the steady state, at least
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
+    parser.set_defaults(prepare=_prepare)
     parser.add_argument("--input_len", type=positive, nargs="+", default=[1000])
     parser.add_argument("--output_len", type=positive, nargs="+", default=[1000], help="one for each input_len")
     parser.add_argument(
@@ -53,8 +54,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
                 f"--input_len {pair[0]} and --output_len {pair[1]} exceed the engine's max_seq_len "
                 f"{llm.session.limits.max_seq_len}"
             )
-    if args.max_seconds:
-        fill_cache(llm.session)
+    _prepare(args, llm.session)
     rows: list[dict[str, Any]] = []
     facts = {"engine": engine_facts(llm.session.plan, args.engine_dir)}
     for pair, count in zip(lengths, counts, strict=True):
@@ -63,6 +63,11 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
         args.save(rows, facts)
         llm.worker.drop_all()
     return rows, facts
+
+
+def _prepare(args: argparse.Namespace, session: Session) -> None:
+    if args.max_seconds:
+        fill_cache(session)
 
 
 class Load:
