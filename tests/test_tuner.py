@@ -109,6 +109,13 @@ def test_operands_that_do_not_fit_leave_the_favourite_and_other_sites_are_tuned_
     assert len(json.loads(h200.read_text())["winners"]) == 1, "a choice that was not timed is not remembered"
 
 
+def test_many_rows_are_timed_under_load_and_few_in_bursts() -> None:
+    cool, hot = Way("right", 100.0), Way("right", 104.5)
+    with Timer(CpuTrial) as timer:
+        assert timed(timer, site(hot, cool, rows=2048)).best == cool
+        assert timed(timer, site(hot, cool, rows=512)).best == hot
+
+
 def test_a_process_that_cannot_start_is_an_error() -> None:
     with Timer(NoGpu) as timer, pytest.raises(TuneError, match="cannot start: RuntimeError: torch sees no sm_90 GPU"):
         timed(timer, site(SLOW, FAST))
