@@ -22,6 +22,9 @@
 //   + a warpgroup multiplies after the other has begun                                868  1007
 //   + or after three quarters of the other's products                                 799   915
 // 128 x 160 925, 256 x 96 1001; a cluster of two that share w: 128 x 128 918, and 961 (894 alone) at 2048 x 4096 x 4096.
+// Timed only, their values not held against the reference: one scale per 128 rows of w and the columns in parts, of which one
+// is added while the next multiplies: 128 x 192 in two 1079, with x in registers 1001; 128 x 256 in four, x in registers,
+// 1024, and 1085 at 2048 x 4096 x 4096 (128 x 192 above: 974), but 64 x 32 in two 9.2 us at 64 x 4096 x 4096, not 7.8.
 #include "fp8/convert.cuh"
 #include "fp8/matrix.cuh"
 #include "fp8/mbarrier.cuh"
