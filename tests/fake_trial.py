@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fp8.builder.trial import Trial
+from fp8.builder.tune import Site
 from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
 
 TYPES = (Tensor("bfloat16", ("T", 64)), Tensor("bfloat16", (64,)))
@@ -136,3 +137,14 @@ class Faulty(Scaled):
 
         launch = Launch(functions[0], 64, tensors, 400 * 1024 if tactic.kind == "too_much_shared" else 0)
         return lambda step: launch(step.tokens)
+
+
+SLOW, FAST = Way("right", 20.0), Way("right", 5.0)
+BF16 = (Tensor("bfloat16", ("T", 64)), Tensor("bfloat16", (64, 64)), None, None, None)
+
+
+def site(*ways: Way, rows: int = ROWS) -> Site:
+    return Site(Scaled(" ".join(f"{w.kind}:{w.microseconds}" for w in ways)), TYPES, rows, "model.layers.0")
+
+
+def ignore(*_: object) -> None: ...
