@@ -26,7 +26,7 @@ CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
 PROMOTED_N = 192  # columns for which a warpgroup of 64 rows has registers twice
-PROMOTION = 480  # clocks that the tensor cores idle in a k block while its products are promoted
+PROMOTION = 300  # clocks that the tensor cores idle in a k block while its products are promoted
 OFFERED = 6  # candidates that are worth timing
 
 
@@ -205,7 +205,7 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
     main *= 1 + 0.1 * hot * max(0.0, t.BLOCK_N / 128 - 1)
     waves = max(1.0, 0.68 * math.ceil(waves) + 0.32 * waves)
     work = (0.96 + 0.015 * hot) * waves * main + epilogue + 1100 if t.PINGPONG else waves * (main + epilogue)
-    work += 2150 * t.SPLIT if t.SPLIT > 1 else 0
+    work += (2150 + 2500 * p["PROMOTE"]) * t.SPLIT if t.SPLIT > 1 else 0
     stream = 1.39 * p.n * p.k_blocks * ATOM / DEVICE_BYTES
     return (work**4.2 + stream**4.2) ** (1 / 4.2) + 1970
 
