@@ -57,7 +57,7 @@ struct Partial {
 
 struct Problem {
   const int *block_tables, *starts;
-  int sequences, max_blocks, unit_cost;
+  int sequences, max_blocks;
   int end;  // of this block's run of tiles
 };
 
@@ -80,7 +80,7 @@ struct Cursor {
     tile = inside - unit * count;
   }
   __device__ __forceinline__ int places(const Problem& p) const { return p.starts[sequence + 1] - p.starts[sequence]; }
-  __device__ __forceinline__ int tiles(const Problem& p) const { return places(p) - p.unit_cost; }
+  __device__ __forceinline__ int tiles(const Problem& p) const { return places(p) - p.starts[-1]; }
   __device__ __forceinline__ void advance(const Problem& p, int count) {
     index += count;
     tile += count;
@@ -157,6 +157,7 @@ struct Shared {
   Producer producers[WARPS];  // here, not in registers: only one lane of a warp needs them
   Fresh fresh;
   int last, run;
+  int nothing;   // places behind the tiles of a unit
   int starts[1];  // [sequences + 1]: places of one unit in the sequences before; then the sequences' positions
 };
 
@@ -500,7 +501,7 @@ DEVICE void count_places(Shared& shared, const int* sequence_lengths, const int*
     if (ROTARY_DIM) shared.starts[sequences + 1 + i] = position_ids[i];
     shared.starts[i + 1] = tiles ? tiles + unit_cost : 0;
   }
-  if (threadIdx.x == 0) shared.starts[0] = 0;
+  if (threadIdx.x == 0) shared.starts[0] = 0, shared.nothing = unit_cost;
   __syncthreads();
   if (threadIdx.x >= 32) return;
   for (int i = 1 + threadIdx.x, before = 0; i - (int)threadIdx.x <= sequences; i += 32) {
@@ -544,7 +545,10 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
 
   // What a step takes in and the cache's older tokens were there before the step's first kernel: the tiles that hold them
   // are sent for while the kernel before is still at work.
-  count_places(shared, sequence_lengths, position_ids, sequences, unit_cost);
+  // One sequence: its units end where a block's run ends, for a block with parts of two takes twice as long.
+  const bool even = sequences == 1 && unit_cost == 0;
+  count_places(shared, sequence_lengths, position_ids, sequences,
+               even ? (WARPS - (sequence_lengths[0] + TILE - 1) / TILE % WARPS) % WARPS : unit_cost);
   __syncthreads();
   const int total = shared.starts[sequences] * UNITS;
   int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
@@ -552,7 +556,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // Contexts of one length: no unit is cut, if little is lost by it.
   if (unit * sequences == shared.starts[sequences] && whole - run <= run / 8) run = whole;
   const int begin = min(total, (int)blockIdx.x * run);
-  const Problem p = {block_tables, shared.starts, sequences, max_blocks, unit_cost, min(total, begin + run)};
+  const Problem p = {block_tables, shared.starts, sequences, max_blocks, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
   __syncthreads();
 

@@ -184,7 +184,7 @@ def bind(
         if units >= MANY:
             many(tactic.grid)
         else:
-            tiles = units * -(-step.max_context // of.tile)  # at most
-            few(max(1, min(tactic.few().grid, -(-tiles // tactic.few().decode_warps))))
+            tiles = -(-step.max_context // of.tile)  # of a unit, at most
+            few(max(1, min(tactic.few().grid, units * -(-tiles // tactic.few().decode_warps))))
 
     return run
