@@ -106,9 +106,10 @@ def matrix_map(t: torch.Tensor, box_inner: int, box_outer: int, swizzle: int = 1
 class Launch:
     """One packed launch. Arguments are tensors (passed as pointers), tensor maps, ctypes scalars or arrays (structs).
 
-    `launch(grid=...)` enqueues on torch's current stream; scalar arguments may be changed in between through `.value`
-    (the driver copies them at each launch). `pdl` lets the kernel start before its predecessor ends: the kernel must
-    run `griddepcontrol.wait` before it reads what others wrote or writes anything itself.
+    `launch(grid, shared)` enqueues on torch's current stream, with no more shared memory than it was made with. Scalar
+    arguments may be changed in between through `.value` (the driver copies them at each launch). `pdl` lets the kernel
+    start before its predecessor ends: the kernel must run `griddepcontrol.wait` before it reads what others wrote or
+    writes anything itself.
     """
 
     def __init__(
@@ -153,11 +154,13 @@ class Launch:
             return ctypes.c_void_p(0)
         return arg if isinstance(arg, (ctypes._SimpleCData, ctypes.Array)) else None
 
-    def __call__(self, grid: int | tuple[int, int, int] | None = None) -> None:
+    def __call__(self, grid: int | tuple[int, int, int] | None = None, shared: int | None = None) -> None:
         import torch
 
         if grid is not None:
             self._config.gridDimX, self._config.gridDimY, self._config.gridDimZ = _dim3(grid)
+        if shared is not None:
+            self._config.sharedMemBytes = shared
         self._config.hStream = torch.cuda.current_stream().cuda_stream
         ok(driver.cuLaunchKernelEx(self._config, self._function.handle, self._address, 0))
 

@@ -89,9 +89,12 @@ class Shape:
         fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 16
         return tactic.decode_warps * warp + fresh + 4 * (2 * sequences + 2) + 64
 
+    def blocks(self, tactic: Decode, sequences: int) -> int:
+        """That a multiprocessor holds at a time: with very many sequences, fewer than `tactic.decode_blocks`."""
+        return min(tactic.decode_blocks, (SHARED_LIMIT + 1024) // (self.shared_bytes(tactic, sequences) + 1024))
+
     def fits(self, tactic: Decode, sequences: int) -> bool:
-        size = self.shared_bytes(tactic, sequences)
-        return size <= SHARED_LIMIT and tactic.decode_blocks * (size + 1024) <= SHARED_LIMIT + 1024
+        return self.blocks(tactic, sequences) == tactic.decode_blocks
 
 
 def shape(plugin: Attention, inputs: Sequence[Tensor | None]) -> Shape:
@@ -181,10 +184,12 @@ def bind(
         units = step.decode_sequences * of.units
         sequences.value = step.decode_sequences
         unit_cost.value = UNIT_COST if units >= MANY else 0
-        if units >= MANY:
-            many(tactic.grid)
-        else:
+        launch, used = (many, tactic) if units >= MANY else (few, tactic.few())
+        # All blocks run at once: one that came later would have as much to do as the others, and nobody beside it.
+        grid = MULTIPROCESSORS * of.blocks(used, step.decode_sequences)
+        if units < MANY:
             tiles = -(-step.max_context // of.tile)  # of a unit, at most
-            few(max(1, min(tactic.few().grid, units * -(-tiles // tactic.few().decode_warps))))
+            grid = max(1, min(grid, units * -(-tiles // used.decode_warps)))
+        launch(grid, of.shared_bytes(used, step.decode_sequences))
 
     return run
