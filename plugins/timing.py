@@ -18,8 +18,8 @@ GRAPH_SECONDS = 5e-4  # a graph lasts about as long, so that its own launch does
 
 @dataclass(frozen=True)
 class Pace:
-    """How long contestants run: `turns` times `seconds` each, one after the other in a turn; one turn before is not
-    counted."""
+    """How long contestants run: `turns` times `seconds` each, one after the other in a turn; a quarter as many turns
+    before, but at least one, are not counted."""
 
     turns: int
     seconds: float
@@ -76,10 +76,11 @@ def compare(graphs: Sequence[Graph], pace: Pace) -> list[float]:
     """Microseconds of a launch of each: the median over all replays. They take turns, so that clocks and power are the
     same for all."""
     taken: list[list[float]] = [[] for _ in graphs]
-    for turn in range(pace.turns + 1):
+    before = max(1, pace.turns // 4)
+    for turn in range(before + pace.turns):
         for graph, times in zip(graphs, taken, strict=True):
             found = replays(graph, pace.seconds)
-            times += found if turn else []
+            times += found if turn >= before else []
     return [statistics.median(times) for times in taken]
 
 

@@ -105,7 +105,7 @@ for part in $parts; do
       made all
       bench 200 startup llama-7b-startup --checkpoint_dir llama-7b-checkpoint --engine_dir llama-7b -- "${small[@]}"
       grid llama-7b
-      bench 90 roofline llama-7b-roofline --engine_dir llama-7b --batch_size 1 64 --prompt_len 1024 8192 ;;
+      bench 90 roofline llama-7b-roofline --engine_dir llama-7b --batch_size 1 64 --prompt_len 1024 2048 ;;
     llama-3.1-8b)
       made all
       grid llama-3.1-8b

@@ -20,6 +20,7 @@ from fp8.builder.checkpoint import Checkpoint
 from fp8.models.config import load as load_model
 from fp8.plugins.base import StepShape
 from fp8.plugins.gemm import cases as gemm_cases
+from fp8.plugins.timing import Graph, Pace
 from fp8.runtime.session import Session
 from fp8.scripts import bench, build, random_checkpoint, random_engine, run
 from fp8.scripts.benchmarks import (
@@ -309,3 +310,14 @@ def test_kernel_rows_go_on_where_a_process_was_lost(monkeypatch: pytest.MonkeyPa
     rows = [measuring.row(place, timed) for place, timed in enumerate(chosen.cases()[:3])]
     assert rows[0] == {"place": 0} and rows[2] == {"place": 2} and started == [0, 2]
     assert rows[1]["failure"] == "its process was ended by SIGSEGV" and rows[1]["name"].startswith("norm_quant")
+
+
+def test_contestants_under_load_alternate_quickly_and_take_a_bounded_time() -> None:
+    def graph(seconds: float, count: int = 1) -> Graph:
+        return Graph(None, (), count, seconds)  # type: ignore[arg-type]
+
+    assert kernel_rows._loaded([graph(15e-6, 33), graph(14e-6, 35)]) == Pace(kernel_rows.TURNS, kernel_rows.TURN)
+    for seconds in (0.006, 0.04, 0.2):
+        pace = kernel_rows._loaded([graph(seconds), graph(seconds)])
+        taken = pace.turns * max(pace.seconds, seconds)
+        assert pace.turns >= 3 and taken <= max(kernel_rows.LOADED, 3 * seconds)

@@ -14,7 +14,7 @@ from typing import Any
 from fp8.builder.tune import Site
 from fp8.plugins import compile
 from fp8.plugins.base import Kernel, PluginError, Tensor
-from fp8.plugins.timing import SUSTAINED, Graph, Pace, capture, compare
+from fp8.plugins.timing import Graph, Pace, capture, compare
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases, types
 from fp8.scripts.benchmarks.ceilings import Ceilings
@@ -23,7 +23,10 @@ from fp8.scripts.benchmarks.peers import peers_of
 
 MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
 BRIEF = Pace(4, 0.01)
-HEAVY = 5e10  # FLOP from which a case is timed under sustained load
+# Under load contestants alternate faster than the power limit reacts: with turns of 50 ms one of the two could keep the
+# higher clocks, and the ratio of two products of 6 ms each was off by a tenth.
+TURNS, TURN, LOADED = 16, 0.01, 0.2  # seconds of a turn, and of all a contestant's turns
+HEAVY = 5e10  # FLOP from which a case is timed under load, as is one that the tensor cores bound
 KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
 CEILINGS = -1  # asks for them, in place of a case
 Row = dict[str, Any]
@@ -143,18 +146,25 @@ class Measured:
         ours = [buffers.captured(one, self._functions.of(k)) for one, k in zip(tactics, kernels, strict=True)]
         peers = _peer_graphs(buffers, row) if self._chosen.peers else {}
         write = buffers.captured_write(tactics[0], self._functions.of(kernels[0])) if peers else None
-        heavy = t.case.flops >= HEAVY
-        times = compare([*ours, *peers.values(), *([write] if write else [])], SUSTAINED if heavy else BRIEF)
+        graphs, dtype = [*ours, *peers.values()], _factor_dtype(buffers)
+        memory, cores = self.ceilings.seconds(t.case.bytes, 0.0, dtype), self.ceilings.seconds(0.0, t.case.flops, dtype)
+        heavy = t.case.flops >= HEAVY or cores > memory
+        times = compare(graphs, _loaded(graphs) if heavy else BRIEF)
         us, tactic = min(zip(times, tactics, strict=False), key=lambda pair: pair[0])
-        peer_us = dict(zip(peers, times[len(ours) :], strict=False))
-        least = self.ceilings.seconds(t.case.bytes, t.case.flops, _factor_dtype(buffers))
-        first = next(iter(peer_us.items()), (None, None))
+        peer_us = dict(zip(peers, times[len(ours) :], strict=True))
+        peer, best = next(iter(peer_us.items()), (None, None))
         return {
             "us": us, "tb_per_second": t.case.bytes / us / 1e6, "tflops": t.case.flops / us / 1e6,
-            "fraction": least * 1e6 / us, "peer": first[0], "peer_us": first[1], "ratio": first[1] and first[1] / us,
+            "fraction": max(memory, cores) * 1e6 / us, "peer": peer, "peer_us": best, "ratio": best and best / us,
             "all_peers_us": peer_us, "tactic": dataclasses.asdict(tactic), "sustained": heavy,
-            **({"write_us": times[-1]} if write else {}),
+            **({"write_us": compare([write], BRIEF)[0]} if write else {}),
         }  # fmt: skip
+
+
+def _loaded(graphs: Sequence[Graph]) -> Pace:
+    """Fewer turns where a launch is longer than one."""
+    together = sum(max(TURN, g.seconds * g.count) for g in graphs)
+    return Pace(max(3, min(TURNS, int(LOADED * len(graphs) / together))), TURN)
 
 
 def _peer_graphs(buffers: CaseBuffers, row: Row) -> dict[str, Graph]:
