@@ -23,8 +23,7 @@ from fp8.scripts.benchmarks.peers import peers_of
 
 MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
 BRIEF = Pace(4, 0.01)
-# Under load contestants alternate faster than the power limit reacts: with turns of 50 ms one of the two could keep the
-# higher clocks, and the ratio of two products of 6 ms each was off by a tenth.
+# Under load contestants alternate faster than the power limit reacts, so that it falls on both alike.
 TURNS, TURN, LOADED = 16, 0.01, 0.2  # seconds of a turn, and of all a contestant's turns
 HEAVY = 5e10  # FLOP from which a case is timed under load, as is one that the tensor cores bound
 KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
