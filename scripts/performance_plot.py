@@ -61,13 +61,14 @@ def draw_splits(by_step: dict[str, dict[str, float]], path: Path) -> None:
     figure, axes = _figure()
     kernels = sorted({k for step in by_step.values() for k in step}, key=lambda k: (k == "others", k))
     places, lefts = range(len(by_step)), [0.0] * len(by_step)
+    wholes = [sum(step.values()) for step in by_step.values()]
     for kernel in kernels:
-        widths = [step.get(kernel, 0.0) / 1e3 for step in by_step.values()]
+        widths = [step.get(kernel, 0.0) / whole * 100 for step, whole in zip(by_step.values(), wholes, strict=True)]
         axes.barh(places, widths, left=lefts, label=kernel)
         lefts = [a + b for a, b in zip(lefts, widths, strict=True)]
-    axes.set_yticks(places, list(by_step))
-    axes.set(xlabel="ms per token, every kernel by itself", title="Where a decode step's time goes")
-    axes.legend(fontsize="x-small", loc="lower right")
+    axes.set_yticks(places, [f"{name}: {us / 1e3:.1f} ms" for name, us in zip(by_step, wholes, strict=True)])
+    axes.set(xlabel="% of the time per token, every kernel by itself", title="Where a decode step's time goes")
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=DOTS, metadata={"Software": None})
 
 
