@@ -16,10 +16,10 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import write_atomically
+from fp8.scripts.argument_types import new_file
 from fp8.scripts.benchmarks import all_reduce, host, kernel, latency, roofline, startup, throughput
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.ranks import among_peers, on_all_ranks
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (module, title) in MODES.items():
         mode = modes.add_parser(name, help=title, description=getattr(module, "DESCRIPTION", title))
         module.add_arguments(mode)
-        mode.add_argument("--output", type=Path, help="write the result as JSON")
+        mode.add_argument("--output", type=new_file, help="write the result as JSON")
         add_argument(mode)
     return p
 

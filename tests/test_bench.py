@@ -201,6 +201,14 @@ def throughput(engine: Path, *flags: str) -> int:
     return bench.main(["throughput", "--engine_dir", str(engine), "--device", "cpu", *flags])
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["host", "--output", str(tmp_path / "absent" / "host.json")])
+    assert stopped.value.code == 2 and "there is no directory" in capsys.readouterr().err
+
+
 def test_throughput_of_a_whole_queue_counts_every_token(engine_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "throughput.json"
     lengths = ["--input_len", "40", "20", "--output_len", "5", "30", "--num_requests", "12"]
