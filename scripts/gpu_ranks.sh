@@ -2,7 +2,7 @@
 # A round on several Hopper GPUs of one host; results as JSON in OUT_DIR, and at the end the record of them, h200xN.json.
 #
 #   bash scripts/gpu_ranks.sh OUT_DIR [--no-venv] [--commit HASH] [--device cpu] [PART...]      all parts by default:
-#     all_reduce  every way to sum over ranks: stress at varied sizes, times                            all_reduce.json
+#     all_reduce  every way to sum over ranks: checks, stress at varied sizes, times                    all_reduce.json
 #     llama-7b    random weights in FP8 with FP8 KV: latency at batch 1 and 64 of one GPU, tp N, pp N   llama-7b*.json
 #     llama-70b   Llama-2-70B's shape, likewise, at tp N: time per token at batch 1                     llama-2-70b*.json
 #     engines     the example in BF16, FP8 and FP8 with FP8 KV, at tp N and pp N, against one rank      engines.json
@@ -108,7 +108,7 @@ ahead &
 set +m
 trap 'kill -- -$! 2>/dev/null || true; rm -rf "$work"' EXIT
 case $parts in
-  *all_reduce*) [ "$device" = cpu ] || bench "$gpus" 60 all_reduce all_reduce --parts stress time ;;
+  *all_reduce*) [ "$device" = cpu ] || bench "$gpus" 90 all_reduce all_reduce ;;
 esac
 wait $! || failed=1
 say "engines were made after $((SECONDS - begin)) s"

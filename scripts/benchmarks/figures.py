@@ -130,6 +130,9 @@ def _all_reduce(_: str, document: Document) -> Figures:
         if row.get("sqnr_db"):
             size = f"{row['kib']} KB" if row["kib"] < 1024 else f"{row['kib'] // 1024} MB"
             yield f"{row['name']} {size}: SQNR", row["sqnr_db"]
+    if "checked" in document["checks"]:
+        yield "all_reduce, every tactic: checks", document["checks"]["checked"]
+        yield "all_reduce, every tactic: failures", len(document["checks"]["failures"])
     if "launches" in document["checks"]:
         yield "all_reduce, in turn: launches at varied sizes", document["checks"]["launches"]
         yield "all_reduce, in turn: wrong results", document["checks"]["wrong"]

@@ -65,6 +65,9 @@ def _models(gpus: int) -> Iterator[Target]:
 
 def _all_reduce() -> Iterator[Target]:
     section = "all-reduce"
+    for what, target in (("checks", None), ("failures", 0)):
+        name = f"all_reduce, every tactic: {what}"
+        yield Target(section, name, what, (name,), target, what == "checks")
     name = "all_reduce, in turn: launches at varied sizes"
     yield Target(section, name, "launches", (name,), STRESS)
     name = "all_reduce, in turn: wrong results"
