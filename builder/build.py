@@ -343,7 +343,7 @@ def write_rank(compiled: Compiled, directory: Path, reporter: Reporter) -> Plan:
 
     name = f"rank{compiled.plan.compatibility.rank}"
     digest = weights.write(directory / f"{name}.safetensors", compiled.constants.values(), progress)
-    built = dataclasses.replace(compiled.plan, weights_sha256=digest)
+    built = dataclasses.replace(compiled.plan, weights_digest=digest)
     engine.write_atomically(directory / f"{name}.engine", [engine.engine_bytes(built, compiled.cubins)])
     return built
 
@@ -352,7 +352,7 @@ def write_common(plans: Sequence[Plan], source: Source, directory: Path) -> None
     """Writes what all ranks share: config.json, which says how the model is divided, and the tokenizer."""
     facts: dict[str, Any] = {k: dataclasses.asdict(getattr(plans[0], k)) for k in ("compatibility", "model", "limits")}
     if len(plans) > 1:
-        facts["ranks"] = [{**dataclasses.asdict(p.share), "weights_sha256": p.weights_sha256} for p in plans if p.share]
+        facts["ranks"] = [{**dataclasses.asdict(p.share), "weights_digest": p.weights_digest} for p in plans if p.share]
     text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
     engine.write_atomically(directory / "config.json", [text.encode()])
     for name in COPIED:

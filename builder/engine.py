@@ -15,13 +15,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PIECE = 16 << 20  # bytes of a file that are hashed by themselves
 
 Kind = str  # "input" | "weight" | "activation" | "kv_cache" | "output"
 
@@ -133,7 +135,7 @@ class Plan:
     steps: tuple[Step, ...]
     arena_bytes: int  # activations of the maximal step
     workspace_bytes: int  # all workspace regions, zeroed once at load
-    weights_sha256: str
+    weights_digest: str
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # hash -> source, entry, constants, registers, ...
     fusion_report: list[dict[str, Any]] = field(default_factory=list)  # one entry per Q/DQ pair
     taps: tuple[Tap, ...] = ()
@@ -174,7 +176,7 @@ class Plan:
         model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
         return Plan(
             Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
-            d["workspace_bytes"], d["weights_sha256"], d["kernels"], d["fusion_report"], taps, share,
+            d["workspace_bytes"], d["weights_digest"], d["kernels"], d["fusion_report"], taps, share,
         )  # fmt: skip
 
 
@@ -253,39 +255,81 @@ def load(directory: str | Path, rank: int = 0, verify_weights: bool = True) -> E
     if not engine.weights_path.is_file():
         raise EngineError(f"{engine.weights_path} is missing; it holds the weights of {path}")
     if verify_weights:
-        check_weights(engine, file_sha256(engine.weights_path))
+        check_weights(engine, file_digest(engine.weights_path))
     return engine
 
 
 def check_weights(engine: Engine, found: str) -> None:
-    """Raises EngineError if `found`, the sha256 of the weights file, is not the one that the plan was built with."""
-    expected = engine.plan.weights_sha256
+    """Raises EngineError if `found`, the Digest of the weights file, is not the one that the plan was built with."""
+    expected = engine.plan.weights_digest
     if found != expected:
         raise EngineError(
-            f"{engine.weights_path} is not the weights file that the engine was built with (sha256 {found[:12]}, "
+            f"{engine.weights_path} is not the weights file that the engine was built with (digest {found[:12]}, "
             f"expected {expected[:12]}): damaged or exchanged; build it again"
         )
 
 
-def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    h = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            h.update(chunk)
+class Digest:
+    """The sha256 of the sha256 digests of a file's pieces of 16 MiB, one behind the other. Pieces are hashed side by
+    side, for one core hashes more slowly than weights are read. To be closed, by `with`."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._pieces: list[Any] = []
+        self._room = 0  # left in the last piece
+        self._last: Future | None = None
+
+    def __enter__(self) -> Digest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def update(self, data: bytes | memoryview) -> list[Future]:
+        """Takes in what comes next, which must stay as it is until the futures are done."""
+        view, futures = memoryview(data), []
+        while view:
+            if not self._room:
+                self._pieces.append(hashlib.sha256())
+                self._room = PIECE
+            elif self._last:
+                self._last.result()  # the same piece goes on: in order
+            part, view = view[: self._room], view[self._room :]
+            self._room -= len(part)
+            self._last = self._pool.submit(self._pieces[-1].update, part)
+            futures.append(self._last)
+        return futures
+
+    def hexdigest(self) -> str:
+        """Of all that was taken in, once all futures are done."""
+        return hashlib.sha256(b"".join(piece.digest() for piece in self._pieces)).hexdigest()
+
+
+def file_digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    buffers = [memoryview(bytearray(4 * PIECE)) for _ in range(2)]
+    hashed: list[list[Future]] = [[], []]
+    turn = 0
+    with path.open("rb", buffering=0) as file, Digest() as digest:
+        while count := file.readinto(buffers[turn]):
+            hashed[turn] = digest.update(buffers[turn][:count])
+            turn = 1 - turn
+            for future in hashed[turn]:
+                future.result()
             if progress:
-                progress(len(chunk))
-    return h.hexdigest()
+                progress(count)
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Writes to a temporary name beside `path`, then renames; returns the sha256 of what was written."""
-    h = hashlib.sha256()
+    """Writes to a temporary name beside `path`, then renames; returns the Digest of what was written."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file, Digest() as digest:
             for chunk in chunks:
-                h.update(chunk)
+                hashed = digest.update(chunk)
                 file.write(chunk)
+                for future in hashed:
+                    future.result()
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -293,4 +337,4 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return h.hexdigest()
+    return digest.hexdigest()

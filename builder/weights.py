@@ -87,7 +87,7 @@ def to_torch(constant: gs.Constant) -> torch.Tensor:
 
 
 def write(path: Path, constants: Iterable[gs.Constant], progress: Callable[[int], None] | None = None) -> str:
-    """Writes a safetensors file atomically and returns its sha256. Same constants, same bytes."""
+    """Writes a safetensors file atomically and returns its Digest. Same constants, same bytes."""
     order = sorted(constants, key=lambda c: (-BYTES[dtype_name(c.dtype)], c.name))  # wide types first: all stay aligned
     entries = [(c.name, SAFETENSORS[dtype_name(c.dtype)], tuple(c.shape), size(c)) for c in order]
 

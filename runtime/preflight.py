@@ -126,7 +126,7 @@ def _foreign(engine: Engine) -> dict[str, str]:
     config, rank = engine.directory / "config.json", engine.plan.compatibility.rank
     try:
         ranks = json.loads(config.read_text()).get("ranks")
-        same = not ranks or ranks[rank]["weights_sha256"] == engine.plan.weights_sha256
+        same = not ranks or ranks[rank]["weights_digest"] == engine.plan.weights_digest
     except (OSError, ValueError, LookupError, AttributeError) as error:
         if engine.plan.compatibility.world_size == 1:
             return {}

@@ -114,7 +114,7 @@ class Session:
             self._returned = Returned(self._links, self._inputs.sampled, self.stages)
 
     def _prepare_cpu(self, engine: Engine, max_kv_blocks: int | None, _: float) -> int:
-        engine_format.check_weights(engine, engine_format.file_sha256(engine.weights_path))
+        engine_format.check_weights(engine, engine_format.file_digest(engine.weights_path))
         return blocks_in_host_memory(self.plan, self.plan.compatibility.world_size, max_kv_blocks)
 
     def _allocate_on_cpu(self, engine: Engine) -> None:

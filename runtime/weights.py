@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, BinaryIO
 
-from fp8.builder.engine import Engine, EngineError, check_weights
+from fp8.builder.engine import Digest, Engine, EngineError, check_weights
 from fp8.runtime.reference import MakeWeight, check_weight, missing
 
 if TYPE_CHECKING:
@@ -78,25 +77,25 @@ def _places(entries: dict[str, dict]) -> tuple[dict[str, int], int]:
 def _stream(
     file: BinaryIO, header: bytes, entries: dict[str, dict], places: dict[str, int], memory: torch.Tensor
 ) -> str:
-    """Copies the data section to its places, two chunks in flight; returns the sha256 of the whole file."""
+    """Copies the data section to its places, two chunks in flight; returns the digest of the whole file."""
     import torch
 
-    digest = hashlib.sha256(header)
     spans = [(*entry["data_offsets"], places[name]) for name, entry in entries.items()]
     buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     events = [torch.cuda.Event() for _ in buffers]
-    hashed: list[Future | None] = [None, None]
+    hashed: list[list[Future]] = [[], []]
     position, turn = 0, 0
-    with ThreadPoolExecutor(1) as hasher:
+    with Digest() as digest:
+        digest.update(header)
         while True:
             events[turn].synchronize()
-            if pending := hashed[turn]:
+            for pending in hashed[turn]:
                 pending.result()
             view = buffers[turn].numpy()
             count = file.readinto(view.data)  # type: ignore[attr-defined]
             if not count:
                 break
-            hashed[turn] = hasher.submit(digest.update, view[:count].data)
+            hashed[turn] = digest.update(view[:count].data)
             spans = _copy(buffers[turn], position, count, spans, memory)
             events[turn].record()
             position, turn = position + count, 1 - turn

@@ -63,7 +63,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "kernels": f"{len(plan.kernels)}, {sum(map(len, loaded.cubins.values())) / 1024:.0f} KiB",
         "arena": f"{plan.arena_bytes / 2**20:.2f} MiB, workspace {plan.workspace_bytes / 2**20:.2f} MiB",
         "debug tensors": f"{len(plan.taps)}",
-        "weights": f"{loaded.weights_path.stat().st_size / 2**20:.2f} MiB, sha256 {plan.weights_sha256[:16]}",
+        "weights": f"{loaded.weights_path.stat().st_size / 2**20:.2f} MiB, digest {plan.weights_digest[:16]}",
     }
     table = Table(title=str(loaded.directory), show_header=False)
     for row in rows.items():

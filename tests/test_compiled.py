@@ -204,7 +204,7 @@ def test_weights_stream_in_chunks_to_their_places(engine_dir: Path, monkeypatch:
     for name, tensor in expected.items():
         assert torch.equal(loaded[name].view(torch.uint8), tensor.reshape(loaded[name].shape).view(torch.uint8)), name
         assert loaded[name].data_ptr() % 16 == 0
-    damaged = dataclasses.replace(engine, plan=dataclasses.replace(engine.plan, weights_sha256="0" * 64))
+    damaged = dataclasses.replace(engine, plan=dataclasses.replace(engine.plan, weights_digest="0" * 64))
     with pytest.raises(EngineError, match="damaged or exchanged"):
         weights.load_to_gpu(damaged, torch.device("cpu"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -83,10 +84,10 @@ def test_missing_weights_are_told(copy):
 
 def test_another_format_version_is_refused(copy, monkeypatch):
     loaded = engine.load(copy)
-    monkeypatch.setattr(engine, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(engine, "FORMAT_VERSION", 1)
     (copy / "rank0.engine").write_bytes(engine.engine_bytes(loaded.plan, loaded.cubins))
     monkeypatch.undo()
-    with pytest.raises(EngineError, match="format version 2, this package reads 1; build it again"):
+    with pytest.raises(EngineError, match="format version 1, this package reads 2; build it again"):
         engine.load(copy)
 
 
@@ -99,6 +100,17 @@ def test_an_ordinary_safetensors_file_is_no_engine(copy):
     (copy / "rank0.engine").write_bytes((copy / "rank0.safetensors").read_bytes())
     with pytest.raises(EngineError, match="is not an fp8-engine file"):
         engine.load(copy)
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [5, 0, 3], [16], [16, 16, 1], [7, 40, 9, 100, 3]])
+def test_a_digest_is_the_hash_of_the_hashes_of_pieces_however_the_data_comes(sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "PIECE", 16)
+    chunks = [bytes(i % 251 for i in range(7 * n, 7 * n + size)) for n, size in enumerate(sizes)]
+    data = b"".join(chunks)
+    pieces = [hashlib.sha256(data[i : i + 16]).digest() for i in range(0, len(data), 16)]
+    expected = hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert engine.write_atomically(tmp_path / "file", chunks) == expected
+    assert engine.file_digest(tmp_path / "file") == expected
 
 
 def test_an_atomic_write_that_fails_leaves_nothing(tmp_path):

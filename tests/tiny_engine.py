@@ -27,7 +27,7 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     weights = _weights(limits.max_seq_len)
     save_file(weights, directory / "rank0.safetensors")
-    digest = engine_format.file_sha256(directory / "rank0.safetensors")
+    digest = engine_format.file_digest(directory / "rank0.safetensors")
     plan = _plan(weights, kv_dtype, limits, target, digest)
     (directory / "rank0.engine").write_bytes(engine_format.engine_bytes(plan, {}))
     return directory
