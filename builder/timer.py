@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fp8.builder.ending import ending
 from fp8.builder.trial import Job, Trial, serve
 
 START_SECONDS = 180.0  # to import torch and make a CUDA context, on a busy machine
@@ -117,9 +117,7 @@ class Timer:
             why = f"it did not end within {seconds:.0f} s"
         except (EOFError, OSError):
             self._process.join(END_SECONDS)
-            code = self._process.exitcode
-            how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
-            why = f"its process {how}"
+            why = f"its process {ending(self._process)}"
         self._end()
         return "lost", why
 

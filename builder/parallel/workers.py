@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from fp8.builder.ending import ending
 from fp8.builder.workplace import BuildError
 
 Result = TypeVar("Result")
@@ -65,9 +66,7 @@ def _receive(connection: Connection, process: Any) -> tuple:
         return connection.recv()
     except EOFError:
         process.join()
-        code = process.exitcode
-        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
-        return "failed", f"its process {how}; if memory ran out, build with fewer --workers"
+        return "failed", f"its process {ending(process)}; if memory ran out, build with fewer --workers"
 
 
 def _child(task: Callable[[Tell], Any], connection: Connection, expected: Errors, threads: int) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from fp8.builder.ending import ending
 
 Answers = Callable[[Any], tuple[Any, bool]]  # an answer, and whether the process is good for more
 STOP = 5.0  # seconds that a process is given to end by itself
@@ -37,10 +38,9 @@ class Isolated:
             answer, self.usable = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(STOP)
-            code = self._process.exitcode
+            how = ending(self._process)
             self.close(at_once=True)
-            raise Lost(f"its process was ended by {signal.Signals(-code).name}" if code and code < 0 else
-                       f"its process ended with status {code}") from error  # fmt: skip
+            raise Lost(f"its process {how}") from error
         return answer
 
     def close(self, at_once: bool = False) -> None:
