@@ -150,8 +150,8 @@ def test_a_tapped_sum_is_left_to_itself(tmp_path: Path) -> None:
 Operation = tuple[str, int, int]  # what, place, value
 
 
-def one_phase(tiles: Sequence[int], slots: int) -> list[Operation]:
-    """What a block of stream.cu does with one phase, in launches of so many tiles."""
+def stream(phases: int, tiles: Sequence[int], slots: int) -> list[Operation]:
+    """What a block of stream.cu does, in launches of so many tiles. With two phases, sums follow the parts' slots."""
     program: list[Operation] = []
     epoch = 0
     for count in tiles:
@@ -161,23 +161,9 @@ def one_phase(tiles: Sequence[int], slots: int) -> list[Operation]:
             if e < last:
                 program += [("fill", (e + 1) % slots, e + 1), ("flag", 0, e + 2)]
             program += [("wait", 0, e + 1), ("read", e % slots, e), ("read", e % slots, e)]
-        epoch = last + 1
-    return program
-
-
-def two_phases(tiles: Sequence[int], slots: int) -> list[Operation]:
-    """With two: parts in the first slots, sums in the next."""
-    program: list[Operation] = []
-    epoch = 0
-    for count in tiles:
-        last = epoch + count - 1
-        program += [("fill", epoch % slots, epoch), ("flag", 0, epoch + 1)]
-        for e in range(epoch, last + 1):
-            if e < last:
-                program += [("fill", (e + 1) % slots, e + 1), ("flag", 0, e + 2)]
-            program += [("wait", 0, e + 1), ("read", e % slots, e), ("read", e % slots, e)]
-            program += [("fill", slots + e % slots, e), ("flag", 1, e + 1)]
-            program += [("wait", 1, e + 1), ("read", slots + e % slots, e), ("read", slots + e % slots, e)]
+            if phases == 2:
+                program += [("fill", slots + e % slots, e), ("flag", 1, e + 1)]
+                program += [("wait", 1, e + 1), ("read", slots + e % slots, e), ("read", slots + e % slots, e)]
         epoch = last + 1
     return program
 
@@ -246,9 +232,9 @@ def slots_of(phases: int) -> int:
     [
         (push, 2, 1, (1,) * 6, 2),
         (push, 2, 1, (1,) * 4, 3),
-        (one_phase, slots_of(1), 1, (1, 4, 1, 3), 2),
-        (one_phase, slots_of(1), 1, (5, 2), 2),
-        (two_phases, slots_of(2), 2, (1, 3, 1), 2),
+        (functools.partial(stream, 1), slots_of(1), 1, (1, 4, 1, 3), 2),
+        (functools.partial(stream, 1), slots_of(1), 1, (5, 2), 2),
+        (functools.partial(stream, 2), slots_of(2), 2, (1, 3, 1), 2),
     ],
 )
 def test_no_rank_overtakes_another_by_more_than_the_slots(block, slots, kinds, tiles, world) -> None:
