@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from fp8.plugins.cuda import Function
 
-COLD = (
-    120 << 20
-)  # bytes of weights that launches rotate over: more than twice the L2 cache, as every set costs its launch
+# Bytes of weights that launches rotate over: more than twice the L2 cache, as every set costs its launch.
+COLD = 120 << 20
 CHECKED_ROWS = 64  # spread over all rows, first and last among them
 # ||out - reference|| / ||reference||, of codes where the output is quantized. Kernels are within a fourth of these, as
 # their cases show; one that is wrong is far off. A single row may have four times as much: it may be of few columns.

@@ -63,7 +63,7 @@ struct Problem {
   int end;  // of this block's run of tiles
 };
 
-// A place in the line of tiles. Behind its tiles a unit has `unit_cost` places of nothing.
+// A place in the line of tiles. Behind its tiles a unit has starts[-1] places of nothing.
 struct Cursor {
   int index, sequence, unit, tile;
 
