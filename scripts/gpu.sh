@@ -8,8 +8,8 @@
 #     llama-3.1-8b  latency of the grid, throughput of a full queue at every pair of lengths     llama-3.1-8b*.json
 #     llama-7b-bf16 latency of the 7B shape in BF16                                              llama-7b-bf16.json
 #     first-token   prompts of 1024 to 131072 tokens, attention in FP8 and in BF16               llama-7b-first-*.json
+#     kernels       every plugin's cases on every tactic against its reference                   kernels.json
 #   and, by name:
-#     kernels       every plugin's cases on every tactic against its reference, and their times  kernels.json
 #     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.log
 #     example       quantize, build, run, evaluate the example; its engines against themselves
 #                   interpreted on the CPU                                                       example.txt engines.json
@@ -24,8 +24,8 @@ shift
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-measured='kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token'
-named='kernels sanitizer example service whole'
+measured='kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token kernels'
+named='sanitizer example service whole'
 no_venv='' commit='' parts=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -123,7 +123,8 @@ for part in $parts; do
       made all
       bench 200 throughput llama-3.1-8b-whole --engine_dir llama-3.1-8b --input_len 128 1000 2048 \
         --output_len 128 1000 128 --num_requests 4096 512 1024 ;;
-    kernels) "$PYTHON" -m fp8.scripts.gpu_round --output "$out/kernels.json" --commit "$commit" || failed=1 ;;
+    kernels)
+      timeout 300 "$PYTHON" -m fp8.scripts.gpu_round --no-bench --output "$out/kernels.json" --commit "$commit" || failed=1 ;;
     sanitizer)
       for tool in memcheck racecheck; do
         compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 "$PYTHON" -m fp8.scripts.gpu_round --small --no-bench \

@@ -1,5 +1,9 @@
 """Every plugin, by its own cases: without a GPU types, references and compilation; with one the whole round."""
 
+import os
+import signal
+from dataclasses import asdict, replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -10,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fp8.plugins import base, compile
 from fp8.plugins.base import Case, Tensor
 from fp8.scripts import gpu_round
-from fp8.scripts.benchmarks import case_buffers
+from fp8.scripts.benchmarks import case_buffers, isolated
+from fp8.scripts.benchmarks.checks import Chosen, Row
 
 CASES = case_buffers.all_cases()
 SMALL = 4 << 20  # bytes and a thousandth of the operations that a reference may take here
@@ -56,7 +61,7 @@ def test_shipped_tactics_compile_without_serialization_or_many_spills(name: str)
         tactics = case.plugin.tactics(types, case.step.tokens)
         assert tactics, f"{case.name}: no tactic"
         for tactic in tactics[:TACTICS]:
-            assert case.plugin.tactic(gpu_round.asdict(tactic)) == tactic
+            assert case.plugin.tactic(asdict(tactic)) == tactic
             kernels |= {kernel: case.name for kernel in case.plugin.kernels(tactic, types)}
     cubins = compile.compile_all(kernels).values()
     print(*(f"{kernels[c.kernel]}: {c.spill_bytes} bytes of spills" for c in cubins if c.spill_bytes), sep="\n")
@@ -67,6 +72,48 @@ def test_shipped_tactics_compile_without_serialization_or_many_spills(name: str)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
 def test_kernels_agree_with_their_references() -> None:
     assert gpu_round.main(["--no-bench"]) == 0
+
+
+def _fails_in_places(chosen: Chosen) -> isolated.Answers:
+    """Answers as `checks.checking` does, with a time of 1 us; what becomes of a case is its name's word. `plugin` is
+    where a case that does not fit is noted: the next time it does."""
+    cases, noted = fake_cases(), Path(chosen.plugin)
+
+    def answer(question: tuple[int, list[Row] | None]) -> tuple[list[Row], bool]:
+        place, rows = question
+        name, case = cases[place]
+        if "dies" in case.name:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if rows is not None:
+            return [replace(row, us=1.0) for row in rows], True
+        failure = "AssertionError: lost" if "breaks" in case.name else ""
+        if "unfit" in case.name and not noted.exists():
+            noted.touch()
+            failure = "OutOfMemoryError: 3 GiB"
+        return [Row(name, case.name, {}, failure=failure)], "breaks" not in case.name
+
+    return answer
+
+
+def fake_cases() -> list[tuple[str, Case]]:
+    words = ("right", "dies", "breaks", "right too", "unfit", "right as well")
+    sizes = (40, 30, 20, 10, 1, 5)
+    return [("add", replace(CASES[0][1], name=w, bytes=s)) for w, s in zip(words, sizes, strict=True)]
+
+
+def test_cases_checked_side_by_side_are_lost_alone_and_timed_by_one_process(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    show = lambda *progress: told.append(progress)
+    chosen = Chosen(str(tmp_path / "noted"))
+    found = gpu_round.side_by_side(chosen, fake_cases(), True, show, workers=2, make=_fails_in_places)
+    rows = {row.case: row for of_case in found for row in of_case}
+    assert list(rows) == [case.name for _, case in fake_cases()], "in the order of the cases"
+    assert rows["dies"].failure == "Lost: its process was ended by SIGSEGV"
+    assert rows["breaks"].failure == "AssertionError: lost"
+    right = [rows[name] for name in ("right", "right too", "unfit", "right as well")]
+    assert all(not row.failure and row.us == 1.0 for row in right)
+    assert rows["dies"].us is None and rows["breaks"].us is None
+    assert [p for p in told if p[1] == p[2]] == [("checks", 6, 6), ("alone", 1, 1), ("times", 4, 4)]
 
 
 def test_the_round_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture) -> None:

@@ -26,8 +26,8 @@ from fp8.runtime.launcher import RankError
 from fp8.runtime.peer_memory import share
 from fp8.scripts.benchmarks import one_gpu
 from fp8.scripts.benchmarks.case_buffers import Functions, types
+from fp8.scripts.benchmarks.checks import error
 from fp8.scripts.benchmarks.one_gpu import NORM_ERROR
-from fp8.scripts.gpu_round import error
 
 if TYPE_CHECKING:
     import torch

@@ -13,6 +13,7 @@ from typing import Any
 
 from fp8.builder.engine import EngineError
 from fp8.scripts.benchmarks.kernel_cases import PRODUCTS, timed_cases
+from fp8.scripts.benchmarks.targets import CHECKED
 from fp8.scripts.random_checkpoint import PRESETS
 
 Document = dict[str, Any]
@@ -70,7 +71,11 @@ def _kernel(_: str, document: Document) -> Figures:
 
 
 def _gpu_round(_: str, document: Document) -> Figures:
-    """Of every tactic's time, the best; these have no peer in the same run."""
+    """How much of a whole round was right; of every tactic's time, the best: these have no peer in the same run."""
+    if not {"--plugin", "--case", "--small"} & set(str(document["command"]).split()):
+        yield f"{CHECKED}: cases", len({(row["plugin"], row["case"]) for row in document["rows"]})
+        yield f"{CHECKED}: runs", len(document["rows"])
+        yield f"{CHECKED}: failures", sum(bool(row["failure"]) for row in document["rows"])
     best: dict[tuple[str, str], float] = {}
     for row in document["rows"]:
         if row["us"]:

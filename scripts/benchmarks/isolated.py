@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from fp8.builder.ending import ending
@@ -50,6 +52,35 @@ class Isolated:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def ask_all(
+    make: Callable[..., Answers], arguments: tuple[Any, ...], questions: Sequence[Any], workers: int, seconds: float
+) -> Iterator[Any]:
+    """The answers to all questions in their order, `workers` processes answering side by side. Where a process is lost
+    over a question, the answer is the Lost that says how, and another one takes its place."""
+    idle: SimpleQueue[Isolated | None] = SimpleQueue()  # None: a place without a process yet
+    for _ in range(workers):
+        idle.put(None)
+
+    def ask(question: Any) -> Any:
+        process = idle.get()
+        try:
+            if process is None or not process.usable:
+                if process is not None:
+                    process.close()
+                process = Isolated(make, *arguments)
+            return process.ask(question, seconds)
+        except Lost as lost:
+            return lost
+        finally:
+            idle.put(process)
+
+    with ThreadPoolExecutor(workers) as threads:
+        yield from threads.map(ask, questions)
+    for process in (idle.get() for _ in range(workers)):
+        if process is not None:
+            process.close()
 
 
 def _serve(connection: Connection, make: Callable[..., Answers], arguments: tuple[Any, ...]) -> None:

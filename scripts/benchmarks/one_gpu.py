@@ -18,7 +18,7 @@ from fp8.plugins.compile import compile_all
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.runtime.launcher import RankError
 from fp8.scripts.benchmarks.case_buffers import Functions, types
-from fp8.scripts.gpu_round import error
+from fp8.scripts.benchmarks.checks import error
 
 if TYPE_CHECKING:
     import torch

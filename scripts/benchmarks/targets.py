@@ -259,7 +259,13 @@ def _norms() -> Iterator[Target]:
             yield Target("norms", name, "TB/s", (name,), 4.1, True, anchor if static else None, "vLLM" * static)
 
 
+CHECKED = "kernels against their references"
+
+
 def _accuracy() -> Iterator[Target]:
     for title, most in (("fp8", 0.01), ("fp8_rowwise", 0.01), ("fp8 + fp8 kv", 0.015)):
         name = f"example {title}: perplexity over BF16"
         yield Target("accuracy", name, "", (name,), most, False)
+    for what, wanted in (("cases", None), ("runs", None), ("failures", 0)):
+        name = f"{CHECKED}: {what}"
+        yield Target("accuracy", name, what, (name,), wanted, wanted is None)
