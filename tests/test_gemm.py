@@ -219,6 +219,15 @@ def test_the_library_is_offered_only_for_the_same_op() -> None:
     assert offered(Gemm(), [*operands(1000, 4096, "bfloat16")[:2], None, None, None])
 
 
+def test_a_tactic_with_a_shallower_ring_is_legal() -> None:
+    inputs = [*operands(4096, 4096)[:4], None]
+    assert Gemm().legal(ManyTokens(128, 128, 6), inputs, 512) and Gemm().legal(ManyTokens(128, 128, 4), inputs, 512)
+    assert not Gemm().legal(ManyTokens(128, 128, 7), inputs, 512)
+    assert not Gemm().legal(ManyTokens(128, 136, 4), inputs, 512)
+    assert Gemm().legal(ManyTokens(128, 128, 2, SPLIT=2), inputs, 128)
+    assert not Gemm().legal(ManyTokens(128, 256, 2, SPLIT=2), inputs, 128)  # its sums need three stages
+
+
 def test_every_offered_tactic_fits_shared_memory_and_the_grid() -> None:
     for n, k in [(12288, 4096), (4096, 11008), (1003, 864), (384, 320), (24, 16)]:
         problem = many_tokens.problem(Gemm(), operands(n, k))

@@ -39,7 +39,7 @@ class Linear(Plugin):
         if isinstance(tactic, FewTokens):
             return tactic in few_tokens.candidates(self, inputs, tokens)
         if isinstance(tactic, ManyTokens):
-            return tactic in many_tokens.enumerate_tactics(many_tokens.problem(self, inputs), tokens)
+            return many_tokens.legal(tactic, many_tokens.problem(self, inputs), tokens)
         return tactic in library.candidates(self, inputs)
 
     def buckets(self, max_tokens: int) -> list[int]:

@@ -148,6 +148,16 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> 
     return sorted(enumerate_tactics(p, tokens), key=lambda t: cost(t, p, tokens))[:OFFERED]
 
 
+def legal(t: ManyTokens, p: Problem, tokens: int) -> bool:
+    """Whether the tactic is among the enumerated ones, or one of them with a shallower ring."""
+    sums = t.BLOCK_M * t.BLOCK_N * 4 if t.SPLIT > 1 else 0  # they meet in the ring
+    ring = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
+    if t.STAGES < 2 or ring < sums:
+        return False
+    found = enumerate_tactics(p, tokens)
+    return any(t.STAGES <= d.STAGES and t == replace(d, STAGES=t.STAGES) for d in found)
+
+
 def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
     """Tiles whose accumulators fit the registers, with the ways to share loads or K that the sizes allow."""
     tiles = [(m, n, 0) for m in (64, 128) for n in (32, 64, 96, 128, 160, 192, 224, 256)]
