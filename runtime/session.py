@@ -88,6 +88,7 @@ class Session:
         self._turn = 0
         self._replies: dict[int, Reply] = {}  # of the stage that samples, by staging buffer
         self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
+        self.around_step: Callable[[], AbstractContextManager] = nullcontext  # what is enqueued before and after each
         self._open(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction, world)
         pinned = self.device.type == "cuda"
         self._tokens = [
@@ -167,7 +168,8 @@ class Session:
             shape, options = self._packer.pack(rows, host), options_of(rows, self._history)
             behind = min((row.behind for row in rows if row.behind), default=0)
             self._tell("step", shape, stage, options, copies, behind)
-            return self._start(rows, shape, stage, options, copies, behind)
+            with self.around_step():
+                return self._start(rows, shape, stage, options, copies, behind)
 
     def _start(
         self,

@@ -109,7 +109,8 @@ for part in $parts; do
     llama-3.1-8b)
       made all
       grid llama-3.1-8b
-      bench 90 roofline llama-3.1-8b-roofline --engine_dir llama-3.1-8b --batch_size 1 64 1024 --prompt_len 8192
+      bench 90 roofline llama-3.1-8b-roofline --engine_dir llama-3.1-8b --batch_size 1 64 1024 --prompt_len 8192 \
+        --mixed 1016x192+8x128 1023x1500+1x1000 88x21000+1x910@10000
       bench 180 throughput llama-3.1-8b-throughput --engine_dir llama-3.1-8b "${lengths[@]}" --max_seconds 4 ;;
     llama-7b-bf16)
       made all

@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import tiny_checkpoint
@@ -28,6 +30,7 @@ from fp8.scripts.benchmarks import (
     bound,
     case_buffers,
     ceilings,
+    device_clock,
     isolated,
     kernel,
     kernel_rows,
@@ -82,12 +85,13 @@ def test_what_the_engine_cannot_hold_is_refused(
 def test_roofline_accounts_for_every_launch(engine_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "roofline.json"
     sizes = ["--batch_size", "1", "3", "--context_len", "70", "--prompt_len", "50", "--runs", "2"]
+    sizes += ["--mixed", "3x70+2x20+1x9@100"]
     assert (
         bench.main(["roofline", "--engine_dir", str(engine_dir), "--device", "cpu", *sizes, "--output", str(output)])
         == 0
     )
     rows, plan = json.loads(output.read_text())["results"], engine_format.load(engine_dir).plan
-    for step in ("decode 1 x 70", "decode 3 x 70", "prompt 50"):
+    for step in ("decode 1 x 70", "decode 3 x 70", "prompt 50", "mixed 3x70+2x20+1x9@100"):
         whole, *kernels = [row for row in rows if row["step"] == step]
         assert whole["kernel"] == "whole step" and whole["launches"] == len(plan.steps)
         assert sum(row["launches"] for row in kernels) == len(plan.steps)
@@ -116,6 +120,10 @@ def test_roofline_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys: 
     command = ["roofline", "--engine_dir", str(engine_dir), "--device", "cpu"]
     assert bench.main([*command, "--batch_size", "9", "--context_len", "16"]) == 1
     assert "9 sequences of 16 tokens" in capsys.readouterr().err
+    for text, why in (("3x70", "is not ROWSxCONTEXT+PROMPTS"), ("3x70+1x9@8", "no more than its context")):
+        with pytest.raises(SystemExit):
+            bench.main([*command, "--mixed", text])
+        assert why in capsys.readouterr().err
 
 
 def config_file(directory: Path) -> Path:
@@ -195,6 +203,43 @@ def test_the_host_s_part_of_a_step_is_measured_without_an_engine(tmp_path: Path)
     for row, batch in zip(json.loads(output.read_text())["results"], (4, 32), strict=True):
         assert row["batch_size"] == batch and row["decode_steps"] > 0
         assert 0 < row["decode_ms"] <= row["longest_ms"]
+
+
+def test_a_mixture_is_its_sequences_decode_rows_first() -> None:
+    found = roofline.mixture("2x70+1x20+2x9@100")
+    assert found.sequences == ((70, 1), (70, 1), (20, 20), (100, 9), (100, 9))
+
+
+class _Event:
+    """An event of a device whose clock is a list of times to come."""
+
+    times: ClassVar[list[float]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = self.times.pop(0)
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end.at - self.at
+
+
+def test_the_device_is_busy_while_steps_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(_Event, "times", [0.0, 9.0, 10.0, 14.0, 14.0, 20.0])
+    session = SimpleNamespace(device=torch.device("cuda"))
+    clock = device_clock.DeviceClock(session)  # type: ignore[arg-type]
+    for again in (False, False, True):
+        with session.around_step():
+            pass
+        if again:
+            assert clock.facts() == {"device_ms_per_step": 19 / 3, "device_busy": 19 / 20}
+    clock.restart()
+    assert clock.facts() == {"device_ms_per_step": None, "device_busy": None}
 
 
 def throughput(engine: Path, *flags: str) -> int:

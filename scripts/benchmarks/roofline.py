@@ -1,4 +1,5 @@
-"""fp8-bench roofline: where the time of a decode step and of a prompt goes, and what of it the card would not ask for.
+"""fp8-bench roofline: where the time of a step of decode rows, prompts or both goes, and what of it the card would not
+ask for.
 
 Every step of the plan is launched and timed by itself, so that kernels do not overlap; "whole step" beside them is the
 step as it runs when serving: as a CUDA graph (decode), kernels overlapping.
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fp8.plugins.base import StepShape
@@ -25,6 +28,31 @@ from fp8.scripts.benchmarks.ceilings import Ceilings
 from fp8.scripts.benchmarks.work import label, work_of
 from fp8.scripts.run import positive
 
+MIXTURE = re.compile(r"(\d+)x(\d+)((?:\+\d+x\d+(?:@\d+)?)+)")
+PROMPTS = re.compile(r"(\d+)x(\d+)(?:@(\d+))?")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A step of decode rows and prompts: (context, new tokens) of each sequence."""
+
+    name: str
+    sequences: tuple[tuple[int, int], ...]
+
+
+def mixture(text: str) -> Mixture:
+    """`1016x192+8x128@500`: decode rows x their context, then prompts x their new tokens @ their context with these
+    (without @, nothing comes before them). Raises argparse.ArgumentTypeError for anything else."""
+    found = MIXTURE.fullmatch(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text} is not ROWSxCONTEXT+PROMPTSxTOKENS[@CONTEXT]")
+    sequences = [(int(found[2]), 1)] * int(found[1])
+    for count, tokens, context in PROMPTS.findall(found[3]):
+        if not 2 <= int(tokens) <= int(context or tokens):
+            raise argparse.ArgumentTypeError(f"{text}: a prompt has 2 tokens or more, and no more than its context")
+        sequences += [(int(context or tokens), int(tokens))] * int(count)
+    return Mixture(f"mixed {text}", tuple(sequences))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
@@ -34,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt_len", type=positive, nargs="*", default=[1024], help="prompts, taken in by themselves"
     )
+    parser.add_argument(
+        "--mixed", type=mixture, nargs="*", default=[], metavar="MIXTURE",
+        help="steps of both: 1016x192+8x128 is 1016 decode rows of context 192 and 8 prompts of 128 tokens; "
+        "88x21000+1x900@9000 has the last 900 of a prompt's first 9000",
+    )  # fmt: skip
     parser.add_argument("--runs", type=positive, default=10, help="the median is reported")
 
 
@@ -47,15 +80,19 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     found = ceilings.measure()[0] if session.device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
     facts = {"engine": engine_facts(session.plan, args.engine_dir), "ceilings": found and found.as_dict()}
-    for batch in args.batch_size:
-        step = step_rows(session, [(args.context_len, 1)] * batch, args.seed)
-        rows += _measure(session, found, f"decode {batch} x {args.context_len}", step, args.runs)
-        args.save(rows, facts)
-    for length in args.prompt_len:
-        step = step_rows(session, [(length, length)], args.seed)
-        rows += _measure(session, found, f"prompt {length}", step, args.runs)
+    for asked in _asked(args):
+        step = step_rows(session, asked.sequences, args.seed)
+        rows += _measure(session, found, asked.name, step, args.runs)
         args.save(rows, facts)
     return rows, facts
+
+
+def _asked(args: argparse.Namespace) -> Iterator[Mixture]:
+    for batch in args.batch_size:
+        yield Mixture(f"decode {batch} x {args.context_len}", ((args.context_len, 1),) * batch)
+    for length in args.prompt_len:
+        yield Mixture(f"prompt {length}", ((length, length),))
+    yield from args.mixed
 
 
 def step_rows(session: Session, sequences: Sequence[tuple[int, int]], seed: int) -> list[Row]:
@@ -72,9 +109,10 @@ def step_rows(session: Session, sequences: Sequence[tuple[int, int]], seed: int)
             f"{limits.max_batch_size}, max_seq_len {limits.max_seq_len}, max_num_tokens {limits.max_num_tokens}) or "
             f"its KV pool ({session.num_blocks} blocks of {limits.block_size} tokens)"
         )
+    drawn = random_tokens(source, longest + len(sequences), session.model.vocab_size)
     rows, first = [], 0
     for i, ((context, count), blocks) in enumerate(zip(sequences, each, strict=True)):
-        prompt = random_tokens(source, context, session.model.vocab_size)
+        prompt = drawn[i : i + context]  # no two begin alike
         params, held = SamplingParams(ignore_eos=True), list(range(first, first + blocks))
         request = Request(i, prompt, params, 1, blocks=held, slot=i, computed=context - count)
         rows.append(Row(request, context - count, count, True, 0))

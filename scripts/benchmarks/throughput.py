@@ -22,6 +22,7 @@ from fp8.runtime.llm import LLM
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.session import Session
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, open_llm, random_tokens
+from fp8.scripts.benchmarks.device_clock import DeviceClock
 from fp8.scripts.run import positive
 
 WARM_STEPS = 24  # of the steady state, before its window: CUDA graphs of its sizes are captured
@@ -75,6 +76,7 @@ class Load:
 
     def __init__(self, llm: LLM, input_len: int, output_len: int, source: random.Random, requests: int) -> None:
         self.llm, self.worker = llm, llm.worker
+        self.clock = DeviceClock(llm.session)
         self.input_len, self.output_len, self.num_requests = input_len, output_len, requests
         self._tokens = random_tokens(source, input_len + output_len + (1 << 20), llm.session.model.vocab_size)
         self._ids = itertools.count()
@@ -119,6 +121,7 @@ def _whole(load: Load) -> dict[str, Any]:
     for _ in range(load.num_requests):
         load.worker.submit(load.request())
     before = load.worker.scheduler.preemptions
+    load.clock.restart()
     begin = time.perf_counter()
     while load.worker.busy:
         window.step(load)
@@ -137,6 +140,7 @@ def _steady(load: Load, max_seconds: float) -> dict[str, Any]:
         load.worker.step()
     _until_one_ends(load, Window(), 0.0, max_seconds)
     window, before, warm = Window(), load.worker.scheduler.preemptions, time.perf_counter() - begin
+    load.clock.restart()
     _until_one_ends(load, window, max_seconds, 2 * max_seconds)
     return {**_result(load, "steady", window, before), "warmup_seconds": warm}
 
@@ -201,6 +205,6 @@ def _result(load: Load, measured: str, window: Window, preemptions: int) -> dict
         "output_tokens_per_second": window.tokens / window.seconds, "seconds": window.seconds,
         "computed_tokens_per_second": window.computed / window.seconds, "steps": window.steps,
         "ms_per_step": window.seconds / steps * 1e3, "host_ms_per_step": window.host / steps * 1e3,
-        "wait_ms_per_step": window.wait / steps * 1e3, "rows_per_step": window.rows / steps,
+        "wait_ms_per_step": window.wait / steps * 1e3, **load.clock.facts(), "rows_per_step": window.rows / steps,
         "preemptions": worker.scheduler.preemptions - preemptions, "kv_blocks": worker.pool.num_blocks,
     }  # fmt: skip
