@@ -11,7 +11,7 @@ MOST_WORLD = 8  # GPUs of a host
 SLOTS = 4  # of a block and a rank, where tiles stream: see stream.cu
 HEADER = 65536  # bytes: counts of exchanges, then flags
 FLAGS = 8192  # where flags begin
-PUSH_SLOT = 32768  # bytes that a block gets from one rank in an exchange by push.cuh
+PUSH_SLOT, PUSH_SCALES = 32768, 1024  # bytes that a block gets from one rank in an exchange by push.cuh
 STREAM_SLOT, STREAM_SCALES = 16384, 512  # bytes of a tile on the wire: values, and in FP8 their scales
 PATIENCE = 30  # seconds after which a wait for another GPU fails
 
@@ -31,7 +31,7 @@ class Regions:
 
 def _areas(world: int) -> list[int]:
     """Where each family's slots begin, and where the last ends: push, one phase, two phases."""
-    push = 2 * MOST_BLOCKS * world * PUSH_SLOT
+    push = 2 * MOST_BLOCKS * world * (PUSH_SLOT + PUSH_SCALES)
     stream = SLOTS * MOST_BLOCKS * world * (STREAM_SLOT + STREAM_SCALES)
     return [HEADER, HEADER + push, HEADER + push + stream, HEADER + push + 2 * stream]
 
@@ -53,7 +53,8 @@ def constants(world: int) -> tuple[tuple[str, int | str], ...]:
 
 
 def push_constants(world: int) -> tuple[tuple[str, int | str], ...]:
-    return (*constants(world), ("PUSH_AREA", _areas(world)[0]), ("PUSH_SLOT", PUSH_SLOT))
+    sizes = (("PUSH_AREA", _areas(world)[0]), ("PUSH_SLOT", PUSH_SLOT), ("PUSH_SCALES", PUSH_SCALES))
+    return (*constants(world), *sizes)
 
 
 def stream_constants(world: int, phases: int) -> tuple[tuple[str, int | str], ...]:

@@ -18,28 +18,19 @@
 //   FP8, one phase        -       -     5.0     8.6    22.2      67    of 8 MB a block has one tile, so that loading, the wire
 //                                                                      (4.3 MB: 13 us at 330 GB/s) and adding do not overlap
 //
-// FP8: values travel as e4m3 with one float32 scale for 128 values; those of the rank itself are rounded as the others see
-// them, so that all ranks have the same bits. With two phases the sums are rounded so again.
+// FP8: see wire.cuh. With two phases the sums are rounded so again.
 // Constants: WORLD, THREADS, UNITS (of a thread in a tile, 16 bytes on the wire each), DTYPE, MAXIMUM, PHASES, FP8,
 // SLOTS, RESIDENT (blocks of a multiprocessor), STREAM_AREA, STREAM_SLOT (bytes of values), STREAM_SCALES (bytes of scales
 // behind them).
 #include "fp8/peers.cuh"
 #include "fp8/sync.cuh"
-#include "values.cuh"
+#include "wire.cuh"
 
-constexpr int VALUES = FP8 ? 16 : UNIT_VALUES;  // of a unit
-constexpr int UNIT_BYTES = FP8 ? 32 : 16;       // in x and y
 constexpr int TILE_UNITS = THREADS * UNITS;
 constexpr int PARTS = PHASES == 1 ? 1 : WORLD;
 constexpr int FAMILY = PHASES == 1 ? ONE_PHASE : TWO_PHASES;
 constexpr int FIRST_FLAG = PHASES == 1 ? 0 : 1;  // one phase has one kind of flag, two have two
 static_assert(TILE_UNITS * 16 <= STREAM_SLOT && TILE_UNITS / 8 * 4 <= STREAM_SCALES, "a tile fits its slot");
-static_assert(!FP8 || (DTYPE != 2 && !MAXIMUM), "sums of 16-bit values travel as e4m3");
-
-struct Wire {
-  uint4 data;
-  float scale;
-};
 
 DEVICE u8* slot(u64 region, int kind, u32 epoch, int source) {
   const u64 n = (((u64)kind * SLOTS + epoch % SLOTS) * MOST_BLOCKS + blockIdx.x) * WORLD + source;
@@ -53,58 +44,6 @@ DEVICE Wire load_wire(const u8* slot, int unit) {
   Wire w = {__ldcg((const uint4*)(slot + unit * 16)), 0.0f};
   if (FP8) w.scale = __ldcg((const float*)(slot + STREAM_SLOT + unit / 8 * 4));
   return w;
-}
-
-template <int N> DEVICE Wire encode(const float (&v)[N]) { return {pack_unit(v), 0.0f}; }
-DEVICE Wire encode(const float (&v)[16]) {  // eight neighbouring lanes hold 128 values
-  float amax = 0.0f;
-#pragma unroll
-  for (int j = 0; j < 16; j++) amax = fmaxf(amax, fabsf(v[j]));
-#pragma unroll
-  for (int d = 4; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const float scale = per_token_scale(amax, 0.0f);
-  const Divisor by(scale);
-  u32 codes[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++)
-    codes[j] = e4m3x4(by.divide(v[4 * j]), by.divide(v[4 * j + 1]), by.divide(v[4 * j + 2]), by.divide(v[4 * j + 3]));
-  return {make_uint4(codes[0], codes[1], codes[2], codes[3]), scale};
-}
-template <int N> DEVICE void decode(const Wire& w, float (&v)[N]) { unpack_unit(w.data, v); }
-DEVICE void decode(const Wire& w, float (&v)[16]) {
-  const u32 codes[4] = {w.data.x, w.data.y, w.data.z, w.data.w};
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    float four[4];
-    e4m3x4_to_float(codes[j], four);
-#pragma unroll
-    for (int k = 0; k < 4; k++) v[4 * j + k] = __fmul_rn(four[k], w.scale);
-  }
-}
-
-// A unit's values, 16 or 32 bytes of x or y; zeros behind the end.
-DEVICE Wire read_x(const u8* x, u64 offset, u64 bytes) {
-  const uint4 zero = {0, 0, 0, 0};
-  const uint4 first = offset < bytes ? *(const uint4*)(x + offset) : zero;
-  if (!FP8) return {first, 0.0f};
-  const uint4 second = offset < bytes ? *(const uint4*)(x + offset + 16) : zero;
-  float v[16], half[8];
-  unpack_unit(first, half);
-#pragma unroll
-  for (int j = 0; j < 8; j++) v[j] = half[j];
-  unpack_unit(second, half);
-#pragma unroll
-  for (int j = 0; j < 8; j++) v[8 + j] = half[j];
-  return encode(v);
-}
-DEVICE void write_y(u8* y, u64 offset, u64 bytes, const float (&v)[VALUES]) {
-#pragma unroll
-  for (int h = 0; h < VALUES / UNIT_VALUES; h++) {
-    float part[UNIT_VALUES];
-#pragma unroll
-    for (int j = 0; j < UNIT_VALUES; j++) part[j] = v[UNIT_VALUES * h + j];
-    if (offset < bytes) *(uint4*)(y + offset + 16 * h) = pack_unit(part);
-  }
 }
 
 struct Block {
@@ -185,7 +124,7 @@ struct Block {
           store_wire(slot(peers.region[other(k)], 1, epoch, rank), unit(u), sum);
         decode(sum, total);
       }
-      write_y(y, offset(tile, part, u), bytes, total);
+      write_y<true>(y, offset(tile, part, u), bytes, total);
     }
     if (PHASES == 2) signal(1, epoch);
   }
@@ -202,13 +141,13 @@ struct Block {
       for (int k = 1; k < WORLD; k++) {
         float v[VALUES];
         decode(sums[u][k - 1], v);
-        write_y(y, offset(tile, other(k), u), bytes, v);
+        write_y<true>(y, offset(tile, other(k), u), bytes, v);
       }
   }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-stream(const u8* x, u8* y, const __grid_constant__ Peers peers, u32 rank, u64 bytes) {
+all_reduce(const u8* x, u8* y, const __grid_constant__ Peers peers, u32 rank, u64 bytes) {
   griddepcontrol_launch_dependents();
   u32* const counter = epoch_of_block(peers.region[rank], FAMILY);
   Patience patience;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fp8.plugins.all_reduce.region import (
@@ -41,9 +40,7 @@ class AllReduceTactic:
 
     def grid(self, size: int, world: int) -> int:
         """Blocks for `size` bytes."""
-        each = self.threads * self.units * UNIT
-        if self.method != "push":
-            each *= (2 if self.fp8 else 1) * (world if self.method == "two_phases" else 1)
+        each = self.threads * self.units * UNIT * (2 if self.fp8 else 1) * (world if self.method == "two_phases" else 1)
         return min(-(-size // each), self.blocks)
 
 
@@ -64,8 +61,8 @@ def candidates(x: Tensor, tokens: int, world: int, fp8: bool) -> list[AllReduceT
         return [NCCL]
     streams = [t for method in _methods(world, fp8) for t in _streams(method, world, fp8)] if row % UNIT == 0 else []
     if fp8:
-        return streams
-    pushes = _pushes(tokens * row)
+        return [*(_pushes(tokens * row // 2, world, fp8) if world == 2 else ()), *streams]
+    pushes = _pushes(tokens * row, world)
     return [*pushes, *streams, NCCL] if pushes and suits_push(tokens * row, world) else [*streams, *pushes, NCCL]
 
 
@@ -83,11 +80,11 @@ def _methods(world: int, fp8: bool) -> list[str]:
     return ["one_phase"] if fp8 else ["two_phases", "one_phase"]
 
 
-def _pushes(size: int) -> list[AllReduceTactic]:
-    """The smallest blocks that hold it all are the fastest."""
-    sizes = ((256, 1), (512, 1), (512, 2), (512, 4))
+def _pushes(size: int, world: int, fp8: bool = False) -> list[AllReduceTactic]:
+    """For `size` bytes on the wire. The smallest blocks that hold it all are the fastest."""
+    sizes = ((256, 1), (512, 1), (512, 2), (512, 4))[: 4 if world <= 4 else 3]
     fit = [(t, u) for t, u in sizes if MOST_BLOCKS * t * u * UNIT >= size and t * u * UNIT <= PUSH_SLOT]
-    return [AllReduceTactic("push", t, u, MOST_BLOCKS) for t, u in fit]
+    return [AllReduceTactic("push", t, u, MOST_BLOCKS, fp8) for t, u in fit]
 
 
 def _streams(method: str, world: int, fp8: bool) -> list[AllReduceTactic]:
@@ -101,11 +98,15 @@ def _streams(method: str, world: int, fp8: bool) -> list[AllReduceTactic]:
 def kernels(tactic: AllReduceTactic, dtype: str, operation: str, world: int) -> tuple[Kernel, ...]:
     if tactic.method == "nccl":
         return ()
-    values = (("THREADS", tactic.threads), ("DTYPE", DTYPE_CODES[dtype]), ("MAXIMUM", int(operation == "max")))
+    values: tuple[tuple[str, int | str], ...] = (
+        ("THREADS", tactic.threads),
+        ("DTYPE", DTYPE_CODES[dtype]),
+        ("MAXIMUM", int(operation == "max")),
+        ("FP8", int(tactic.fp8)),
+        ("RESIDENT", -(-tactic.blocks // MULTIPROCESSORS)),
+    )
     if tactic.method == "push":
-        constants: Sequence[tuple[str, int | str]] = (*push_constants(world), *values, ("HELD", tactic.units))
-        return (Kernel("all_reduce", "push.cu", "push", tuple(constants)),)
-    resident = -(-tactic.blocks // MULTIPROCESSORS)
-    constants = (*stream_constants(world, PHASES[tactic.method]), *values)
-    constants = (*constants, ("UNITS", tactic.units), ("FP8", int(tactic.fp8)), ("RESIDENT", resident))
-    return (Kernel("all_reduce", "stream.cu", "stream", tuple(constants)),)
+        layout, source, units = push_constants(world), "push.cu", "HELD"
+    else:
+        layout, source, units = stream_constants(world, PHASES[tactic.method]), "stream.cu", "UNITS"
+    return (Kernel("all_reduce", source, "all_reduce", (*layout, *values, (units, tactic.units))),)

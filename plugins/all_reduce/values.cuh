@@ -1,5 +1,5 @@
 #pragma once
-// Units of 16 bytes of any type, the last of an array possibly cut short; their sum or maximum, rank by rank.
+// Units of 16 bytes of any type, the last of an array possibly cut short.
 // Constants: DTYPE (0 = bf16, 1 = f16, 2 = f32), MAXIMUM.
 #include "fp8/rows.cuh"
 
@@ -31,17 +31,4 @@ DEVICE uint4 pack_unit(const float (&x)[4]) {
 DEVICE float combine(float a, float b) {
   if (MAXIMUM) return a > b || a != a ? a : b;
   return __fadd_rn(a, b);
-}
-// What all ranks have of a unit, in the order of the ranks: float32 inside, rounded once.
-template <int World> DEVICE uint4 reduce_units(const uint4 (&parts)[World]) {
-  float total[UNIT_VALUES];
-  unpack_unit(parts[0], total);
-#pragma unroll
-  for (int r = 1; r < World; r++) {
-    float other[UNIT_VALUES];
-    unpack_unit(parts[r], other);
-#pragma unroll
-    for (int j = 0; j < UNIT_VALUES; j++) total[j] = combine(total[j], other[j]);
-  }
-  return pack_unit(total);
 }

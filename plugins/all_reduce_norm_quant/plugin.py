@@ -94,7 +94,7 @@ class AllReduceNormQuant(NormQuant):
         (norm,) = super().kernels(tactic.row, inputs)
         if tactic.reduce is not None:
             return (*self._reduce.kernels(tactic.reduce, inputs[:1]), norm)
-        constants = (*norm.constants, *push_constants(self.world), ("MAXIMUM", 0))
+        constants = (*norm.constants, *push_constants(self.world), ("MAXIMUM", 0), ("FP8", 0))
         return (Kernel("all_reduce_norm_quant", "push_norm.cu", "push_norm", constants), norm)
 
     def bind(  # type: ignore[override]

@@ -19,19 +19,24 @@ push_norm(const uint4* x, const uint4* residual, const uint4* weight, const uint
 
   const u32 epoch = *counter;
   const u64 source = (u64)blockIdx.x * VECTORS;
+  Wire mine[HELD];
   uint4 raw[HELD] = {}, added[HELD] = {};
 #pragma unroll
   for (int i = 0; i < HELD; i++)
-    if (inside(i)) raw[i] = x[source + column(i)];
+    if (inside(i)) mine[i].data = x[source + column(i)];
 #pragma unroll
   for (int i = 0; i < HELD; i++)
-    if (inside(i)) push_unit(peers, rank, epoch, i, raw[i]);
+    if (inside(i)) push(peers, rank, epoch, i, mine[i]);
 #pragma unroll
   for (int i = 0; i < HELD; i++)
     if (inside(i)) added[i] = residual[source + column(i)];
 #pragma unroll
-  for (int i = 0; i < HELD; i++)
-    if (inside(i)) raw[i] = receive_unit(own, rank, epoch, i, raw[i], patience);
+  for (int i = 0; i < HELD; i++) {
+    if (!inside(i)) continue;
+    float total[VALUES];
+    receive(own, rank, epoch, i, mine[i], true, patience, total);
+    raw[i] = pack_unit(total);
+  }
   norm_row(stored, raw, added, source, y, y_scale, residual_out);
   __syncthreads();  // all have read the counter
   if (threadIdx.x == 0) *counter = epoch + 1;

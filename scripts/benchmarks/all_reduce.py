@@ -39,7 +39,7 @@ data; every tactic against the reference, in and out of CUDA graphs, then in tur
 Without mpirun, the kernels' results alone, for 2, 4 and 8 ranks that share one GPU."""
 PARTS = ("check", "stress", "time")
 HIDDEN = 4096  # values of a row
-SIZES = (8, 32, 128, 512, 2048, 4096, 8192, 32768, 65536)  # KiB
+SIZES = (8, 32, 128, 512, 2048, 4096, 8192, 16384, 32768, 65536)  # KiB
 FP8_FROM = 512  # KiB
 TIMED = 32768  # KiB at most
 MESSAGES = (8, 8192)  # KiB
