@@ -17,12 +17,13 @@ from fp8.builder.build import Reporter, Request
 from fp8.builder.parallel import ranks
 from fp8.builder.parallel.lockstep import Group, Member
 from fp8.builder.verify import sqnr
+from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce import launch, region
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.tactics import AllReduceTactic, candidates, kernels
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
 from fp8.plugins.base import PluginError, StepShape, Tensor
-from fp8.plugins.compile import compile_all
+from fp8.plugins.compile import compile_all, compile_kernel
 from fp8.plugins.norm_quant import plugin as norm_plugin
 from fp8.plugins.norm_quant.plugin import NormQuant
 from fp8.runtime import peer_memory
@@ -262,6 +263,17 @@ def test_every_tactic_compiles_clean(world: int) -> None:
     assert {t.method for t in found} >= {"nccl", "push", "two_phases"}
     cubins = compile_all(k for t in found for k in kernels(t, "bfloat16", "sum", world)).values()
     assert not [(c.kernel, c.spill_bytes) for c in cubins if c.spill_bytes > SPILLS]
+
+
+def test_columns_of_uneven_parts_are_pushed_in_units_or_left_to_nccl() -> None:
+    x = Tensor("float32", ("L", 160))
+    assert [t.over_peers for t in AllGather((160, 164)).tactics([x], 16)] == [True] * 4 + [False]
+    assert not AllGather((160, 161)).tactics([x], 16)[0].over_peers  # 161 float32 are no whole units
+    wide = Tensor("float32", ("L", 64128))
+    pushes = [t for t in AllGather((64128, 64128)).tactics([wide], 64) if t.over_peers]
+    assert not pushes  # 64 rows are more than a launch exchanges
+    (kernel, *_) = AllGather((160, 164)).kernels(AllGather((160, 164)).tactics([x], 16)[0], [x])
+    assert dict(kernel.constants)["PARTS"] == "40, 41" and not compile_kernel(kernel).spill_bytes
 
 
 def test_launches_are_no_larger_than_their_slots() -> None:

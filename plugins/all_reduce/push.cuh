@@ -32,6 +32,18 @@ DEVICE void push(const Peers& peers, u32 rank, u32 epoch, int i, const Wire& w) 
     if (FP8 && push_unit(i) % 8 == 0) store_system(scale_of(slot, i), ~__float_as_uint(w.scale));
   }
 }
+// That unit of one other rank.
+DEVICE uint4 take(u64 own, u32 epoch, int source, int i, Patience& patience) {
+  u8* const from = data_of(push_slot(own, epoch, source), i);
+  for (;;) {
+    const uint4 v = load_system(from);
+    if (v.x && v.y && v.z && v.w) {
+      store_system(from, make_uint4(0, 0, 0, 0));
+      return make_uint4(~v.x, ~v.y, ~v.z, ~v.w);
+    }
+    patience.poll();
+  }
+}
 // The sum or maximum of that unit over all ranks. `mine` is this one's, and its slot is read for nothing, which costs less
 // than not to. In FP8 all lanes of a warp come here, as eight of them read one scale, which one of them clears; those whose
 // unit is not `wanted` wait for nothing.

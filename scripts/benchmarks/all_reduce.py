@@ -1,4 +1,4 @@
-"""fp8-bench all_reduce: the ranks' sum over NVLink, by every tactic: right, never stuck, and how fast beside NCCL.
+"""fp8-bench all_reduce: what ranks exchange over NVLink, by every tactic: right, never stuck, how fast beside NCCL.
 
 Started by mpirun, with a GPU for each rank. All ranks make the same calls in the same order.
 """
@@ -15,8 +15,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from fp8.builder.verify import sqnr
+from fp8.plugins.all_gather.plugin import AllGather, AllGatherTactic
 from fp8.plugins.all_reduce.plugin import AllReduce
-from fp8.plugins.all_reduce.tactics import NCCL, AllReduceTactic
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.compile import compile_all
@@ -44,6 +44,7 @@ FP8_FROM = 512  # KiB
 TIMED = 32768  # KiB at most
 MESSAGES = (8, 8192)  # KiB
 FEW_ROWS = (1, 3, 16, 64, 256)
+LOGITS_ROWS = (1, 16, 64)
 LAUNCHES, REPLAYS = 20, 20
 SEED = 1
 
@@ -106,7 +107,7 @@ class Work:
 
     @property
     def step(self) -> StepShape:
-        return StepShape.prefill(self.rows)
+        return StepShape(self.rows, 1, 0, self.rows, self.rows, self.rows)
 
     @cached_property
     def outputs(self) -> list[torch.Tensor]:
@@ -189,6 +190,16 @@ def norms(ranks: Ranks, rows: int, quant: str = "static", hidden: int = HIDDEN, 
     return Work(f"fused {quant} {rows}x{hidden} {dtype}", plugin, rows, [x, residual, weight, None, scale], ranks)
 
 
+def logits(ranks: Ranks, rows: int, uneven: bool = False, seed: int = SEED) -> Work:
+    """Of a vocabulary of 32000, in parts."""
+    import torch
+
+    world = ranks.world.world
+    parts = tuple(32000 // world + (16 * (rank - world + 1) if uneven else 0) for rank in range(world))
+    x = torch.randn(rows, parts[ranks.world.rank], device="cuda", generator=generator(ranks.world.rank, seed))
+    return Work(f"gather {rows}x{parts}", AllGather(parts), rows, [x], ranks)
+
+
 def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
     """What is checked."""
     return [
@@ -198,6 +209,7 @@ def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
         *(partial(amax, ranks, rows) for rows in (1, 7, 1000, 8192)),
         *(partial(norms, ranks, rows, quant) for rows in FEW_ROWS for quant in QUANTS),
         *(partial(norms, ranks, 5, "static", hidden, "float16") for hidden in (264, 8192, 16384)),
+        *(partial(logits, ranks, rows, uneven) for rows in LOGITS_ROWS for uneven in (False, True)),
     ]
 
 
@@ -215,8 +227,9 @@ def checks(ranks: Ranks, sizes: Sequence[int]) -> dict[str, Any]:
 
 def expected_bits(work: Work, tactic: Any) -> bool:
     """Whether a tactic gives the reference's bits: NCCL adds in an order of its own among more than two ranks."""
-    reduce = tactic if isinstance(tactic, AllReduceTactic) else tactic.reduce
-    return reduce != NCCL or work.ranks.world.world == 2
+    if isinstance(work.plugin, AllGather) or work.ranks.world.world == 2:
+        return True
+    return not label(tactic).startswith("nccl")
 
 
 def check(work: Work, tactic: Any) -> str:
@@ -270,7 +283,8 @@ def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
     works = [sums(ranks, kib) for kib in sizes if kib <= 8192]
     works += [sums(ranks, kib, fp8=True) for kib in sizes if FP8_FROM <= kib <= 8192]
     works += [norms(ranks, rows) for rows in FEW_ROWS]
-    launches = [(w, w.launcher(t)) for w in works for t in w.tactics() if t != NCCL and expected_bits(w, t)]
+    works += [logits(ranks, rows) for rows in LOGITS_ROWS]
+    launches = [(w, w.launcher(t)) for w in works for t in w.tactics() if label(t) != "nccl" and expected_bits(w, t)]
     order, late = random.Random(SEED), random.Random(1000 + ranks.world.rank)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
     for i in range(count):
@@ -305,8 +319,10 @@ def label(tactic: Any) -> str:
     if isinstance(tactic, AllReduceNormQuantTactic):
         row = f"row {tactic.row.threads}x{tactic.row.held}"
         return f"fused, {row}" if tactic.reduce is None else f"{label(tactic.reduce)} + norm_quant"
-    if tactic == NCCL:
+    if not tactic.over_peers:
         return "nccl"
+    if isinstance(tactic, AllGatherTactic):
+        return f"{tactic.method} {tactic.threads}x{tactic.units}"
     return f"{tactic.method} {tactic.threads}x{tactic.units} b{tactic.blocks}{' fp8' if tactic.fp8 else ''}"
 
 
@@ -331,6 +347,9 @@ def timing(ranks: Ranks, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
         if kib * 1024 <= 256 * HIDDEN * 2:
             found = times(ranks, lambda seed, kib=kib: norms(ranks, kib * 1024 // (HIDDEN * 2)))
             yield _row("all_reduce fused", kib, found)
+    for rows in LOGITS_ROWS:
+        found = times(ranks, lambda seed, rows=rows: logits(ranks, rows, seed=seed))
+        yield _row("all_gather", rows * 32000 * 4 // 1024, found)
 
 
 def messages(ranks: Ranks) -> list[dict[str, Any]]:
@@ -370,7 +389,8 @@ def flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         size = _size(row["kib"])
         found.append({"name": f"{row['name']} {size}", "us": row["best_us"]})
         if row["nccl_us"] is not None:
-            name = row["name"].replace("all_reduce", "nccl").replace("fused", "+ norm_quant")
+            name = row["name"].replace("all_reduce", "nccl").replace("all_gather", "nccl all_gather")
+            name = name.replace("fused", "+ norm_quant")
             found.append({"name": f"{name} {size}", "us": row["nccl_us"]})
     return found
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fp8.builder.parallel.lockstep import Group, Member
+from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.region import Regions, region_bytes
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
@@ -93,6 +94,9 @@ def works(world: int) -> Iterator[tuple[Plugin, list[Inputs]]]:
         common = [normal(rows, HIDDEN).bfloat16(), normal(HIDDEN).bfloat16(), None, scale]
         parts: list[Inputs] = [[normal(rows, HIDDEN).bfloat16(), *common] for _ in range(world)]
         yield AllReduceNormQuant(quant=quant, world=world), parts
+    columns = tuple(256 + 16 * (rank % 3) for rank in range(world))
+    for rows in ROWS:
+        yield AllGather(columns), [[normal(rows, n)] for n in columns]
 
 
 def tactics(plugin: Plugin, inputs: Sequence[Inputs]) -> list[Any]:
@@ -100,6 +104,8 @@ def tactics(plugin: Plugin, inputs: Sequence[Inputs]) -> list[Any]:
     found = plugin.tactics(types(inputs[0]), len(inputs[0][0]))
     if isinstance(plugin, AllReduceNormQuant):
         return [t for t in found if t.reduce is None]
+    if isinstance(plugin, AllGather):
+        return [t for t in found if t.over_peers]
     few = [dataclasses.replace(t, blocks=BLOCKS) for t in found if t.over_peers]
     size = inputs[0][0].nbytes
     return [t for t in dict.fromkeys(few) if t.method != "push" or size <= BLOCKS * t.threads * t.units * 16]
@@ -113,7 +119,8 @@ def check(shared: Shared, functions: Functions, plugin: Plugin, tactic: Any, inp
     """What is wrong after any of some launches in turn, or nothing."""
     import torch
 
-    step = StepShape.prefill(len(inputs[0][0]))
+    rows = len(inputs[0][0])
+    step = StepShape(rows, 1, 0, rows, rows, rows)
     reference = plugin.reference
     tasks = [
         functools.partial(reference, *own, step=step, comm=member)  # type: ignore[call-arg]
