@@ -70,6 +70,15 @@ bench() { # bench COUNT SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.j
   say "$4: $3 took $((SECONDS - begin)) s"
 }
 
+all_reduce() { # a tactic that ends or hangs the job is left out of the next one, and counts as a failure
+  local again=()
+  for _ in 1 2 3; do
+    bench "$gpus" 90 all_reduce all_reduce "${again[@]}"
+    again=(--again)
+    grep -qs '"under_way"' "$out/all_reduce.json" || return 0
+  done
+}
+
 hollow() { # hollow NAME MODEL ARGUMENT...: an engine without its matrices, random ones instead
   python random_engine --model "$2" --qformat fp8 --kv_cache_dtype fp8 --output_dir "$1" --target $target \
     --workers "$gpus" "${limits[@]}" "${@:3}" "${small[@]}" >/dev/null
@@ -108,7 +117,7 @@ ahead &
 set +m
 trap 'kill -- -$! 2>/dev/null || true; rm -rf "$work"' EXIT
 case $parts in
-  *all_reduce*) [ "$device" = cpu ] || bench "$gpus" 90 all_reduce all_reduce ;;
+  *all_reduce*) [ "$device" = cpu ] || all_reduce ;;
 esac
 wait $! || failed=1
 say "engines were made after $((SECONDS - begin)) s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ from fp8.plugins.compile import compile_all, compile_kernel
 from fp8.plugins.norm_quant import plugin as norm_plugin
 from fp8.plugins.norm_quant.plugin import NormQuant
 from fp8.runtime import peer_memory
+from fp8.runtime.launcher import RankError
 from fp8.scripts import build as command
+from fp8.scripts.benchmarks import all_reduce as bench
 
 SPILLS = 64  # bytes that two blocks of a multiprocessor may cost in registers, where a thread holds most
 WIDE = {"hidden_size": 128, "head_dim": 32}
@@ -379,3 +382,57 @@ def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(peer_memory, "_place", lambda device: places[device])
     run = [functools.partial(peer_memory.share, member, rank) for rank, member in enumerate(group.members)]  # type: ignore[arg-type]
     assert group.run(run) == ["the ranks are on several hosts"] * 2
+
+
+# fp8-bench all_reduce
+
+
+class World:
+    """One process that speaks for two ranks, of which the other dropped a tactic, too."""
+
+    rank = 0
+
+    def exchange(self, text: str) -> list[str]:
+        return [text, json.dumps(["push 512x4 b264"])]
+
+
+def bench_ranks() -> bench.Ranks:
+    return bench.Ranks(World(), None, None)  # type: ignore[arg-type]
+
+
+def test_a_tactic_that_fails_on_any_rank_is_told_and_left_out_of_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = bench_ranks()
+    work = bench.Work("sum", AllReduce("sum", 2), 4, [torch.zeros(4, 64).bfloat16()], group)
+    every = [bench.label(t) for t in work.tactics()]
+
+    def check(_: bench.Work, tactic: AllReduceTactic) -> str:
+        if tactic.method == "two_phases":
+            raise RuntimeError("an illegal address")
+        return "other bits" if tactic.threads == 256 and tactic.method == "push" else ""
+
+    begun: list[str] = []
+    monkeypatch.setattr(bench, "makers", lambda *_: [lambda: work])
+    monkeypatch.setattr(bench, "check", check)
+    monkeypatch.setattr(bench, "check_graph", lambda *_: "")
+    found = bench.checks(group, [8], lambda name, _: begun.append(name), {"failures": ["before"]})
+    left = [bench.label(t) for t in work.tactics()]
+    failing = {name for name in every if name.startswith(("two_phases", "push 256x1"))}
+    assert begun == every and found["checked"] == len(every)
+    assert set(left) == set(every) - failing - {"push 512x4 b264"} and "nccl" in left
+    assert found["failures"][0] == "before" and len(found["failures"]) == 1 + len(failing)
+    assert any("RuntimeError: an illegal address" in text for text in found["failures"])
+
+
+def test_the_next_run_blames_the_tactic_that_was_under_way(tmp_path: Path) -> None:
+    output = tmp_path / "all_reduce.json"
+    checks = {"failures": ["one"], "dropped": ["push 256x1 b264"], "under_way": "one_phase 512x1 b132"}
+    output.write_text(json.dumps({"checks": checks}))
+    found = bench.blamed(output)
+    assert found["dropped"] == ["one_phase 512x1 b132", "push 256x1 b264"]
+    assert found["failures"] == ["one", "one_phase 512x1 b132: the job ended while it was checked"]
+    for text in ("", "[]", "{}"):
+        output.write_text(text)
+        with pytest.raises(RankError, match="--again goes on after a run that wrote"):
+            bench.blamed(output)
+    with pytest.raises(RankError, match="--output None"):
+        bench.blamed(None)

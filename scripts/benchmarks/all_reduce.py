@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8.builder.verify import sqnr
@@ -54,6 +56,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="KIB", help="of bfloat16 values")
     p.add_argument("--stress", type=int, default=10_000, metavar="N", help="launches in turn (10000)")
     p.add_argument("--tactics", default="", metavar="TEXT", help="only those whose names contain this, and NCCL's")
+    p.add_argument(
+        "--again", action="store_true", help="after a run that ended too soon: without the tactic that --output blames"
+    )
     p.add_argument("--rank_timeout", type=float, default=120.0, help=argparse.SUPPRESS)
 
 
@@ -65,6 +70,15 @@ class Ranks:
     group: NcclGroup
     functions: Functions
     only: str = ""  # part of the names of tactics
+    dropped: set[str] = field(default_factory=set)  # names of tactics that failed
+
+    def offers(self, name: str) -> bool:
+        return name.startswith("nccl") or (self.only in name and name not in self.dropped)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """What failed on any rank, on all of them."""
+        for found in self.world.exchange(json.dumps(sorted(names))):
+            self.dropped |= set(json.loads(found))
 
     def same(self, ok: bool) -> bool:
         """Whether it is so on all ranks."""
@@ -118,11 +132,20 @@ class Work:
 
     @cached_property
     def expected(self) -> tuple[torch.Tensor, ...]:
+        if isinstance(self.plugin, AllGather):
+            return (self._columns(self.plugin.parts),)
         return self.plugin.reference(*self.inputs, step=self.step, comm=self.ranks.group)  # type: ignore[call-arg]
 
+    def _columns(self, parts: Sequence[int]) -> torch.Tensor:
+        """All ranks' columns; NCCL takes tensors of one shape."""
+        import torch
+
+        (x,) = self.inputs
+        wide = torch.nn.functional.pad(x, (0, max(parts) - x.shape[1]))
+        return torch.cat([p[:, :n] for p, n in zip(self.ranks.group.all_gather(wide), parts, strict=True)], 1)
+
     def tactics(self) -> list[Any]:
-        every = self.plugin.tactics(types(self.inputs), self.rows)
-        return [t for t in every if self.ranks.only in label(t) or label(t).startswith("nccl")]
+        return [t for t in self.plugin.tactics(types(self.inputs), self.rows) if self.ranks.offers(label(t))]
 
     def poison(self) -> None:
         import torch
@@ -213,16 +236,28 @@ def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
     ]
 
 
-def checks(ranks: Ranks, sizes: Sequence[int]) -> dict[str, Any]:
-    """Every tactic, in and out of graphs: how many were held against the reference, and what was wrong."""
-    failures, count = [], 0
+def checks(
+    ranks: Ranks, sizes: Sequence[int], begin: Callable[[str, dict[str, Any]], None], before: dict[str, Any]
+) -> dict[str, Any]:
+    """Every tactic, in and out of graphs: how many were held against the reference, and what was wrong, added to what
+    was found `before`. What fails is dropped for all that follows. `begin` is told of each before it runs."""
+    found = {"checked": 0, "failures": list(before["failures"])}
     for make in makers(ranks, sizes):
         work = make()
         for tactic in work.tactics():
-            count += 1
-            for wrong in (check(work, tactic), check_graph(work, tactic)):
-                failures += [f"{work.name}, {tactic}: {wrong}"] * bool(wrong)
-    return {"checked": count, "failures": failures}
+            begin(label(tactic), found)
+            found["checked"] += 1
+            wrong = _wrong(work, tactic)
+            found["failures"] += [f"{work.name}, {tactic}: {text}" for text in wrong]
+            ranks.drop([label(tactic)] if wrong else ())
+    return found
+
+
+def _wrong(work: Work, tactic: Any) -> list[str]:
+    try:
+        return [text for text in (check(work, tactic), check_graph(work, tactic)) if text]
+    except (RuntimeError, ValueError) as error:  # torch's, the driver's, NCCL's
+        return [f"{type(error).__name__}: {error}"]
 
 
 def expected_bits(work: Work, tactic: Any) -> bool:
@@ -408,8 +443,15 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     ranks = open_ranks(args.world, args.tactics)
     sizes = sorted(args.sizes)
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {"world": ranks.world.world, "rows": [], "checks": {}, "failed": False}
+    before = blamed(args.output) if args.again else {"failures": [], "dropped": []}
+    ranks.dropped |= set(before["dropped"])
+    facts: dict[str, Any] = {"world": ranks.world.world, "rows": [], "checks": dict(before), "failed": args.again}
     compile_ahead(ranks, sizes)
+
+    def begin(name: str, found: dict[str, Any]) -> None:
+        under_way = {"failures": found["failures"], "dropped": sorted(ranks.dropped), "under_way": name}
+        _save(args, rows, {**facts, "checks": under_way})
+
     for part in (p for p in PARTS if p in args.parts):
         if part == "time":
             for row in timing(ranks, [s for s in sizes if s <= TIMED]):
@@ -419,13 +461,27 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
             facts["rows"] = [*facts["rows"], *messages(ranks)]
             _save(args, rows, facts)
             continue
-        found = checks(ranks, sizes) if part == "check" else stress(ranks, args.stress, sizes)
+        found = checks(ranks, sizes, begin, before) if part == "check" else stress(ranks, args.stress, sizes)
         for failure in found.get("failures", ()):
             print(f"rank {ranks.world.rank}: {failure}", flush=True)
-        facts["checks"] |= found
+        facts["checks"] |= {**found, "dropped": sorted(ranks.dropped)}
         facts["failed"] |= not ranks.same(not found.get("failures") and not found.get("wrong"))
         _save(args, rows, facts)
     return rows, facts
+
+
+def blamed(output: Path | None) -> dict[str, Any]:
+    """What an earlier run's file says of tactics that failed, and of the one that was under way when it ended. Raises
+    RankError where there is no such file."""
+    try:
+        checks = json.loads(Path(output or "").read_bytes())["checks"]
+        failures, dropped = list(checks.get("failures", [])), set(checks.get("dropped", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RankError(f"--again goes on after a run that wrote --output {output}: {error}") from error
+    if "under_way" in checks:
+        failures.append(f"{checks['under_way']}: the job ended while it was checked")
+        dropped.add(checks["under_way"])
+    return {"failures": failures, "dropped": sorted(dropped)}
 
 
 def _save(args: argparse.Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
