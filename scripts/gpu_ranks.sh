@@ -4,6 +4,7 @@
 #   bash scripts/gpu_ranks.sh OUT_DIR [--no-venv] [--commit HASH] [--device cpu] [PART...]      all parts by default:
 #     all_reduce  every way to sum over ranks: checks, stress at varied sizes, times                    all_reduce.json
 #     llama-7b    random weights in FP8 with FP8 KV: latency at batch 1 and 64 of one GPU, tp N, pp N   llama-7b*.json
+#                 where a decode step's time goes at tp N                                 llama-7b-tpN-roofline.json
 #     llama-70b   Llama-2-70B's shape, likewise, at tp N: time per token at batch 1                     llama-2-70b*.json
 #     engines     the example in BF16, FP8 and FP8 with FP8 KV, at tp N and pp N, against one rank      engines.json
 #
@@ -41,12 +42,12 @@ if [ "$device" = cpu ]; then
   gpus=2 target=cpu
   length=(--input_len 32 --output_len 8 --runs 1)
   limits=(--max_seq_len 64 --max_batch_size 64 --max_num_tokens 256)
-  small=(--num_layers 2 --model "$PWD/examples/tiny-python-llama/config.json")
+  context=32 small=(--num_layers 2 --model "$PWD/examples/tiny-python-llama/config.json")
 else
   gpus=$(nvidia-smi -L | wc -l) target=sm_90a
   length=(--input_len 1024 --output_len 128)
   limits=(--max_seq_len 2048 --max_batch_size 64)
-  small=()
+  context=1088 small=()
 fi
 [ "$gpus" -gt 1 ] || fail "a round of several ranks needs several GPUs; there is $gpus (scripts/gpu.sh measures one)"
 # Ranks are not bound to a core each: a rank's threads (NCCL's too) need several.
@@ -141,5 +142,10 @@ for part in ${parts/all_reduce/}; do
   esac
   say "$part took $((SECONDS - begin)) s"
 done
+case $parts in
+  *llama-7b*)
+    bench "$gpus" 40 roofline "llama-7b-tp$gpus-roofline" --engine_dir llama-7b-tp --device $device --batch_size 1 64 \
+      --context_len "$context" --prompt_len ;;
+esac
 [ "$device" = cpu ] || python record --gpus "$gpus" --input "$out" --output "$out/h200x$gpus.json" || failed=1
 exit $failed

@@ -103,7 +103,23 @@ def test_the_committed_page_is_what_the_commands_make() -> None:
         for pattern in (performance_page.MARKED, parallel_model.MARKED)
         for found in pattern.finditer(page)
     }
-    assert shown == {"summary", *tables, *(target.section for target in rank_targets.targets(2))}
+    assert shown == {"summary", "losses", *tables, *(target.section for target in rank_targets.targets(2))}
+
+
+def test_with_more_gpus_the_rows_stand_and_what_is_right_is_asked_for() -> None:
+    """Not what is fast: that was measured among two."""
+    two, four = ({t.name: t for t in rank_targets.targets(n)} for n in (2, 4))
+    same = {name.replace("tp 2", "tp 4").replace("pp 2", "pp 4") for name in two}
+    assert set(four) == same
+    asked = {t.name for t in four.values() if t.target is not None}
+    assert asked == {
+        n
+        for n in four
+        if n.startswith("example ") or n.endswith((": failures", " launches at varied sizes", ": wrong results"))
+    }
+    ratio = four["llama-7b fp8 + fp8 kv, batch 1: time per token, tp 4 over one GPU"]
+    key = "llama-7b fp8 + fp8 kv{}, 1024 in, 128 out, batch 1: time per token ms"
+    assert ratio.figure({key.format(""): 2.0, key.format(" tp 4"): 1.0}) == 0.5
 
 
 def test_the_model_is_near_what_was_measured() -> None:
