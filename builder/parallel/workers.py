@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from fp8.builder.ending import ending
+from fp8.builder.child import ending
 from fp8.builder.workplace import BuildError
 
 Result = TypeVar("Result")

@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from fp8.builder.ending import ending
+from fp8.builder.child import Child, Lost
 
 Answers = Callable[[Any], tuple[Any, bool]]  # an answer, and whether the process is good for more
-STOP = 5.0  # seconds that a process is given to end by itself
-
-
-class Lost(RuntimeError):
-    """The process ended, or was silent for too long; the message says which."""
 
 
 class Isolated:
     """A child process that answers questions: `make(*arguments)` is called there once, what it returns each time."""
 
     def __init__(self, make: Callable[..., Answers], *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA cannot use it
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._child = Child(_serve, make, arguments)
         self.usable = True
 
     def ask(self, question: Any, seconds: float) -> Any:
         """Raises Lost; the process is gone then."""
+        self._child.send(question)
         try:
-            self._connection.send(question)
-            if not self._connection.poll(seconds):
-                self.close(at_once=True)
-                raise Lost(f"no answer within {seconds:.0f} s")
-            answer, self.usable = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(STOP)
-            how = ending(self._process)
-            self.close(at_once=True)
-            raise Lost(f"its process {how}") from error
+            answer, self.usable = self._child.hear(seconds)
+        except Lost:
+            self.usable = False
+            raise
         return answer
 
-    def close(self, at_once: bool = False) -> None:
+    def close(self) -> None:
         self.usable = False
-        self._connection.close()
-        self._process.join(0 if at_once else STOP)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._child.close()
 
 
 def ask_all(
