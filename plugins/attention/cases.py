@@ -3,6 +3,7 @@ long prompts of Llama's shapes for speed. Those of pure decode batches are in de
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,15 @@ FP8 = (
     "of a few rows only, one such code is more: 2^-3 of a row"
 )
 FP8_OUT = FP8 + "; some codes of the e4m3 output fall to the neighbour likewise: another 1e-2"
+FLIPPED, FLIP = 1 / 200, 0.09  # the share of P's codes, and the rms of how far
+UNLUCKY = 1e-6  # of all draws exceed a case's tolerance
 DT = "P is rounded to the 16-bit type for the tensor cores and the output once more (bfloat16 unit roundoff 2^-9)"
-TOLERANCES = {(True, True): (2e-2, FP8_OUT), (True, False): (1e-2, FP8)}
+TOLERANCES = {  # by e4m3 cache and e4m3 output
+    (True, True): (2e-2, FP8_OUT),
+    (True, False): (1e-2, FP8),
+    (False, True): (2e-2, DT + "; the e4m3 output has a code in 20 at the neighbour: 1e-2"),
+    (False, False): (5e-3, DT),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,30 @@ class Batch:
     def scores(self) -> int:
         """Visible pairs of a query and a key, per head."""
         return sum(n * (length - n) + n * (n + 1) // 2 for n, length in self.sequences)
+
+    @property
+    def codes(self) -> float:
+        """How many codes of P a head's output hangs on, as if all weighed the same: of C visible tokens each weighs
+        about 1/C, so that rows of few tokens make up most of the output's norm."""
+        visible = [c for n, length in self.sequences for c in range(max(0, length - n) + 1, length + 1)]
+        return sum(1 / c for c in visible) ** 2 / sum(c**-3 for c in visible)
+
+
+def most_flips(codes: float) -> int:
+    """So many of these codes fall to the neighbour in all but UNLUCKY draws: their number is Poisson-distributed."""
+    mean, most, likely = codes * FLIPPED, 0, math.exp(-codes * FLIPPED)
+    while likely < 1 - UNLUCKY:
+        most += 1
+        likely += math.exp(most * math.log(mean) - mean - math.lgamma(most + 1))
+    return most
+
+
+def fp8_tolerance(codes: float, quant_out: bool) -> tuple[float, str]:
+    """That of TOLERANCES, or what the flips of so few codes can do that they do not average out: of the 16 codes of
+    8 heads and 2 tokens mostly none falls to the neighbour, but one that does is 2.2e-2 of the output."""
+    tolerance, why = TOLERANCES[True, quant_out]
+    unlucky = math.sqrt(most_flips(codes) / codes * FLIP**2 + (1e-4 if quant_out else 0.0))
+    return max(tolerance, unlucky), why
 
 
 def index_inputs(batch: Batch, generator: torch.Generator, device: str) -> tuple[list[torch.Tensor], int]:
@@ -109,10 +141,7 @@ def case(
         return inputs(plugin, batch, dtype, fp8, rotary_dim, generator, device)
 
     cache = f"{'e4m3' if fp8 else dtype} cache to {'e4m3' if quant_out else dtype}"
-    tolerance, why = TOLERANCES.get(
-        (fp8, quant_out),
-        (2e-2, DT + "; the e4m3 output has a code in 20 at the neighbour: 1e-2") if quant_out else (5e-3, DT),
-    )
+    tolerance, why = fp8_tolerance(batch.codes * heads[0], quant_out) if fp8 else TOLERANCES[False, quant_out]
     tokens, item = batch.step.tokens, 1 if fp8 else 2
     if fp8:
         tolerance += 2**-3 / (tokens * heads[0]) ** 0.5
