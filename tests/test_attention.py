@@ -222,6 +222,24 @@ def test_work_list_has_room_for_every_tile() -> None:
         assert tiles <= prefill.most_tiles(int(lengths.sum()), len(lengths))
 
 
+@pytest.mark.parametrize("tokens", [2, 7, 64])
+def test_the_tolerance_of_few_tokens_covers_what_flipped_codes_do_to_them(tokens: int) -> None:
+    """P off by 3e-4 before it becomes a code, as by the tensor cores' sums: 400 draws of one prompt of 8 heads."""
+    generator, heads, dim = torch.Generator().manual_seed(0), 8, 64
+
+    def drawn() -> torch.Tensor:
+        return torch.randn(400, heads, tokens, dim, generator=generator).to(E4M3).float()
+
+    scores = (drawn() @ drawn().mT * dim**-0.5).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+    p, v = torch.softmax(scores, -1) * 256, drawn()
+    off = p * (1 + 3e-4 * torch.randn(p.shape, generator=generator))
+    exact, found = (x.to(E4M3).float() @ v for x in (p, off))
+    errors = (exact - found).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    tolerance, _ = cases.fp8_tolerance(cases.Batch(((tokens, tokens),)).codes * heads, quant_out=False)
+    assert tolerance / 4 < errors.max() < tolerance
+    assert tolerance > cases.TOLERANCES[True, False][0]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
 def test_kernels_write_the_references_bits_into_the_cache() -> None:
     from fp8.plugins.cuda import Module
