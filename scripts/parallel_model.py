@@ -4,10 +4,11 @@
     python -m fp8.scripts.parallel_model --model llama-2-70b --gpus 8        every way to divide one model
     python -m fp8.scripts.parallel_model --page docs/parallel.md             writes the page's tables
 
-The model is made from seven figures of the record of two GPUs (docs/performance/h200x2.json): decode steps of one GPU
-at batch 1 and 64 (its memory rate, and the time of a layer that no byte explains), its prompts, an all-reduce and a
-message of 8 KB and of 8 MB (latency and rate). What has several ranks is predicted; the record's other figures check
-it. The network between hosts is assumed: HOSTS.
+The model is made from eight figures of the record of two GPUs (docs/performance/h200x2.json): Llama-7B's decode steps
+on one GPU at batch 1 and 64 (the rate at which the cache is read) and its prompts; with the former, Llama-2-70B's
+decode steps at tp 2 (the rate at which weights are read, and the time of a layer that no byte explains); an all-reduce
+and a message of 8 KB and of 8 MB (latency and rate). What else has several ranks is predicted; the record's other
+figures check it. The network between hosts is assumed: HOSTS.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ HOSTS = Link(20e-6, 45e9)  # assumed: a 400 Gb/s adapter for each GPU at 90%, NC
 class Machine:
     """GPUs, `per_host` of them on a host. Rates are what engines reach, not what the card allows."""
 
-    memory_rate: float  # bytes per second of weights and cache in decode steps
+    weight_rate: float  # bytes per second of weights in decode steps
+    cache_rate: float  # and of the cache
     flops: float  # of linears, in prompts
     layer: float  # seconds of a decode step's layer beside its bytes: launches, tails, small kernels
     reduce: Link  # one exchange of an all-reduce: what one GPU sends to another
@@ -149,9 +151,11 @@ class Engine:
     def _stage_seconds(self, rows: int, context: float) -> float:
         """The last stage's, which has lm_head: the others wait for it."""
         shape, tp = self.shape, self.layout.tp
-        moved = self.layers * (shape.layer_weights / tp + rows * context * shape.kv(tp)) + shape.lm_head / tp
+        weights = (self.layers * shape.layer_weights + shape.lm_head) / tp
+        cache = self.layers * rows * context * shape.kv(tp)
         reduce = self.machine.all_reduce(rows * shape.hidden * ACTIVATION, tp)
-        return self.layers * (self.machine.layer + 2 * reduce) + moved / self.machine.memory_rate
+        bytes_read = weights / self.machine.weight_rate + cache / self.machine.cache_rate
+        return self.layers * (self.machine.layer + 2 * reduce) + bytes_read
 
     def prompt_seconds(self, batch: int, length: int, step_tokens: int) -> float:
         """Of all prompts: chunks follow each other through the stages, which are all busy but at both ends."""
@@ -186,19 +190,31 @@ def calibrated(record: Mapping[str, Any]) -> Machine:
             raise EngineError(f"the record has no figure {name!r}; bash scripts/gpu_ranks.sh OUT_DIR measures it")
         return float(figures[name])
 
-    one = "llama-7b fp8 + fp8 kv, 1024 in, 128 out"
+    one, large = "llama-7b fp8 + fp8 kv, 1024 in, 128 out", "llama-2-70b fp8 + fp8 kv tp 2, 1024 in, 128 out"
     shape, context = Shape.of(PRESETS["llama-7b"]), INPUT + OUTPUT / 2
     alone, many = (figure(f"{one}, batch {b}: time per token ms") / 1e3 for b in (1, 64))
-    sequence = context * shape.layers * shape.kv(1)
-    rate = 63 * sequence / (many - alone)
-    weights = shape.layers * shape.layer_weights
-    layer = (alone - (weights + shape.lm_head + sequence) / rate) / shape.layers
-    prompts = 64 * INPUT * 2 * weights / (figure(f"{one}, batch 64: first token ms") / 1e3)
-    return Machine(
-        rate, prompts, layer,
-        _link({8: figure("all_reduce 8 KB: us"), 8192: figure("all_reduce 8 MB: us")}),
-        _link({8: figure("send 8 KB: us"), 8192: figure("send 8 MB: us")}),
-    )  # fmt: skip
+    cache = 63 * context * shape.layers * shape.kv(1) / (many - alone)
+    prompts = 64 * INPUT * 2 * shape.layers * shape.layer_weights / (figure(f"{one}, batch 64: first token ms") / 1e3)
+    reduce = _link({8: figure("all_reduce 8 KB: us"), 8192: figure("all_reduce 8 MB: us")})
+    message = _link({8: figure("send 8 KB: us"), 8192: figure("send 8 MB: us")})
+    nothing = Machine(math.inf, cache, prompts, 0.0, reduce, message)
+    engines = Engine(shape, Layout(), nothing), Engine(Shape.of(PRESETS["llama-2-70b"]), Layout(2), nothing)
+    rate, layer = _bytes_and_layers(engines, (alone, figure(f"{large}, batch 1: time per token ms") / 1e3))
+    return Machine(rate, cache, prompts, layer, reduce, message)
+
+
+def _bytes_and_layers(engines: Sequence[Engine], seconds: Sequence[float]) -> tuple[float, float]:
+    """The rate of weights and a layer's own time with which both engines take so long for a token of one sequence; the
+    engines' own machine takes no time for either. Raises EngineError if there are no such."""
+    left = [s - e.token_seconds(1, INPUT + OUTPUT / 2) for e, s in zip(engines, seconds, strict=True)]
+    size = [(e.shape.layers * e.shape.layer_weights + e.shape.lm_head) / e.layout.tp for e in engines]
+    layers = [e.shape.layers for e in engines]
+    determinant = size[0] * layers[1] - size[1] * layers[0]
+    per_byte = (left[0] * layers[1] - left[1] * layers[0]) / determinant
+    layer = (size[0] * left[1] - size[1] * left[0]) / determinant
+    if per_byte <= 0 or layer < 0:
+        raise EngineError("the record's times of Llama-7B and Llama-2-70B are not of one card: no rate fits both")
+    return 1 / per_byte, layer
 
 
 def _link(us: Mapping[int, float]) -> Link:
@@ -213,7 +229,7 @@ def check(machine: Machine, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     figures = {row["name"]: row["figure"] for row in record["rows"]}
     for model, layout, batch, step_tokens in (
         ("llama-7b", Layout(2), 1, CHUNK), ("llama-7b", Layout(2), 64, CHUNK), ("llama-7b", Layout(1, 2), 1, 4096),
-        ("llama-7b", Layout(1, 2), 64, 4096), ("llama-2-70b", Layout(2), 1, CHUNK),
+        ("llama-7b", Layout(1, 2), 64, 4096),
     ):  # fmt: skip
         engine = Engine(Shape.of(PRESETS[model]), layout, machine)
         place = f"tp {layout.tp}" if layout.tp > 1 else f"pp {layout.pp}"
@@ -267,7 +283,8 @@ def render(page: str, made: Mapping[str, str]) -> str:
 
 def _machine(m: Machine) -> str:
     rows = [
-        ["weights and cache in decode steps", f"{m.memory_rate / 1e12:.2f} TB/s"],
+        ["weights in decode steps", f"{m.weight_rate / 1e12:.2f} TB/s"],
+        ["the cache in decode steps", f"{m.cache_rate / 1e12:.2f} TB/s"],
         ["a decode step's layer beside its bytes", f"{m.layer * 1e6:.1f} us"],
         ["linears of prompts, attention included", f"{m.flops / 1e12:.0f} TFLOP/s"],
         ["an exchange of an all-reduce", f"{m.reduce.latency * 1e6:.1f} us + {m.reduce.rate / 1e9:.0f} GB/s"],
@@ -285,8 +302,8 @@ def _layer(machine: Machine) -> str:
         for tp in (1, 2, 8):
             row = [model, str(tp)]
             for tokens in (1, 64):
-                moved = shape.layer_weights / tp + tokens * (INPUT + OUTPUT / 2) * shape.kv(tp)
-                own = machine.layer + moved / machine.memory_rate
+                cache = tokens * (INPUT + OUTPUT / 2) * shape.kv(tp)
+                own = machine.layer + shape.layer_weights / tp / machine.weight_rate + cache / machine.cache_rate
                 row += _parts(own, 2 * machine.all_reduce(tokens * shape.hidden * ACTIVATION, tp))
             own = CHUNK * 2 * shape.layer_weights / tp / machine.flops
             row += _parts(own, 2 * machine.all_reduce(CHUNK * shape.hidden * ACTIVATION, tp))

@@ -15,8 +15,9 @@
 //   push.cu             1.9     2.4     3.5     7.9    29.2       -    the smallest blocks that hold it; largest: 2.1 at 8 KB
 //   one phase           3.2     3.7     5.1    10.6    31.2     102    264 blocks; 132: 128 at 32 MB; tiles of 8 KB: 118
 //   two phases          5.4     5.7     6.8    12.0    30.0     101    no fewer bytes among two ranks, one wait more
-//   FP8, one phase        -       -     5.0     8.6    22.2      67    of 8 MB a block has one tile, so that loading, the wire
+//   FP8, one phase        -       -     5.0     8.6    22.3      67    of 8 MB a block has one tile, so that loading, the wire
 //                                                                      (4.3 MB: 13 us at 330 GB/s) and adding do not overlap
+//   FP8, push.cu          -       -     3.3     5.9    18.9       -    of 16 MB 37.9, one phase 38.0
 //
 // FP8: see wire.cuh. With two phases the sums are rounded so again.
 // Constants: WORLD, THREADS, UNITS (of a thread in a tile, 16 bytes on the wire each), DTYPE, MAXIMUM, PHASES, FP8,
