@@ -22,31 +22,9 @@ set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
-
-measured='kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token kernels'
-named='sanitizer example service whole'
-no_venv='' commit='' parts=''
-while [ $# -gt 0 ]; do
-  case $1 in
-    --no-venv) no_venv=1 ;;
-    --commit) commit=$2; shift ;;
-    *)
-      case " $measured $named " in
-        *" $1 "*) parts="$parts $1" ;;
-        *) fail "unknown argument $1; known: --no-venv, --commit HASH, $measured $named" ;;
-      esac ;;
-  esac
-  shift
-done
-asked=${parts:-$measured}
-parts=''
-for part in $measured $named; do
-  case " $asked " in *" $part "*) parts="$parts $part" ;; esac
-done
-prepare "" "$no_venv"
-work=$(mktemp -d)
-failed=0
+. scripts/round.sh
+start_round 'kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token kernels' 'sanitizer example service whole' "$@"
+[ "$device" = cuda ] || fail "these parts need a GPU; scripts/gpu_ranks.sh has --device cpu"
 
 bench() { # bench SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.json; engines and checkpoints by their names
   local seconds=$1 mode=$2 name=$3 begin=$SECONDS

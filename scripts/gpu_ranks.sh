@@ -15,29 +15,8 @@ set -euo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
-
-known='all_reduce llama-7b llama-70b engines'
-no_venv='' commit='' parts='' device=cuda
-while [ $# -gt 0 ]; do
-  case $1 in
-    --no-venv) no_venv=1 ;;
-    --commit) commit=$2; shift ;;
-    --device) device=$2; shift ;;
-    *)
-      case " $known " in
-        *" $1 "*) parts="$parts $1" ;;
-        *) fail "unknown argument $1; known: --no-venv, --commit HASH, --device DEVICE, $known" ;;
-      esac ;;
-  esac
-  shift
-done
-asked=${parts:-$known}
-parts=''
-for part in $known; do
-  case " $asked " in *" $part "*) parts="$parts $part" ;; esac
-done
-prepare "" "$no_venv"
+. scripts/round.sh
+start_round 'all_reduce llama-7b llama-70b engines' '' "$@"
 if [ "$device" = cpu ]; then
   gpus=2 target=cpu
   length=(--input_len 32 --output_len 8 --runs 1)
@@ -52,9 +31,7 @@ fi
 [ "$gpus" -gt 1 ] || fail "a round of several ranks needs several GPUs; there is $gpus (scripts/gpu.sh measures one)"
 # Ranks are not bound to a core each: a rank's threads (NCCL's too) need several.
 read -ra mpirun <<<"${MPIRUN:-mpirun --allow-run-as-root --bind-to none --oversubscribe}"
-work=$(mktemp -d)
 ln -s "$PWD/examples" "$work/examples"
-failed=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 python() { (cd "$work" && "$PYTHON" -X faulthandler -m "fp8.scripts.$1" "${@:2}"); }
