@@ -238,7 +238,31 @@ def test_every_offered_tactic_fits_shared_memory_and_the_grid() -> None:
                 assert t.grid(1, n, many_tokens.SMS) >= t.cluster
 
 
+def test_many_waves_take_tiles_in_turn_for_scales_of_both_kinds() -> None:
+    for n, k in [(12288, 4096), (4096, 4096), (4096, 11008), (6144, 4096), (57344, 8192), (8192, 28672)]:
+        for tokens in (2048, 8192):
+            scalar = operands(n, k)[:4]
+            by_rows = [*scalar[:2], Tensor("float32", ("T",)), scalar[3]]
+            best, same = (many_tokens.candidates(Gemm(), [*inputs, None], tokens)[0] for inputs in (scalar, by_rows))
+            assert best == same and best.PINGPONG and best.BLOCK_M == 128 and best.BLOCK_N in (128, 192)
+
+
+def test_tiles_of_192_columns_in_turn_are_offered_where_no_register_spills() -> None:
+    def offered(plugin, inputs, tokens: int) -> bool:
+        problem = many_tokens.problem(plugin, inputs)
+        return any(t.PINGPONG and t.BLOCK_N == 192 and t.BLOCK_M == 128 for t in enumerate_tactics(problem, tokens))
+
+    enumerate_tactics, inputs = many_tokens.enumerate_tactics, operands(57344, 8192)
+    assert offered(Gemm(), inputs, 8192) and not offered(Gemm(), inputs, 64)
+    assert not offered(Gemm(), operands(4096, 4096), 2048)  # few waves
+    assert not offered(Gemm("float32"), inputs, 8192)
+    assert not offered(GemmSwiglu(), [*inputs, Tensor("float32", (1,))], 8192)  # a bias beside
+
+
 COMPILED = [
+    (gemm_case(1, 12288, 4096, "rowwise", bias=True), ManyTokens(128, 192, 4, 1, 2)),
+    (gemm_case(1, 12288, 4096, "none", "bfloat16", bias=True), ManyTokens(128, 192, 4, 1)),
+    (swiglu_case(1, 11008, 4096, quant="none"), ManyTokens(128, 192, 5, 1, 2)),
     (gemm_case(1, 12288, 4096), ManyTokens(128, 256, 4)),
     (gemm_case(1, 12288, 4096, "rowwise"), ManyTokens(256, 128, 4)),
     (gemm_case(1, 12288, 4096), ManyTokens(128, 128, 6, 1, 2)),

@@ -109,4 +109,5 @@ LLAMA_7B = [(12288, 4096), (4096, 4096), (4096, 11008)]
 CASES = RAGGED + PRECISE_CASES + [case(m, n, k) for n, k in LLAMA_7B for m in (1, 16, 64, 128, 512, 2048)]
 CASES += [case(m, n, k, "block") for n, k in LLAMA_7B for m in (1, 64, 512, 2048)]
 CASES += [case(2048, 12288, 4096, "rowwise"), case(2048, 12288, 4096, "none", "bfloat16")]
+CASES += [case(2113, 16520, 512, "rowwise", bias=True)]  # tiles that many waves alone are offered
 CASES += [case(16, 32000, 4096, "none", "bfloat16", "float32", logits=True)]

@@ -14,6 +14,21 @@
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
 // (TMA knows the buffer's rows only); nothing reads them.
 //
+// Tries under the power limit of an H200 (SM clock 1.2 to 1.3 GHz), M = 8192, clocks of which the tensor cores are busy:
+//                                                         12288 x 4096   4096 x 14336   57344 x 8192
+//   cuBLASLt, scalar scales; scales by rows and columns     88.6  97.0     93.6  95.2     93.7  99.5
+//   128 x 128 in turn, rasters of 2048 rows                     96.6           95.1           89.9
+//   1024 rows (512: 96.2, 95.3, 98.8)                           96.7           95.4           97.7
+//   + a cluster of two that shares w                            96.8           95.5           99.0 (2048 rows)
+//   128 x 192 in turn, a cluster of two that shares w           95.5           92.6           99.3
+//   256 x 128 (128 x 256: 86.5, 93.5, 94.3)                     86.1           93.2           94.1
+//   + the second warpgroup a stage behind (two: the same)       86.1           92.9           94.1
+//   + where tiles meet, a warpgroup's first 64 rows two
+//     stages ahead: half an epilogue under products             89.7           93.9           96.0
+//   256 x 192, the first 64 rows one stage ahead                88.2           82.1           95.1
+// Without its loads 128 x 128 in turn is 97.0% busy, 256 x 128 85.6%: the epilogue's writes are what the latter lacks. L2
+// hints (x evicted last, w and y first) gain nothing. What is missing to 100% is the last wave, begin and end.
+//
 // Tries of the blockwise mode on an H200, TFLOP/s at 2048 x 12288 x 4096, tiles of 128 x 128 and of 128 x 192 (registers for
 // two sets of accumulators, not three):
 //   each thread loads its rows' scales; the next stage multiplies into a third set   818    -     936 before, with two in turn
@@ -226,18 +241,19 @@ DEVICE void take(float (&v)[4], const float (&d)[BLOCK_N / 2], int column, u32 p
   }
 }
 
-// 64 rows of one warpgroup: chunk by chunk, to shared memory and out.
-DEVICE void write(const float (&d)[BLOCK_N / 2], const Arguments& args, const TensorMap* map, u8* buffers, const float* scale,
+// 64 rows of one warpgroup, its `m`-th: chunk by chunk, to shared memory and out.
+DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, const TensorMap* map, u8* buffers, const float* scale,
                   const float* bias, int row, int column, const float (&x_scale)[2], float quantum, u32 rank, u32 partials) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
   float reciprocal = QUANT ? __frcp_rn(quantum) : 0.f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     if (SPLIT > 1 && c % SPLIT != rank) continue;
-    u8* buffer = buffers + (c % 2) * 64 * CHUNK;
-    if (TMA_STORE) {  // the buffer's last store has been read; a tile or 64 rows start with both buffers free
+    int chunk = m * CHUNKS + c;
+    u8* buffer = buffers + (chunk % 2) * 64 * CHUNK;
+    if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with both buffers free
       if (threadIdx.x % 128 == 0) {
-        if (c == 0 || SPLIT > 1) bulk_wait_group_read<0>();
+        if (chunk == 0 || SPLIT > 1) bulk_wait_group_read<0>();
         else bulk_wait_group_read<1>();
       }
       warpgroup_sync(warpgroup);
@@ -432,7 +448,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       for (int i = 0; i < VECTOR; i++) {
         int n = t.n + thread + i * 128;
         bool in = thread + i * 128 < BLOCK_N && n < GEMM_N;
-        if (SCALED) column_scale[i] = (W_SCALE && in ? w_scale[n] : 1.f) * scalar;
+        if (SCALED) column_scale[i] = W_SCALE && in ? w_scale[n] : 1.f;  // times `scalar` later: products do not wait for it
         if (BIAS) column_bias[i] = in ? bias[n] : 0.f;
       }
 #pragma unroll
@@ -501,14 +517,14 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
           if (thread + i * 128 < BLOCK_N) {
-            if (SCALED) scales[thread + i * 128] = column_scale[i];
+            if (SCALED) scales[thread + i * 128] = column_scale[i] * scalar;
             if (BIAS) biases[thread + i * 128] = column_bias[i];
           }
         warpgroup_sync(warpgroup);
       }
 #pragma unroll
       for (int m = 0; m < MMAS; m++)
-        write(sum[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
+        write(m, sum[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
               partials + m * 64 * BLOCK_N * 4);
     }
     if (PROMOTE) wgmma_wait_group<0>();
