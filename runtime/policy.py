@@ -22,12 +22,40 @@ class Policy(Protocol):
     def shares(self, pending: Sequence[int], budget: int) -> list[int]:
         """How `budget` tokens of a step go to prompts of which `pending` tokens are to be computed, in order."""
 
+    def room(self, singles: int, ready: int, most: int) -> int:
+        """While more requests wait than fit: how many tokens of prompts, `most` at most, a step takes beside `singles`
+        rows of one token. `ready`: tokens of prompts that could run in it."""
+
     def served(self, request: Request, tokens: int) -> None:
         """`tokens` of a request are computed."""
 
 
+# Linear layers compute tiles of 128 tokens, as many at once as the card has multiprocessors; in the usual widths 1024
+# tokens keep all of these busy to the end, and a few more take half as long again.
+WAVE = 1024
+MANY = 256  # single tokens from which on a step is worth filling up
+LITTLE = 128  # tokens of prompts that are not worth the kernels of a mixed step
+PATIENCE = 16  # steps that prompts wait for others, at most
+
+
 class Throughput:
-    """First come, first served, one prompt after the other: the fewest prompts are half done at any time."""
+    """First come, first served, one prompt after the other: the fewest prompts are half done at any time. While more
+    wait than fit, prompts beside many single tokens are gathered until the step's tokens fill whole waves."""
+
+    def __init__(self) -> None:
+        self._held = 0  # steps
+
+    def room(self, singles: int, ready: int, most: int) -> int:
+        whole, top = ((singles + tokens) // WAVE * WAVE - singles for tokens in (min(ready, most), most))
+        if singles < MANY or top < LITTLE or not ready:
+            return most
+        held, self._held = self._held, 0
+        if whole >= LITTLE:
+            return whole
+        if held == PATIENCE:
+            return most
+        self._held = held + 1
+        return 0
 
     def joins(self, request: Request, others: Iterable[Request]) -> None:
         pass
@@ -64,6 +92,9 @@ class Fair:
             # Whoever was served less than every active user would be lifted to `least` at the return: no need to know.
             self.service = Counter({u: s for u, s in self.service.items() if s > least or u in active})
             self.service[request.user] = max(self.service[request.user], least)
+
+    def room(self, singles: int, ready: int, most: int) -> int:
+        return most
 
     def next(self, waiting: Sequence[Request]) -> Request:
         firsts: dict[str, Request] = {}  # of the highest priority, the earliest of every user

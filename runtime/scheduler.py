@@ -101,8 +101,8 @@ class Scheduler:
             for request in [r for r in self.running if r.pending]:
                 self._make_room(request)
         rows = self._decode_rows(decoding, self.stages)
-        budget = self.max_num_tokens - len(rows)
         prompts = [r for r in prompts if r.slot >= 0]  # some may have given way
+        budget = self._room(len(rows), prompts)
         pending = [r.pending for r in prompts]
         while budget and self.waiting:
             candidate = self.policy.next(self.waiting)
@@ -119,6 +119,21 @@ class Scheduler:
             rows = self._decode_rows(early, max((self.steps - r.sampled_in for r in early), default=0))
         self.steps += bool(rows)
         return rows
+
+    def _room(self, singles: int, prompts: Sequence[Request]) -> int:
+        """Tokens of prompts that the next step may take. Nobody waits for others where all could start, or where the
+        first to start has priority over one that runs."""
+        most, ready = self.max_num_tokens - singles, sum(r.pending for r in prompts)
+        if not self.waiting or (self.running and self.waiting[0].priority > self.running[-1].priority):
+            return most
+        slots, free = len(self._slots), self.pool.free_blocks - len(self.running)
+        for request in self.waiting:
+            slots -= len(request.beams)
+            free -= blocks_for(request.length + 1, self.pool.block_size)
+            if slots < 0 or free < 0:
+                return self.policy.room(singles, ready, most)
+            ready += request.length
+        return most
 
     def _review(self) -> tuple[list[Request], list[Request]]:
         """Retires the running requests that need no further step, publishes what is complete, and returns the others:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fp8.runtime.beam_search import BeamSearch, Hypothesis
 from fp8.runtime.kv_cache import BlockPool, blocks_for
-from fp8.runtime.policy import POLICIES, Fair
+from fp8.runtime.policy import PATIENCE, POLICIES, Fair, Throughput
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scheduler import Row, Scheduler
 
@@ -388,6 +388,46 @@ def test_a_long_prompt_leaves_room_for_a_short_one_under_the_fair_policy() -> No
         scheduler.add(make(1, 6, 1))
         counts[policy] = [(row.request.id, row.count) for row in scheduler.schedule()]
     assert counts == {"throughput": [(0, 20)], "fair": [(0, 14), (1, 6)]}
+
+
+def saturated(policy: str, waiting: int, prompt: int = 100, priority: int = 0) -> tuple[Scheduler, list[Row]]:
+    """300 sequences that decode, beside whom 20 more fit, a number of requests that wait, and the next step."""
+    scheduler = Scheduler(BlockPool(30000, BLOCK), 320, 4096, POLICIES[policy](), reuse_prefixes=False)
+    for i in range(300):
+        scheduler.add(make(i, 1, 100))
+    rows = scheduler.schedule()
+    scheduler.update(rows, [0] * 300)
+    for i in range(waiting):
+        scheduler.add(make(300 + i, prompt, 100, priority))
+    return scheduler, scheduler.schedule()
+
+
+def test_prompts_fill_whole_waves_while_more_wait_than_fit() -> None:
+    scheduler, rows = saturated("throughput", 40)
+    assert sum(row.count for row in rows) == 2048 and len(scheduler.running) == 318
+    scheduler.update(rows, [0] * sum(row.samples for row in rows))
+    for _ in range(PATIENCE):  # 252 tokens are left: too few for another wave, until they have waited long enough
+        rows = scheduler.schedule()
+        assert sum(row.count for row in rows) == len(rows) == 317
+        scheduler.update(rows, [0] * len(rows))
+    rows = scheduler.schedule()
+    assert sum(row.count for row in rows) == 317 + 252 and len(scheduler.running) == 320
+
+
+@pytest.mark.parametrize(
+    ("policy", "waiting", "prompt", "priority"),
+    [("throughput", 20, 7, 0), ("throughput", 40, 7, 1), ("fair", 40, 7, 0)],
+    ids=["all that wait fit", "the first has priority", "another policy"],
+)
+def test_nobody_waits_for_a_whole_wave_where(policy: str, waiting: int, prompt: int, priority: int) -> None:
+    _, rows = saturated(policy, waiting, prompt, priority)
+    assert sum(row.count for row in rows) == 300 + 20 * 7
+
+
+def test_a_wave_that_no_step_can_hold_is_not_waited_for() -> None:
+    policy = Throughput()
+    assert [policy.room(300, 50, most) for most in (400, 723)] == [400, 723]
+    assert [policy.room(900, ready, 4000) for ready in (0, 124 + 4, 4000, 5000)] == [4000, 0, 3196, 3196]
 
 
 def test_pipeline_stages_share_the_sequences() -> None:
