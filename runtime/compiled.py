@@ -7,10 +7,12 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.runtime import tail
 from fp8.runtime.links import INPUT
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
 from fp8.runtime.step_inputs import StepInputs
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
     from fp8.runtime.links import GpuLinks
 
+Bound = tuple[str, list[int], list[Launcher]]  # a plan step's rows ("T", "L"), the ends of its ranges, their launches
 RESERVE = 1 << 30  # bytes left to the driver: graphs, kernels' local memory, the allocator's rounding
 
 
@@ -128,7 +131,14 @@ class CompiledExecutor:
         plugins = load_plugins(plan)
         self._allocate(plan, plugins, num_blocks, device)
         functions = load_functions(engine)
-        self._steps = [self._bind(step, plugin, functions) for step, plugin in zip(plan.steps, plugins, strict=True)]
+        pairs = list(zip(plan.steps, plugins, strict=True))
+        self._steps = [self._bind(step, plugin, functions, self._tensors) for step, plugin in pairs]
+        self._tail: list[Bound] = []  # launches of the steps behind the last attention, for the rows wanted
+        found = tail.find(plan)
+        if found is not None:
+            self._first_of_tail, self._wanted = found.first, tail.Rows(found, self._tensors)
+            behind = pairs[found.first :]
+            self._tail = [self._bind(step, plugin, functions, self._wanted.tensors) for step, plugin in behind]
         output = next(b for b in plan.buffers if b.kind == "output")
         self.result, self._rows = self._tensors[output.name], output.shape[0]
 
@@ -136,13 +146,20 @@ class CompiledExecutor:
         self, shape: StepShape, observe: Observer | None = None, hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`hidden_states`, if any, lie where the launches are bound to."""
-        for step, launcher in zip(self.plan.steps, self.launchers(shape), strict=True):
-            launcher(shape)
+        for i, (launcher, live) in enumerate(self._launches(shape, whole=observe is not None)):
+            if live is not shape and i == self._first_of_tail:
+                self._wanted.gather(live.tokens)
+            launcher(live)
             if observe:
+                step = self.plan.steps[i]
                 for name in filter(None, step.outputs):
                     rows = shape.logits_rows if self.plan.buffer(name).shape[0] == "L" else shape.tokens
                     observe(name, self._tensors[name][:rows])
         return self.result[: shape.logits_rows if self._rows == "L" else shape.tokens]
+
+    def shapes(self, shape: StepShape) -> list[StepShape]:
+        """What every plan step of a step is launched for: behind the last attention, often fewer rows."""
+        return [live for _, live in self._launches(shape)]
 
     def weight(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -151,26 +168,27 @@ class CompiledExecutor:
         """Seconds of every plan step's launch, the median of `repeats` passes; without overlap between launches."""
         import torch
 
-        launchers, passes = self.launchers(shape), []
+        launches, passes = self._launches(shape), []
         for _ in range(repeats):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launchers) + 1)]
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]
             torch.cuda._sleep(20_000_000)  # some 10 ms: the host gets ahead, so that its own time is not measured
             if self._comm is not None:  # ranks begin together
                 self._comm.all_gather(self._workspace[:1])
             events[0].record()
-            for launcher, event in zip(launchers, events[1:], strict=True):
-                launcher(shape)
+            for (launcher, live), event in zip(launches, events[1:], strict=True):
+                launcher(live)
                 event.record()
             events[-1].synchronize()
             passes.append([a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)])
         return [statistics.median(times) for times in zip(*passes, strict=True)]
 
-    def launchers(self, shape: StepShape) -> list[Launcher]:
-        """The launch of every plan step that fits the step's size."""
-        out = []
-        for rows, ends, launchers in self._steps:
-            out.append(launchers[bisect.bisect_left(ends, shape.logits_rows if rows == "L" else shape.tokens)])
-        return out
+    def _launches(self, shape: StepShape, whole: bool = False) -> list[tuple[Launcher, StepShape]]:
+        """The launch of every plan step that fits the step's size, and what it is for. `whole`: all rows to the end."""
+        if whole or not self._tail or shape.tokens - shape.logits_rows < tail.LEAST:
+            return [(_launcher(step, shape), shape) for step in self._steps]
+        few = replace(shape, tokens=shape.logits_rows)
+        first = [(_launcher(step, shape), shape) for step in self._steps[: self._first_of_tail]]
+        return first + [(_launcher(step, few), few) for step in self._tail]
 
     def _allocate(self, plan: Plan, plugins: list[Plugin], num_blocks: int, device: torch.device) -> None:
         import torch
@@ -193,9 +211,9 @@ class CompiledExecutor:
             self._tensors[name] = memory.view(dtype).view(cache)
 
     def _bind(
-        self, step: Step, plugin: Plugin, functions: dict[str, Function]
-    ) -> tuple[str, list[int], list[Launcher]]:
-        tensors = [self._tensors[name] if name else None for name in (*step.inputs, *step.outputs)]
+        self, step: Step, plugin: Plugin, functions: dict[str, Function], named: dict[str, torch.Tensor]
+    ) -> Bound:
+        tensors = [named[name] if name else None for name in (*step.inputs, *step.outputs)]
         rows = self.plan.buffer(step.outputs[0]).shape[0]
         launchers = []
         for choice in step.tactics:
@@ -208,6 +226,11 @@ class CompiledExecutor:
             raise EngineError(f"{step.plugin}: {step.name}: the engine holds no tactic for it; build it again")
         ends = [choice.max_tokens for choice in step.tactics]
         return str(rows), ends[:-1], launchers  # the last one takes whatever is larger
+
+
+def _launcher(bound: Bound, shape: StepShape) -> Launcher:
+    rows, ends, launchers = bound
+    return launchers[bisect.bisect_left(ends, shape.logits_rows if rows == "L" else shape.tokens)]
 
 
 def cache_shapes(plan: Plan, plugins: list[Plugin], num_blocks: int) -> dict[str, tuple[int, ...]]:

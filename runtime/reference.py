@@ -93,6 +93,10 @@ class ReferenceExecutor:
             passes.append([b - a for a, b in itertools.pairwise(times)])
         return [statistics.median(times) for times in zip(*passes, strict=True)]
 
+    def shapes(self, shape: StepShape) -> list[StepShape]:
+        """What every plan step is run for."""
+        return [shape] * len(self._plan.steps)
+
     def weight(self, name: str) -> torch.Tensor:
         return self._constants[name]
 

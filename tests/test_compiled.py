@@ -18,7 +18,7 @@ from fp8.builder.engine import EngineError, Plan, TacticChoice
 from fp8.plugins import base
 from fp8.plugins.attention import plugin as attention
 from fp8.plugins.base import StepShape
-from fp8.runtime import compiled, reference, weights
+from fp8.runtime import compiled, reference, tail, weights
 from fp8.runtime.llm import LLM
 from fp8.runtime.record import Recorder
 from fp8.runtime.request import SamplingParams
@@ -97,7 +97,9 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         self._inputs = StepInputs(self.limits, self.device, self.max_unread)
         self.executor = compiled.CompiledExecutor(engine, reference.map_weights(engine), self._inputs, self.num_blocks)
         step_kinds = {b.name for b in self.plan.buffers if b.kind in ("input", "activation", "output")}
-        Stub.step_buffers = {t.data_ptr() for n, t in self.executor._tensors.items() if n in step_kinds}
+        wanted = self.executor._wanted.tensors
+        every = [*self.executor._tensors.items(), *wanted.items()]
+        Stub.step_buffers = {t.data_ptr() for n, t in every if n in step_kinds}
         self._sample = reference_sampler(self._inputs)
         self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._forward)
         self._events = [Event()] * self.max_unread
@@ -130,6 +132,47 @@ def test_buffers_tactics_and_padding_give_the_reference_s_tokens(
     monkeypatch.undo()
     plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
     assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, PARAMS)]
+
+
+def test_behind_the_last_attention_a_step_goes_on_with_the_rows_wanted(
+    on_stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "LEAST", 1)
+    gathered: list[int] = []
+    gather = tail.Rows.gather
+    monkeypatch.setattr(tail.Rows, "gather", lambda self, rows: gathered.append(rows) or gather(self, rows))
+    llm = LLM(on_stubs, "cpu", lag=1)
+    first = llm.session.executor._first_of_tail
+    names = [step.plugin for step in llm.session.plan.steps[first:]]
+    assert names == ["gemm", "norm_quant", "gemm_swiglu", "gemm", "norm_quant", "gemm"]
+    tokens = [c.token_ids for c in llm.generate(PROMPTS, PARAMS)]
+    assert gathered and max(gathered) > 1
+    monkeypatch.undo()
+    plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
+    assert tokens == [c.token_ids for c in plain.generate(PROMPTS, PARAMS)]
+
+
+def test_of_a_prompt_s_first_tokens_nothing_is_computed_behind_the_last_attention(
+    on_stubs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = LLM(on_stubs, "cpu").session.executor
+    part, end, decode = StepShape(48, 1, 0, 48, 48, 0), StepShape(48, 2, 1, 47, 60, 2), StepShape(6, 6, 6, 0, 60, 6)
+    monkeypatch.setattr(tail, "LEAST", 46)
+    first, steps = executor._first_of_tail, len(executor.plan.steps)
+    tokens = {shape: [live.tokens for live in executor.shapes(shape)] for shape in (part, end, decode)}
+    assert tokens[part] == [48] * first + [0] * (steps - first)
+    assert tokens[end] == [48] * first + [2] * (steps - first)
+    assert tokens[decode] == [6] * steps
+
+
+def test_a_stage_without_logits_has_no_tail(engine_dir: Path) -> None:
+    plan = engine_format.load(engine_dir).plan
+    assert tail.find(plan) is not None
+    last = plan.steps[-1]
+    mixing = dataclasses.replace(plan, steps=(*plan.steps[:-1], dataclasses.replace(last, plugin="all_reduce")))
+    assert tail.find(mixing) is None
+    attention = max(i for i, step in enumerate(plan.steps) if step.plugin == "attention")
+    assert tail.find(dataclasses.replace(plan, steps=plan.steps[: attention + 1])) is None
 
 
 def test_sampling_options_end_the_graph_at_the_logits(on_stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

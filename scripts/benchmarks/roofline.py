@@ -129,8 +129,9 @@ def _measure(
     shape = StepShape(sum(counts), len(rows), singles, max(counts) if singles < len(rows) else 0, longest, len(rows))
     whole = _whole(session, rows, runs)
     groups: dict[tuple[str, str], list[tuple[float, float, float, float | None]]] = defaultdict(list)
-    for step, seconds in zip(session.plan.steps, session.time_launches(rows, runs), strict=True):
-        work = work_of(session.plan, step, shape, rows)
+    times, shapes = session.time_launches(rows, runs), session.executor.shapes(shape)
+    for step, seconds, live in zip(session.plan.steps, times, shapes, strict=True):
+        work = work_of(session.plan, step, live, rows)
         least = None if found is None else found.seconds(work.bytes, work.flops, work.dtype)
         groups[label(step), step.plugin].append((seconds, work.bytes, work.flops, least))
     alone = sum(one[0] for group in groups.values() for one in group)
