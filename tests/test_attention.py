@@ -211,7 +211,7 @@ def test_tactics_survive_the_plan_and_fit_the_shared_memory() -> None:
         for tactic in case.plugin.tactics(given, case.step.tokens):
             assert case.plugin.tactic(dataclasses.asdict(tactic)) == tactic
             row = prefill.row_bytes(case.plugin, given)
-            assert prefill.shared_bytes(row, tactic.prefill_stages) <= prefill.SHARED_LIMIT
+            assert prefill.shared_bytes(row, tactic) <= prefill.SHARED_LIMIT
 
 
 def test_work_list_has_room_for_every_tile() -> None:

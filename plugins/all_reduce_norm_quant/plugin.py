@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
 
-FEW_ROWS = 16  # among which fewer threads with more values each are faster
-
-
 @dataclass(frozen=True)
 class AllReduceNormQuantTactic:
     """`row` is the norm's. Without `reduce` all is one kernel, push_norm.cu; else it is that all-reduce and then
@@ -76,9 +73,8 @@ class AllReduceNormQuant(NormQuant):
         apart = [AllReduceNormQuantTactic(rows[0], t) for t in self._reduce.tactics([inputs[0]], tokens)]
         if tokens > MOST_BLOCKS or apart[0].reduce == NCCL or self._reduce.travels_in_fp8(tokens):
             return apart
-        held = 2 if tokens <= FEW_ROWS else 1
         fused = [AllReduceNormQuantTactic(r) for r in rows if r.threads * r.held * UNIT <= PUSH_SLOT]
-        fused.sort(key=lambda t: abs(t.row.held - held))
+        fused.sort(key=lambda t: t.row.held)
         return [*fused, *apart] if apart[0].reduce.method == "push" else [*apart, *fused]
 
     def buckets(self, max_tokens: int) -> list[int]:
