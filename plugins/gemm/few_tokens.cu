@@ -97,13 +97,14 @@ DEVICE void mma(float (&d)[TOKENS * FOLD / 2], u64 a, u64 b, int accumulate) {
   else wgmma_ss_f16(d, a, b, accumulate);
 }
 
-// Columns `a` to `a` + FOLD of a stage: this warpgroup's tiles of 64 rows.
-DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], const Stage& s, int a, int first_tile, int more) {
+// Columns `a` to `a` + FOLD of a stage: this warpgroup's tiles of 64 rows. `w`, `x`: low words of the descriptors.
+DEVICE void multiply(float (&d)[TILES_EACH][TOKENS * FOLD / 2], u32 w, u32 x, int a, int more) {
+  constexpr u64 HIGH = 64ull << 32 | 1ull << 62;
 #pragma unroll
   for (int j = 0; j < 4; j++)
 #pragma unroll
     for (int t = 0; t < TILES_EACH; t++)
-      mma(d[t], wgmma_descriptor(s.w + a * W_ATOM + (first_tile + t) * 64 * ATOM) + 2 * j, wgmma_descriptor(s.x + a * X_ATOM) + 2 * j, more | j);
+      mma(d[t], HIGH | (w + (a * W_ATOM + t * 64 * ATOM) / 16 + 2 * j), HIGH | (x + a * X_ATOM / 16 + 2 * j), more | j);
 }
 
 // The value `i` that is wanted of a folded accumulator.
@@ -246,7 +247,8 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   float* scratch = (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES);
   float* stage_scales = scratch + (FOLD > 1 ? 64 * TOKENS : 0);  // per stage
   u32 ring = shared_address(shared), rank = SPLIT > 1 ? cluster_rank() : 0;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x / SPLIT * ROWS;
+  // The shuffle tells the compiler that a warp has one part: ring and descriptors then stay in uniform registers.
+  int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, row = blockIdx.x / SPLIT * ROWS;
   int begin = K_BLOCKS * rank / SPLIT, count = K_BLOCKS * (rank + 1) / SPLIT - begin;
   int filled = count < STAGES ? count : STAGES;
   bool producer = warp == CONSUMERS / 32;
@@ -266,7 +268,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   __syncthreads();
   if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
 
-  int first_tile = warp / 4 * TILES_EACH;
+  int first_tile = WARPGROUPS == 1 ? 0 : warp / 4 * TILES_EACH;
   float sum[TILES_EACH][TOKENS / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
   if (producer) {
     auto scales_at = [&](int stage) { return shared_address(stage_scales) + stage * STAGE_SCALES * 4; };
@@ -309,6 +311,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
     griddepcontrol_wait();
     if (TOKEN_SCALE && threadIdx.x < TOKENS)
       token_scale[threadIdx.x] = X_SCALE == 1 ? x_scale[0] : (int)threadIdx.x < tokens ? x_scale[threadIdx.x] : 0.f;
+    u32 w = wgmma_descriptor(ring + first_tile * 64 * ATOM), x = wgmma_descriptor(stage_at(ring, 0).x);
     int stage = 0, parity = 0;
     float d[AT_ONCE][TILES_EACH][TOKENS * FOLD / 2];
     if constexpr (PROMOTE) {
@@ -323,7 +326,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         for (int a = 0; a < ATOMS; a += FOLD * AT_ONCE) {
           wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < AT_ONCE; i++) multiply(d[i], stage_at(ring, stage), a + i * FOLD, first_tile, 0);
+          for (int i = 0; i < AT_ONCE; i++) multiply(d[i], w + stage * (STAGE / 16), x + stage * (STAGE / 16), a + i * FOLD, 0);
           wgmma_commit_group();
           wgmma_wait_group<0>();
 #pragma unroll
@@ -346,7 +349,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         mbarrier_wait(shared_address(full + stage), parity);
         wgmma_fence();
 #pragma unroll
-        for (int a = 0; a < ATOMS; a += FOLD) multiply(d[0], stage_at(ring, stage), a, first_tile, k | a);
+        for (int a = 0; a < ATOMS; a += FOLD) multiply(d[0], w + stage * (STAGE / 16), x + stage * (STAGE / 16), a, k | a);
         wgmma_commit_group();
         wgmma_wait_group<1>();  // the stage before is read
         if (last >= 0 && lane == 0) mbarrier_arrive(shared_address(empty + last));
