@@ -161,7 +161,7 @@ DEVICE void unfold(float (&sum)[TILES_EACH][TOKENS / 2], float* scratch) {
 }
 
 // Sends each unit of partial sums to the rank that owns it, and adds what the peers sent of this rank's own.
-DEVICE void reduce(float (&d)[TILES_EACH][TOKENS / 2], u32 partials, int first_tile, u32 rank) {
+DEVICE void reduce(float (&d)[TILES_EACH][TOKENS / 2], u32 partials, u32 bar, int first_tile, u32 rank) {
   u32 lane = threadIdx.x % 128 * 16;
 #pragma unroll
   for (int t = 0; t < TILES_EACH; t++)
@@ -170,7 +170,7 @@ DEVICE void reduce(float (&d)[TILES_EACH][TOKENS / 2], u32 partials, int first_t
       u32 unit = (first_tile + t) * GROUPS + g, owner = unit % SPLIT;
       u32 slot = unit / SPLIT * (SPLIT - 1) + (rank < owner ? rank : rank - 1);
       if (owner != rank)
-        store_cluster_v4(map_shared_rank(partials + slot * UNIT_BYTES + lane, owner), d[t][4 * g], d[t][4 * g + 1], d[t][4 * g + 2], d[t][4 * g + 3]);
+        store_cluster_v4(map_shared_rank(partials + slot * UNIT_BYTES + lane, owner), map_shared_rank(bar, owner), d[t][4 * g], d[t][4 * g + 1], d[t][4 * g + 2], d[t][4 * g + 3]);
     }
 }
 DEVICE void collect(float (&d)[TILES_EACH][TOKENS / 2], const u8* partials, int first_tile, u32 rank) {
@@ -241,7 +241,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
            const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens) {
   griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ u64 full[STAGES], empty[STAGES];
+  __shared__ u64 full[STAGES], empty[STAGES], sums;
   __shared__ float token_scale[TOKENS];
   u8* partials = shared + RING;
   float* scratch = (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES);
@@ -257,7 +257,9 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
     for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), BLOCKWISE ? 33 : 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
+    if (SPLIT > 1) mbarrier_init(shared_address(&sums), 1);
     fence_mbarrier_init();
+    if (SPLIT > 1) mbarrier_arrive_expect_tx(shared_address(&sums), (UNITS - rank + SPLIT - 1) / SPLIT * (SPLIT - 1) * UNIT_BYTES);
 #pragma unroll 1
     for (int i = 0; i < filled; i++) {
       u32 bar = shared_address(full + i);
@@ -367,10 +369,10 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   if (SPLIT > 1) cluster_wait();
   if (!producer) {
     unfold(sum, scratch);
-    if (SPLIT > 1) reduce(sum, shared_address(partials), first_tile, rank);
+    if (SPLIT > 1) reduce(sum, shared_address(partials), shared_address(&sums), first_tile, rank);
   }
-  if (SPLIT > 1) cluster_arrive(), cluster_wait();
   if (producer) return;
+  if (SPLIT > 1) mbarrier_wait(shared_address(&sums), 0);
   if (SPLIT > 1) collect(sum, partials, first_tile, rank);
   float quantum = SWIGLU && OUT == 3 ? out_scale[0] : 1.f;
 #pragma unroll

@@ -9,7 +9,8 @@ DEVICE u32 movmatrix_trans(u32 x) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
   return r;
 }
-// `address` is of the cluster's shared window (map_shared_rank).
-DEVICE void store_cluster_v4(u32 address, float a, float b, float c, float d) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+// `address` and `bar` are of the same CTA in the cluster's shared window (map_shared_rank): 16 bytes, of which the barrier
+// counts the arrival.
+DEVICE void store_cluster_v4(u32 address, u32 bar, float a, float b, float c, float d) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(address), "r"(bar), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
