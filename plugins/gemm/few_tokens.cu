@@ -18,11 +18,25 @@
 // With these, 6144x4096: 7.4 (9.5), 28672x4096: 29.6 (30.4), 4096x14336: 14.9 (20.1), in parentheses cuBLASLt in another run.
 // At 96 tokens 15.0 (16.1), 7.7 (7.8), 24.9 (27.3), 14.4 (14.8); at 128 gemm.cu is as fast or faster but where K is long:
 // 4096x11008 15.9 (gemm.cu 17.3, cuBLASLt 17.1), 4096x14336 18.8 (21.3, 21.1).
-// Without gain: two or four independent accumulators in turn (+-0.5%); x of the first fill by ordinary loads instead of TMA
-// (+1 to 5% at one token, +30% at eight) and, on top of that, releasing a stage at once while the ring is empty (+0 to 5%),
-// L2 prefetch past the ring, before the wait or after it (+10 to 50%), of the linear after next's weights by a CTA that is
-// through (whole decode step of llama-7B: at best -0.4 of 68.3 us a layer, at worst +3); RMSNorm of x at this kernel's start
-// instead of a kernel of its own (+2.1 us a layer for qkv); launch_dependents after the first fill (+-0.5%).
+// Then descriptors in uniform registers, a barrier that counts partial sums (SPLIT 2: -0.3 to -1.3 us) and the start of the
+// next kernel when 5/32 of w are left to ask for, the best tactic before -> after in one run (cuBLASLt), at 1, 16, 64 tokens:
+//    4096x4096    5.34 ->  5.25 ( 7.6)    5.77 ->  5.24 ( 7.7)    6.94 ->  6.19 ( 7.4)
+//    6144x4096    7.28 ->  6.79 (10.0)    7.70 ->  6.90 (10.0)    8.43 ->  8.28 ( 9.8)
+//   12288x4096   12.23 -> 12.04 (15.9)   12.76 -> 12.50 (15.9)   14.05 -> 13.76 (15.5)
+//   22016x4096   21.57 -> 21.40 (25.3)          -                23.96 -> 23.66 (27.5)
+//   4096x11008   11.13 -> 11.03 (16.0)   11.67 -> 11.54 (16.0)   13.80 -> 13.21 (14.3)
+//   4096x14336   14.61 -> 14.50 (19.3)          -                17.12 -> 16.42 (18.0)
+// The start counts where the next kernel's CTAs fit beside this one's (4096x4096: 5.59 -> 5.25, 5.70 -> 5.24, 6.71 -> 6.19):
+// earlier, its first fill queues before the rest of this one's w; later (nothing left) its launch comes too late (+4 to 20%
+// from 12288x4096 on). Elsewhere +-1%, and within a layer of llama-7B too.
+// Without gain: a ring of x of its own, so that w's is deeper (+2 to 30%: x comes as fast as its ring is deep, and a
+// stage then waits for two barriers); x by multicast to two neighbours along N (+5 to 60%); at most 32 KB of the first
+// fill in flight (between the early and the late start); two or four independent accumulators in turn (+-0.5%); x of
+// the first fill by ordinary loads instead of TMA (+1 to 5% at one token, +30% at eight) and, on top of that, releasing
+// a stage at once while the ring is empty (+0 to 5%), L2 prefetch past the ring, before the wait or after it (+10 to
+// 50%), of the linear after next's weights by a CTA that is through (whole decode step of llama-7B: at best -0.4 of
+// 68.3 us a layer, at worst +3); RMSNorm of x at this kernel's start instead of a kernel of its own (+2.1 us a layer
+// for qkv).
 // PROMOTE adds the products of each 128 of K in float32; blockwise scales, which come with the stage, scale them there. At one
 // token as fast as without: 12288x4096 12.3, 4096x4096 5.4, 24576x4096 23.8, 4096x14336 14.3; at 64 15.7 (gemm.cu 14.7), 8.5
 // (7.6), 26.2 (26.7), 17.9 (18.4); at 128 gemm.cu is faster (17.3 against 23.0).
@@ -239,7 +253,6 @@ DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
            const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens) {
-  griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u64 full[STAGES], empty[STAGES], sums;
   __shared__ float token_scale[TOKENS];
@@ -251,6 +264,8 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, row = blockIdx.x / SPLIT * ROWS;
   int begin = K_BLOCKS * rank / SPLIT, count = K_BLOCKS * (rank + 1) / SPLIT - begin;
   int filled = count < STAGES ? count : STAGES;
+  // The next kernel may start once little of w is left to ask for: its own first fill would come before the rest.
+  int start = count - 1 - count * 5 / 32;
   bool producer = warp == CONSUMERS / 32;
 
   if (producer && lane == 0) {
@@ -265,6 +280,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
       u32 bar = shared_address(full + i);
       mbarrier_arrive_expect_tx(bar, STAGE);
       load_w(stage_at(ring, i), &w_map, bar, begin + i, row);
+      if (i == start) griddepcontrol_launch_dependents();
     }
   }
   __syncthreads();
@@ -292,6 +308,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
           mbarrier_arrive_expect_tx(bar, STAGE);
           load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
           load_x(stage_at(ring, stage), &x_map, bar, begin + k);
+          if (k == start) griddepcontrol_launch_dependents();
         }
         if (BLOCKWISE) {
           load_w_scales(scales_at(stage), w_scale, begin + k, row), load_x_scales(scales_at(stage), x_scale, begin + k, tokens);
