@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fp8.plugins.base import Kernel, Launcher, PluginError, Tensor
-from fp8.plugins.quantize.launch import DTYPE_CODES, RowPlugin, RowTactic, row_launch, whole_rows
+from fp8.plugins.quantize.launch import DTYPE_CODES, FEW_TOKENS, RowPlugin, RowTactic, row_launch, whole_rows
 from fp8.plugins.quantize.types import (
     DTYPES,
     QUANTS,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
 INPUTS = 6
+MANY_ROWS_THREADS = 512  # of a block, best of 128 to 1024 (figures in norm_quant.cu)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class NormQuant(RowPlugin):
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[RowTactic]:
         self.check(inputs)
-        return whole_rows(inputs[0].shape[1], tokens)
+        found = whole_rows(inputs[0].shape[1], tokens)
+        return found if tokens <= FEW_TOKENS else sorted(found, key=lambda t: abs(t.threads - MANY_ROWS_THREADS))
 
     def kernels(self, tactic: RowTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         x, _, _, bias, _, _ = self._padded(inputs)
