@@ -1,7 +1,7 @@
 // Attention of one query token per sequence over the paged KV cache.
 //
-// The heads that share a KV head are the rows of one 16-row product (larger groups are cut into several). A unit is such
-// a group of heads of a sequence; its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are
+// Keys, and values transposed, are the 16 rows of a product, and the heads that share a KV head its 8 columns: up to 16
+// heads make a unit of a sequence (larger groups are cut into several); its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are
 // dealt out to the blocks in equal runs, so that one long context and many short ones fill the machine alike; a unit
 // counts as `unit_cost` tiles more than it has, for its merge takes time too. The dealing depends on sequence_lengths
 // only and is done on the device, so the grid is fixed under a CUDA graph.
@@ -12,7 +12,8 @@
 // The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
 //
 // Rotary embedding, quantization and the write of the new token are part of it: before a unit begins, the block makes the
-// unit's queries and the newest key and value in shared memory; the warp that has the last tile of a context puts the
+// unit's queries and the newest key and value in shared memory, of a row that was sent for while the unit before was at
+// work; the warp that has the last tile of a context puts the
 // newest token into the slot where its page has arrived, and into the cache. (A kernel of its own cost 11 us of 156 at
 // 64 x 1024 with 32 KV heads, for single bytes of transposed values in sectors that the L2 cache did not hold yet, and
 // 1.4 of 9.4 at 1 x 1024 with 8.)
@@ -25,7 +26,6 @@
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of qkv and the output, and of the cache if not FP8), ROTARY_DIM
 // (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
-#include "fp8/cp_async.cuh"
 #include "fp8/ex2.cuh"
 #include "fp8/mbarrier.cuh"
 #include "fp8/mma.cuh"
@@ -43,13 +43,16 @@ constexpr int PARTS = (GROUP + 15) / 16;       // units for one KV head
 constexpr int ROWS = (GROUP + PARTS - 1) / PARTS;  // heads in a unit, at most
 constexpr int UNITS = KV_HEADS * PARTS;        // of a sequence
 constexpr int HEADS = KV_HEADS * GROUP;
-constexpr int K_STEPS = HEAD_DIM * BYTES / 32; // products over the head dimension: 32 bytes each
-constexpr int S_TILES = TILE / 8, O_TILES = HEAD_DIM / 8;
+// Tokens, and dimensions of the output, are the 16 rows of a product; heads its 8 columns.
+constexpr int COLUMN_TILES = (ROWS + 7) / 8, STEPS = HEAD_DIM / 16, S_TILES = TILE / 16, O_TILES = HEAD_DIM / 16;
+constexpr int PAIR = ROWS > 1 ? 2 : 1;         // heads of a thread in a tile of columns
+constexpr int OPERAND = FP8_CACHE ? 1 : DTYPE; // of products: e4m3 codes are multiplied as f16, exactly
 constexpr int SPAN = HEAD_DIM * BYTES < 128 ? HEAD_DIM * BYTES : 128;  // bytes of a swizzled row of keys
 // Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory.
 constexpr int WIDEST = ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32;
 constexpr int COLUMNS = WIDEST < HEAD_DIM ? WIDEST : HEAD_DIM;
-constexpr int PITCH = COLUMNS + 8;             // floats; the padding spreads rows over the banks
+constexpr bool AHEAD = ROWS <= 8;               // registers allow it: a unit's row is sent for while the unit before is at work
+constexpr int PITCH = COLUMNS + 4;             // floats; the padding spreads rows over the banks
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
 
 struct Partial {
@@ -60,16 +63,18 @@ struct Partial {
 struct Problem {
   const int *block_tables, *starts;
   int sequences, max_blocks;
-  int end;  // of this block's run of tiles
+  int nothing;  // places behind the tiles of a unit
+  int end;  // of this block's run of places
 };
 
-// A place in the line of tiles. Behind its tiles a unit has starts[-1] places of nothing.
+// A place in the line of tiles.
 struct Cursor {
   int index, sequence, unit, tile;
+  int places;  // of the unit
 
   __device__ __forceinline__ void seek(const Problem& p, int place) {
     index = place;
-    sequence = unit = tile = 0;
+    sequence = unit = tile = places = 0;
     if (place >= p.end) return;
     int high = p.sequences;  // starts[sequence] * UNITS <= place < starts[high] * UNITS
     while (high - sequence > 1) {
@@ -77,22 +82,23 @@ struct Cursor {
       if (p.starts[middle] * UNITS <= place) sequence = middle;
       else high = middle;
     }
-    const int inside = place - p.starts[sequence] * UNITS, count = places(p);
-    unit = inside / count;
-    tile = inside - unit * count;
+    count(p);
+    const int inside = place - p.starts[sequence] * UNITS;
+    unit = inside / places;
+    tile = inside - unit * places;
   }
-  __device__ __forceinline__ int places(const Problem& p) const { return p.starts[sequence + 1] - p.starts[sequence]; }
-  __device__ __forceinline__ int tiles(const Problem& p) const { return places(p) - p.starts[-1]; }
-  __device__ __forceinline__ void advance(const Problem& p, int count) {
-    index += count;
-    tile += count;
+  __device__ __forceinline__ void count(const Problem& p) { places = p.starts[sequence + 1] - p.starts[sequence]; }
+  __device__ __forceinline__ int tiles(const Problem& p) const { return places - p.nothing; }
+  __device__ __forceinline__ void advance(const Problem& p, int steps) {
+    index += steps;
+    tile += steps;
     if (index >= p.end) return;
-    while (tile >= places(p)) {
-      tile -= places(p);
+    while (tile >= places) {
+      tile -= places;
       if (++unit < UNITS) continue;
       unit = 0;
-      do sequence++;
-      while (places(p) == 0);
+      do sequence++, count(p);
+      while (places == 0);
     }
   }
   // On to the next tile, in steps of `step`, if there is none at this place.
@@ -101,43 +107,40 @@ struct Cursor {
   }
 };
 
-// Fills a warp's slots, in order: keys and values of its first tile, of its second, ... Run by one lane.
+// Fills a warp's slots, in order: keys and values of its first tile, of its second, ... All lanes keep it, one sends.
 struct Producer {
   Cursor at;
-  int page;  // arrives by cp.async, so that nobody waits for it before it is needed
-  int values;  // 0: keys are next
+  int page;  // asked for a tile ahead
 
   __device__ __forceinline__ void start(const Problem& p, int first) {
     at.seek(p, first);
     at.skip_nothing(p, WARPS);
-    values = 0;
     look_up(p);
   }
   __device__ __forceinline__ void look_up(const Problem& p) {
-    if (at.index >= p.end) return;
-    cp_async_4(shared_address(&page), p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
+    if (at.index < p.end) page = __ldg(p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
   }
   __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot,
-                                       u32 full) {
+                                       u32 full, bool values) {
     if (at.index >= p.end) return;
-    if (!values) cp_async_wait_all();
     const int head = page * KV_HEADS + at.unit / PARTS;
     const int row = head * PAGE + at.tile * TILE % PAGE;
-    mbarrier_arrive_expect_tx(full, SLOT_BYTES);
-    if (FP8_CACHE) {
-      if (values) tma_load_2d(slot, v_map, full, 0, head * HEAD_DIM);
-      else tma_load_2d(slot, k_map, full, 0, row);
-    } else {
+    if (threadIdx.x % 32 == 0) {
+      mbarrier_arrive_expect_tx(full, SLOT_BYTES);
+      if (FP8_CACHE) {
+        if (values) tma_load_2d(slot, v_map, full, 0, head * (HEAD_DIM / 2));
+        else tma_load_2d(slot, k_map, full, 0, row);
+      } else {
 #pragma unroll
-      for (int half = 0; half < HEAD_DIM / 64; half++)
-        tma_load_2d(slot + half * TILE * 128, values ? v_map : k_map, full, half * 64, row);
+        for (int half = 0; half < HEAD_DIM / 64; half++)
+          tma_load_2d(slot + half * TILE * 128, values ? v_map : k_map, full, half * 64, row);
+      }
     }
     if (values) {
       at.advance(p, WARPS);
       at.skip_nothing(p, WARPS);
       look_up(p);
     }
-    values = !values;
   }
 };
 
@@ -156,10 +159,9 @@ struct Shared {
   alignas(16) float o[WARPS][ROWS][PITCH];
   float m[WARPS][ROWS], l[WARPS][ROWS];
   alignas(8) u64 full[WARPS * SLOTS];
-  Producer producers[WARPS];  // here, not in registers: only one lane of a warp needs them
   Fresh fresh;
   int last, run;
-  int nothing;   // places behind the tiles of a unit
+  int sums[WARPS];
   int starts[1];  // [sequences + 1]: places of one unit in the sequences before; then the sequences' positions
 };
 
@@ -167,118 +169,140 @@ struct Shared {
 template <int Span> DEVICE u32 swizzled(int row, int chunk) {
   return row * Span + ((chunk ^ (Span == 128 ? row : row / 2)) << 4);
 }
+// Of 16-byte unit `chunk` < 4 of the transposed values' row d: a row of TMA's box holds two of them.
+DEVICE u32 swizzled_values(int d, int chunk) { return d / 16 * 1024 + swizzled<128>(d / 2 % 8, d % 2 * 4 + chunk); }
 
-// s = Q K^T over a tile of keys: rows are heads, columns tokens.
-DEVICE void multiply_keys(float (&s)[S_TILES][4], const u32 (&q)[K_STEPS][4], u32 keys) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int j = 0; j < S_TILES; j++) {
-    if (j % 4 == 0) __syncwarp();  // keeps the compiler from loading all fragments at once, and from spilling
-    s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < K_STEPS; k += 2) {
-      const int chunk = 2 * k + lane / 8;  // of 16 bytes
-      u32 b[4];
-      ldmatrix_x4(keys + swizzled<SPAN>(lane % 8, chunk % 8) + chunk / 8 * TILE * 128 + j * 8 * SPAN, b);
-      if (FP8_CACHE) {
-        mma_m16n8k32_e4m3(s[j], q[k], b[0], b[1]);
-        mma_m16n8k32_e4m3(s[j], q[k + 1], b[2], b[3]);
-      } else {
-        mma_m16n8k16<DTYPE>(s[j], q[k], b[0], b[1]);
-        mma_m16n8k16<DTYPE>(s[j], q[k + 1], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// o += P V over a tile of values. The e4m3 values lie transposed, their tokens in the order in which the accumulators of
-// Q K^T hold them, so P needs no shuffle.
-DEVICE void multiply_values(float (&o)[O_TILES][4], const float (&p)[S_TILES][4], u32 values) {
-  const int lane = threadIdx.x % 32;
+// d += a b over 32 bytes of a row of the cache: step k of b, and in e4m3 also the step after it. As rows of 16 bytes,
+// ldmatrix's matrices hold rows 0-7 and 8-15 of the first half, then of the second.
+template <int N> DEVICE void multiply_16(float (&d)[COLUMN_TILES][4], const u32 (&a)[4], const u32 (&b)[COLUMN_TILES][N][2], int k) {
   if (FP8_CACHE) {
-    u32 a[2][4];
 #pragma unroll
-    for (int k = 0; k < 2; k++)
+    for (int half = 0; half < 2; half++) {
+      u32 c[4];
+      e4m3x4_to_f16(a[2 * half], c[0], c[2]);
+      e4m3x4_to_f16(a[2 * half + 1], c[1], c[3]);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int j = (4 * k + i / 2 * 2) % S_TILES, high = i % 2 * 2;  // % is for the 16-bit case, which compiles too
-        a[k][i] = high && ROWS <= 8 ? 0 : e4m3x4(p[j][high], p[j][high + 1], p[j + 1][high], p[j + 1][high + 1]);
-      }
-#pragma unroll
-    for (int j = 0; j < O_TILES; j++) {
-      if (j % 4 == 0) __syncwarp();  // as above
-      u32 b[4];
-      ldmatrix_x4(values + swizzled<64>(lane % 8, lane / 8) + j * 8 * 64, b);
-      mma_m16n8k32_e4m3(o[j], a[0], b[0], b[1]);
-      mma_m16n8k32_e4m3(o[j], a[1], b[2], b[3]);
+      for (int n = 0; n < COLUMN_TILES; n++) mma_m16n8k16<OPERAND>(d[n], c, b[n][(k + half) % N][0], b[n][(k + half) % N][1]);
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < TILE / 16; k++) {
-      const float(&left)[4] = p[2 * k], (&right)[4] = p[2 * k + 1];
-      const u32 a[4] = {from_float2<DTYPE>(left[0], left[1]), from_float2<DTYPE>(left[2], left[3]),
-                        from_float2<DTYPE>(right[0], right[1]), from_float2<DTYPE>(right[2], right[3])};
+    for (int n = 0; n < COLUMN_TILES; n++) mma_m16n8k16<OPERAND>(d[n], a, b[n][k][0], b[n][k][1]);
+  }
+}
+
+// s = K Q^T over a tile of keys: rows are tokens, columns heads.
+DEVICE void multiply_keys(float (&s)[S_TILES][COLUMN_TILES][4], const u32 (&q)[COLUMN_TILES][STEPS][2], u32 keys) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-      for (int j = 0; j < O_TILES; j += 2) {
-        const int chunk = j + lane / 16;
-        u32 b[4];
-        const u32 half = chunk / 8 * TILE * 128 + (2 * k + lane / 8 % 2) * 8 * 128;
-        ldmatrix_x4_trans(values + swizzled<128>(lane % 8, chunk % 8) + half, b);
-        mma_m16n8k16<DTYPE>(o[j], a, b[0], b[1]);
-        mma_m16n8k16<DTYPE>(o[j + 1], a, b[2], b[3]);
-      }
+  for (int j = 0; j < S_TILES; j++) {
+    __syncwarp();  // keeps the compiler from loading all fragments at once
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++) s[j][n][0] = s[j][n][1] = s[j][n][2] = s[j][n][3] = 0.0f;
+    const u32 rows = keys + (2 * j + lane / 8 % 2) * 8 * SPAN;
+#pragma unroll
+    for (int k = 0; k < STEPS; k += 2 / BYTES) {
+      const int chunk = k * BYTES + lane / 16;
+      u32 a[4];
+      ldmatrix_x4(rows + chunk / 8 * TILE * 128 + swizzled<SPAN>(lane % 8, chunk % 8), a);
+      multiply_16(s[j], a, q, k);
     }
   }
 }
 
-// A warp's running state: thread t has heads t / 4 and t / 4 + 8; l is the thread's own part of the sum.
+// o^T += V^T P^T over a tile of values. The e4m3 values lie transposed, their tokens in an order by which 32 bits of a row,
+// taken apart, are what a thread needs of tokens 2c, 2c + 1 and 2c + 8, 2c + 9.
+DEVICE void multiply_values(float (&o)[O_TILES][COLUMN_TILES][4], const u32 (&p)[COLUMN_TILES][S_TILES][2], u32 values) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < O_TILES; i++) {
+    if (i % 2 == 0) __syncwarp();  // as above
+#pragma unroll
+    for (int k = 0; k < S_TILES; k += 2 / BYTES) {
+      u32 a[4];
+      if (FP8_CACHE) {
+        ldmatrix_x4(values + i * 1024 + swizzled_values(lane % 16, k + lane / 16), a);
+      } else {
+        const int chunk = 2 * i + lane / 8 % 2;
+        const u32 half = chunk / 8 * TILE * 128 + (2 * k + lane / 16) * 8 * 128;
+        ldmatrix_x4_trans(values + half + swizzled<128>(lane % 8, chunk % 8), a);
+      }
+      multiply_16(o[i], a, p, k);
+    }
+  }
+}
+
+// A warp's running state: thread t has heads 2 (t % 4) and the next of every tile of columns, and of the output dimensions
+// t / 4 and t / 4 + 8 of every tile of rows; l is the thread's own part of the sum.
 struct State {
-  float m[2], l[2];
-  float o[O_TILES][4];
+  float m[COLUMN_TILES][2], l[COLUMN_TILES][2];
+  float o[O_TILES][COLUMN_TILES][4];
 
   __device__ __forceinline__ void clear() {
-    m[0] = m[1] = __int_as_float(0xFF800000);
-    l[0] = l[1] = 0.0f;
 #pragma unroll
-    for (int j = 0; j < O_TILES; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    for (int n = 0; n < COLUMN_TILES; n++) {
+      m[n][0] = m[n][1] = __int_as_float(0xFF800000);
+      l[n][0] = l[n][1] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < O_TILES; i++) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0.0f;
+    }
   }
 
-  // Turns scores into p (times 256 for an FP8 cache), and rescales the state to the new maximum.
-  __device__ __forceinline__ void soften(float (&s)[S_TILES][4], float scale, int valid) {
+  // Turns scores into p (times 256 for an FP8 cache), as operands of the next product, and rescales the state to the new
+  // maximum.
+  __device__ __forceinline__ void soften(u32 (&p)[COLUMN_TILES][S_TILES][2], float (&s)[S_TILES][COLUMN_TILES][4],
+                                         float scale, int valid) {
     const float NONE = __int_as_float(0xFF800000);
     if (valid < TILE) {
 #pragma unroll
       for (int j = 0; j < S_TILES; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (8 * j + 2 * (threadIdx.x % 4) + i % 2 >= valid) s[j][i] = NONE;
+        for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (16 * j + threadIdx.x % 32 / 4 + i / 2 * 8 >= valid) s[j][n][i] = NONE;
     }
-    float factor[2] = {1.0f, 1.0f};
+    float factor[COLUMN_TILES][2];
+    bool same = true;
 #pragma unroll
-    for (int half = 0; half < (ROWS > 8 ? 2 : 1); half++) {
-      float top = NONE;
+    for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-      for (int j = 0; j < S_TILES; j++) top = fmaxf(top, fmaxf(s[j][2 * half], s[j][2 * half + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float now = fmaxf(m[half], ceilf(top * scale));
-      factor[half] = exp2f(m[half] - now);
-      m[half] = now;
-      l[half] *= factor[half];
-      const float shift = (FP8_CACHE ? 8.0f : 0.0f) - now;
+      for (int h = 0; h < PAIR; h++) {
+        float top = NONE;
+#pragma unroll
+        for (int j = 0; j < S_TILES; j++) top = fmaxf(top, fmaxf(s[j][n][h], s[j][n][h + 2]));
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+        const float now = fmaxf(m[n][h], ceilf(top * scale));
+        factor[n][h] = exp2f(m[n][h] - now);
+        same &= m[n][h] == now;
+        m[n][h] = now;
+        l[n][h] *= factor[n][h];
+        const float shift = (FP8_CACHE ? 8.0f : 0.0f) - now;
+#pragma unroll
+        for (int j = 0; j < S_TILES; j++)
+#pragma unroll
+          for (int i = h; i < 4; i += 2) {
+            s[j][n][i] = ex2_approx(fmaf(s[j][n][i], scale, shift));
+            l[n][h] += s[j][n][i];
+          }
+      }
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
       for (int j = 0; j < S_TILES; j++)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; i++) {
-          s[j][i] = ex2_approx(fmaf(s[j][i], scale, shift));
-          l[half] += s[j][i];
+        for (int i = 0; i < 2; i++) {
+          const float left = s[j][n][2 * i], right = PAIR > 1 ? s[j][n][2 * i + 1] : 0.0f;
+          p[n][j][i] = movmatrix_trans(FP8_CACHE ? e4m3x2_to_f16(e4m3x2(left, right)) : from_float2<OPERAND>(left, right));
         }
-    }
-    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+    if (!__all_sync(~0u, same)) {
 #pragma unroll
-      for (int j = 0; j < O_TILES; j++)
+      for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) o[j][i] *= factor[i / 2];
+        for (int i = 0; i < O_TILES; i++)
+#pragma unroll
+          for (int j = 0; j < 4; j++)
+            if (j % 2 < PAIR) o[i][n][j] *= factor[n][j % 2];
     }
   }
 };
@@ -293,56 +317,74 @@ struct Inputs {
   const float *cos, *sin, *q_scale, *k_scale, *v_scale;
 };
 
-// A unit's part of its row of qkv, rotated and in the cache's type. A thread takes the same pairs of every STEP-th row.
-DEVICE void refresh(Fresh& fresh, const Inputs& in, const Cursor& at) {
-  const int sequence = at.sequence, unit = at.unit;
-  constexpr int STEP = THREADS / Pairs<VEC>::COUNT, EACH = (ROWS + 2 + STEP - 1) / STEP;
+// A unit's part of its row of qkv, on its way. A thread takes the same pairs of every STEP-th row.
+struct Incoming {
+  static constexpr int STEP = THREADS / Pairs<VEC>::COUNT, EACH = (ROWS + 2 + STEP - 1) / STEP;
   static_assert(THREADS % Pairs<VEC>::COUNT == 0);
-  const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
-  const int begin = threadIdx.x / Pairs<VEC>::COUNT;
-  const u16* token = in.qkv + (u64)sequence * (HEADS + 2 * KV_HEADS) * HEAD_DIM;
   Raw<VEC> left[EACH], right[EACH];
-  float c[VEC], s[VEC];
-#pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    const int row = begin + i * STEP, of_kv = row - ROWS;
-    if (row >= ROWS + 2 || of_kv < 0 && row >= rows_of(unit)) continue;
-    const int head = of_kv < 0 ? first_head(unit) + row : HEADS + of_kv * KV_HEADS + unit / PARTS;
-    left[i].load(token + head * HEAD_DIM + pairs.first);
-    right[i].load(token + head * HEAD_DIM + pairs.second);
-  }
-  if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[sequence]);
-  const float scales[3] = {FP8_CACHE ? *in.q_scale : 1.0f, FP8_CACHE ? *in.k_scale : 1.0f, FP8_CACHE ? *in.v_scale : 1.0f};
-  if (threadIdx.x == 0) {
-    fresh.at = at;
-    fresh.length = in.lengths[sequence], fresh.slot = in.slots[sequence];
-    fresh.head = unit / PARTS, fresh.writes = unit % PARTS == 0;
-  }
-#pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    const int row = begin + i * STEP;
-    if (row >= ROWS + 2) continue;
-    float a[VEC], b[VEC];
-    left[i].convert(a);
-    right[i].convert(b);
-    if (row <= ROWS) pairs.rotate(a, b, c, s);
-    const Divisor d(row < ROWS ? scales[0] : row == ROWS ? scales[1] : scales[2]);
-    const auto divided = [&](float x) { return d.divide(x); };
-    store_codes(fresh.rows[row] + pairs.first * BYTES, a, divided);
-    store_codes(fresh.rows[row] + pairs.second * BYTES, b, divided);
-  }
-}
+  float c[VEC], s[VEC], scales[3];
+  int length, slot;
 
-DEVICE void load_queries(u32 (&q)[K_STEPS][4], const Fresh& fresh, int rows) {
-  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;  // bytes
+  __device__ __forceinline__ void load(const Inputs& in, const Cursor& at) {
+    const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
+    const u16* token = in.qkv + (u64)at.sequence * (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 #pragma unroll
-  for (int k = 0; k < K_STEPS; k++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int r = row + i % 2 * 8;
-      const bool there = (ROWS > 8 || i % 2 == 0) && r < rows;
-      q[k][i] = there ? *(const u32*)&fresh.rows[r][column + 32 * k + i / 2 * 16] : 0u;
+    for (int i = 0; i < EACH; i++) {
+      const int row = threadIdx.x / Pairs<VEC>::COUNT + i * STEP, of_kv = row - ROWS;
+      if (row >= ROWS + 2 || of_kv < 0 && row >= rows_of(at.unit)) continue;
+      const int head = of_kv < 0 ? first_head(at.unit) + row : HEADS + of_kv * KV_HEADS + at.unit / PARTS;
+      left[i].load(token + head * HEAD_DIM + pairs.first);
+      right[i].load(token + head * HEAD_DIM + pairs.second);
     }
+    if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[at.sequence]);
+    scales[0] = FP8_CACHE ? *in.q_scale : 1.0f;
+    scales[1] = FP8_CACHE ? *in.k_scale : 1.0f;
+    scales[2] = FP8_CACHE ? *in.v_scale : 1.0f;
+    length = in.lengths[at.sequence], slot = in.slots[at.sequence];
+  }
+
+  // Rotated and in the cache's type.
+  __device__ __forceinline__ void store(Fresh& fresh, const Cursor& at) const {
+    const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
+    if (threadIdx.x == 0) {
+      fresh.at = at;
+      fresh.length = length, fresh.slot = slot;
+      fresh.head = at.unit / PARTS, fresh.writes = at.unit % PARTS == 0;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int row = threadIdx.x / Pairs<VEC>::COUNT + i * STEP;
+      if (row >= ROWS + 2) continue;
+      float a[VEC], b[VEC];
+      left[i].convert(a);
+      right[i].convert(b);
+      if (row <= ROWS) pairs.rotate(a, b, c, s);
+      const Divisor d(row < ROWS ? scales[0] : row == ROWS ? scales[1] : scales[2]);
+      const auto divided = [&](float x) { return d.divide(x); };
+      store_codes(fresh.rows[row] + pairs.first * BYTES, a, divided);
+      store_codes(fresh.rows[row] + pairs.second * BYTES, b, divided);
+    }
+  }
+};
+
+// As operands of products over 16 of the head dimension. In e4m3 32 bits of a row, taken apart, serve for dimensions
+// 2c, 2c + 1 and 2c + 8, 2c + 9: the order within a product is free, so long as keys are taken apart in the same way.
+DEVICE void load_queries(u32 (&q)[COLUMN_TILES][STEPS][2], const Fresh& fresh, int rows) {
+  const int column = threadIdx.x % 4 * 4;  // bytes
+#pragma unroll
+  for (int n = 0; n < COLUMN_TILES; n++) {
+    const int r = 8 * n + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+      const u32* from = (const u32*)&fresh.rows[r < rows ? r : 0][column + 16 * BYTES * k];
+      if (FP8_CACHE) {
+        e4m3x4_to_f16(r < rows ? *from : 0u, q[n][k][0], q[n][k][1]);
+      } else {
+        q[n][k][0] = r < rows ? from[0] : 0u;
+        q[n][k][1] = r < rows ? from[4] : 0u;
+      }
+    }
+  }
 }
 
 // Puts the newest token, `row` in its tile, into a slot of keys or of values, and into the cache. Run by a warp.
@@ -357,7 +399,7 @@ template <bool VALUES> DEVICE void add_newest(const Fresh& fresh, u8* cache, u32
     for (int i = 0; i < HEAD_DIM / 32; i++) {
       const int d = 32 * i + lane;
       const u8 code = from[d];
-      *(u8*)shared_pointer(slot + d / 8 * 8 * 64 + swizzled<64>(d % 8, place / 16) + place % 16) = code;
+      *(u8*)shared_pointer(slot + swizzled_values(d, place / 16) + place % 16) = code;
       if (fresh.writes) cache[(head * HEAD_DIM + d) * PAGE + place] = code;
     }
   } else {
@@ -398,28 +440,38 @@ DEVICE void add(float4& a, float4 b, float factor) {
 
 // Joins the warps' states. A unit that is whole goes to y, divided by its sum; else it goes to `partial`.
 DEVICE void merge(Shared& shared, const State& state, int rows, bool whole, const Output& y, u64 first, Partial* partial) {
-  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  const int warp = threadIdx.x / 32, d = threadIdx.x % 32 / 4;
+  const auto each_head = [&](auto body) {  // of those that the thread holds
 #pragma unroll
-  for (int half = 0; half < (ROWS > 8 ? 2 : 1); half++) {
-    float l = state.l[half];
-    l += __shfl_xor_sync(~0u, l, 1);
-    l += __shfl_xor_sync(~0u, l, 2);
-    if (row + 8 * half < rows && column == 0) {
-      shared.m[warp][row + 8 * half] = state.m[half];
-      shared.l[warp][row + 8 * half] = l;
+    for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+      for (int h = 0; h < PAIR; h++) {
+        const int row = 8 * n + threadIdx.x % 4 * 2 + h;
+        if (row < rows) body(row, n, h);
+      }
+  };
+  float l[COLUMN_TILES][2];
+#pragma unroll
+  for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+    for (int h = 0; h < PAIR; h++) {
+      l[n][h] = state.l[n][h];
+#pragma unroll
+      for (int i = 4; i < 32; i *= 2) l[n][h] += __shfl_xor_sync(~0u, l[n][h], i);
     }
-  }
+  each_head([&](int row, int n, int h) {
+    if (d == 0) shared.m[warp][row] = state.m[n][h], shared.l[warp][row] = l[n][h];
+  });
 #pragma unroll
   for (int pass = 0; pass < HEAD_DIM / COLUMNS; pass++) {
+    each_head([&](int row, int n, int h) {
 #pragma unroll
-    for (int half = 0; half < (ROWS > 8 ? 2 : 1); half++) {
-      if (row + 8 * half >= rows) continue;
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j++) {
-        const float(&o)[4] = state.o[pass * COLUMNS / 8 + j];
-        *(float2*)&shared.o[warp][row + 8 * half][8 * j + column] = make_float2(o[2 * half], o[2 * half + 1]);
+      for (int i = 0; i < COLUMNS / 16; i++) {
+        const float(&o)[4] = state.o[pass * COLUMNS / 16 + i][n];
+        shared.o[warp][row][16 * i + d] = o[h];
+        shared.o[warp][row][16 * i + d + 8] = o[h + 2];
       }
-    }
+    });
     __syncthreads();
     for (int i = threadIdx.x; i < rows * (COLUMNS / 4); i += THREADS) {
       const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4) * 4;
@@ -497,26 +549,32 @@ DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
 }
 
 // starts[i] = places in a unit, over the sequences before i. Positions are fetched along: a unit's begin waits for them.
-DEVICE void count_places(Shared& shared, const int* sequence_lengths, const int* position_ids, int sequences, int unit_cost) {
+DEVICE void count_places(Shared& shared, const int* sequence_lengths, const int* position_ids, int sequences, int nothing) {
   for (int i = threadIdx.x; i < sequences; i += THREADS) {
     const int tiles = (sequence_lengths[i] + TILE - 1) / TILE;
     if (ROTARY_DIM) shared.starts[sequences + 1 + i] = position_ids[i];
-    shared.starts[i + 1] = tiles ? tiles + unit_cost : 0;
+    shared.starts[i + 1] = tiles ? tiles + nothing : 0;
   }
-  if (threadIdx.x == 0) shared.starts[0] = 0, shared.nothing = unit_cost;
+  if (threadIdx.x == 0) shared.starts[0] = 0;
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  for (int i = 1 + threadIdx.x, before = 0; i - (int)threadIdx.x <= sequences; i += 32) {
-    int sum = i <= sequences ? shared.starts[i] : 0;
+  // A thread adds up `each` neighbours: an odd number, so that threads beside each other read from different banks.
+  const int each = (sequences + THREADS - 1) / THREADS | 1, first = 1 + threadIdx.x * each;
+  const int last = min(sequences + 1, first + each);
+  int sum = 0;
+  for (int i = first; i < last; i++) sum += shared.starts[i];
+  int before = sum;  // and then the sum of the threads to the left
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int left = __shfl_up_sync(~0u, sum, d);
-      if (threadIdx.x >= d) sum += left;
-    }
-    sum += before;
-    if (i <= sequences) shared.starts[i] = sum;
-    before = __shfl_sync(~0u, sum, 31);
+  for (int d = 1; d < 32; d *= 2) {
+    const int left = __shfl_up_sync(~0u, before, d);
+    if (threadIdx.x % 32 >= d) before += left;
   }
+  if (threadIdx.x % 32 == 31) shared.sums[threadIdx.x / 32] = before;
+  __syncthreads();
+  before -= sum;
+#pragma unroll
+  for (int w = 0; w < WARPS - 1; w++)
+    if (w < threadIdx.x / 32) before += shared.sums[w];
+  for (int i = first; i < last; i++) shared.starts[i] = before += shared.starts[i];
 }
 
 // Rows of sequences without context, as in padding, are zero.
@@ -536,7 +594,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
   griddepcontrol_launch_dependents();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     prefetch_tensormap(&k_map);
     prefetch_tensormap(&v_map);
@@ -549,8 +607,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // are sent for while the kernel before is still at work.
   // One sequence: its units end where a block's run ends, for a block with parts of two takes twice as long.
   const bool even = sequences == 1 && unit_cost == 0;
-  count_places(shared, sequence_lengths, position_ids, sequences,
-               even ? (WARPS - (sequence_lengths[0] + TILE - 1) / TILE % WARPS) % WARPS : unit_cost);
+  const int nothing = even ? (WARPS - (sequence_lengths[0] + TILE - 1) / TILE % WARPS) % WARPS : unit_cost;
+  count_places(shared, sequence_lengths, position_ids, sequences, nothing);
   __syncthreads();
   const int total = shared.starts[sequences] * UNITS;
   int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
@@ -558,19 +616,17 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // Contexts of one length: no unit is cut, if little is lost by it.
   if (unit * sequences == shared.starts[sequences] && whole - run <= run / 8) run = whole;
   const int begin = min(total, (int)blockIdx.x * run);
-  const Problem p = {block_tables, shared.starts, sequences, max_blocks, min(total, begin + run)};
+  const Problem p = {block_tables, shared.starts, sequences, max_blocks, nothing, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
   __syncthreads();
 
-  Producer& producer = shared.producers[warp];
+  Producer producer;
   u32 slot = warp * SLOTS, parity = 0;  // the slot to read next, of all the block's
   auto ring = [&](u32 i) { return shared_address(shared.ring) + i * SLOT_BYTES; };
   auto full = [&](u32 i) { return shared_address(shared.full) + i * 8; };
-  if (lane == 0) {
-    producer.start(p, begin + (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
-    for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring(slot + i), full(slot + i));
-  }
-  __syncwarp();
+  producer.start(p, begin + (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
+#pragma unroll
+  for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring(slot + i), full(slot + i), i % 2);
   griddepcontrol_wait();
   clear_empty(shared.starts, sequences, y);
 
@@ -578,10 +634,9 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     mbarrier_wait(full(slot), parity);
     return ring(slot);
   };
-  auto release = [&] {  // all lanes have read the slot: fill it again
+  auto release = [&](bool values) {  // all lanes have read the slot: fill it again
     __syncwarp();
-    if (lane == 0) producer.fill(p, &k_map, &v_map, ring(slot), full(slot));
-    __syncwarp();
+    producer.fill(p, &k_map, &v_map, ring(slot), full(slot), values);
     if (++slot % SLOTS == 0) slot -= SLOTS, parity ^= 1;
   };
 
@@ -591,29 +646,34 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   Cursor at;
   at.seek(p, begin);
   at.skip_nothing(p, 1);
+  Incoming incoming;
+  if (at.index < p.end) incoming.load(inputs, at);
   while (at.index < p.end) {
-    refresh(shared.fresh, inputs, at);
+    incoming.store(shared.fresh, at);
     __syncthreads();
-    u32 queries[K_STEPS][4];
+    u32 queries[COLUMN_TILES][STEPS][2];
     load_queries(queries, shared.fresh, rows_of(at.unit));
     const int stop = min(at.tiles(p), at.tile + p.end - at.index);
+    int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS;
+    at.advance(p, min(at.places - at.tile, p.end - at.index));
+    if (AHEAD && at.index < p.end) incoming.load(inputs, at);
     state.clear();
-    for (int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS; tile < stop; tile += WARPS) {
-      float s[S_TILES][4];
+    for (; tile < stop; tile += WARPS) {
+      float s[S_TILES][COLUMN_TILES][4];
+      u32 p_operand[COLUMN_TILES][S_TILES][2];
       const int valid = shared.fresh.length - tile * TILE;
       const u32 keys = wait();
       if (valid <= TILE) add_newest<false>(shared.fresh, key_cache, keys, valid - 1);
       multiply_keys(s, queries, keys);
-      release();
-      state.soften(s, scale, valid);
+      release(SLOTS % 2);
+      state.soften(p_operand, s, scale, valid);
       const u32 values = wait();
       if (valid <= TILE) add_newest<true>(shared.fresh, value_cache, values, valid - 1);
-      multiply_values(state.o, s, values);
-      release();
+      multiply_values(state.o, p_operand, values);
+      release(SLOTS % 2 == 0);
     }
     const Cursor done = shared.fresh.at;
-    at = done;
-    at.advance(p, min(at.places(p) - at.tile, p.end - at.index));
+    if (!AHEAD && at.index < p.end) incoming.load(inputs, at);
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
     const int rows = rows_of(done.unit);
     const int origin = done.index - done.tile;  // of the unit, in the line of tiles

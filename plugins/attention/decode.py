@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 E4M3 = "float8_e4m3fn"
 MULTIPROCESSORS = 132
 SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and keeps 1 KB of each block's
-TILE_ROWS = 16  # of a product
+MOST_HEADS = 16  # of a unit: two tiles of columns of a product
 UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
 MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
 
@@ -65,7 +65,7 @@ class Shape:
     @property
     def parts(self) -> int:
         """Units that share a KV head."""
-        return -(-self.group // TILE_ROWS)
+        return -(-self.group // MOST_HEADS)
 
     @property
     def rows(self) -> int:
@@ -82,11 +82,11 @@ class Shape:
         return -(-8 * self.rows // 16) * 16 + 4 * self.rows * self.head_dim
 
     def shared_bytes(self, tactic: Decode, sequences: int) -> int:
-        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers, producers; the unit's
-        queries, newest key and value; places and position of each sequence."""
+        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers; the unit's queries, newest
+        key and value; places and position of each sequence."""
         columns = min(self.head_dim, 128 if self.rows <= 4 else 64 if self.rows <= 8 else 32)
-        warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 8 + 2) + 24
-        fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 16
+        warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 4 + 2) + 4
+        fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 48
         return tactic.decode_warps * warp + fresh + 4 * (2 * sequences + 2) + 64
 
     def blocks(self, tactic: Decode, sequences: int) -> int:
@@ -163,11 +163,11 @@ def bind(
     assert lengths is not None and tables is not None and key is not None and value is not None
     assert workspace is not None
     of = Shape(plugin.head_dim, plugin.num_kv_heads, plugin.num_heads // plugin.num_kv_heads, key.element_size() == 1)
-    keys, values = key.view(-1, of.head_dim), value.view(-1, value.shape[-1])
-    if of.fp8:
-        maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 64, of.head_dim, 64)]
+    if of.fp8:  # a page's values as rows of 128 bytes, two dimensions in each
+        keys, values = key.view(-1, of.head_dim), value.view(-1, 128)
+        maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 128, of.head_dim // 2)]
     else:
-        maps = [matrix_map(t, 64, of.tile, 128) for t in (keys, values)]
+        maps = [matrix_map(t.view(-1, of.head_dim), 64, of.tile) for t in (key, value)]
     start = counter_bytes(of, len(lengths))
     sequences, unit_cost = ctypes.c_int(), ctypes.c_int()
     scales = tensors[10:14]  # q, k, v, out

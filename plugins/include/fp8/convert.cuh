@@ -32,10 +32,19 @@ template <int Dtype> DEVICE u32 from_float2(float low, float high) {
 }
 template <int Dtype> DEVICE float round_float(float x) { return to_float<Dtype>(from_float<Dtype>(x)); }
 
-// Four e4m3 codes to floats, the lowest byte first; exact.
+// e4m3 codes to f16, the lowest byte first; exact.
+DEVICE u32 e4m3x2_to_f16(u16 codes) {
+  u32 r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(codes));
+  return r;
+}
+DEVICE void e4m3x4_to_f16(u32 codes, u32& low, u32& high) {
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(low), "=r"(high) : "r"(codes));
+}
+// To floats.
 DEVICE void e4m3x4_to_float(u32 codes, float (&x)[4]) {
   u32 low, high;
-  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(low), "=r"(high) : "r"(codes));
+  e4m3x4_to_f16(codes, low, high);
   x[0] = to_float<1>((u16)low), x[1] = to_float<1>((u16)(low >> 16));
   x[2] = to_float<1>((u16)high), x[3] = to_float<1>((u16)(high >> 16));
 }
