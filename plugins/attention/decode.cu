@@ -1,10 +1,10 @@
 // Attention of one query token per sequence over the paged KV cache.
 //
-// Keys, and values transposed, are the 16 rows of a product, and the heads that share a KV head its 8 columns: up to 16
-// heads make a unit of a sequence (larger groups are cut into several); its context is cut into tiles of TILE tokens. All tiles of all units, in one line, are
-// dealt out to the blocks in equal runs, so that one long context and many short ones fill the machine alike; a unit
-// counts as `unit_cost` tiles more than it has, for its merge takes time too. The dealing depends on sequence_lengths
-// only and is done on the device, so the grid is fixed under a CUDA graph.
+// The heads that share a KV head are the columns of one product (16 at most: larger groups are cut into several), tokens
+// or dimensions of the output its 16 rows. A unit is such a group of heads of a sequence; its context is cut into tiles of
+// TILE tokens. All tiles of all units, in one line, are dealt out to the blocks in equal runs, so that one long context and
+// many short ones fill the machine alike; a unit counts as `unit_cost` tiles more than it has, for its merge takes time too.
+// The dealing depends on sequence_lengths only and is done on the device, so the grid is fixed under a CUDA graph.
 // Inside a block the warps take tiles in turn and know nothing of each other: each warp has its own ring of slots that
 // TMA fills with K and V tiles in turn, running ahead into the next unit, and its own running maximum, sum and output.
 // At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results,
@@ -12,17 +12,24 @@
 // The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
 //
 // Rotary embedding, quantization and the write of the new token are part of it: before a unit begins, the block makes the
-// unit's queries and the newest key and value in shared memory, of a row that was sent for while the unit before was at
-// work; the warp that has the last tile of a context puts the
-// newest token into the slot where its page has arrived, and into the cache. (A kernel of its own cost 11 us of 156 at
-// 64 x 1024 with 32 KV heads, for single bytes of transposed values in sectors that the L2 cache did not hold yet, and
-// 1.4 of 9.4 at 1 x 1024 with 8.)
+// unit's queries and the newest key and value in shared memory, from a row that was sent for while the unit before was at
+// work; the warp that has the last tile of a context puts the newest token into the slot where its page has arrived, and
+// into the cache. (A kernel of its own cost 11 us of 156 at 64 x 1024 with 32 KV heads, for single bytes of transposed
+// values in sectors that the L2 cache did not hold yet, and 1.4 of 9.4 at 1 x 1024 with 8.)
 // The first tiles are sent for before griddepcontrol.wait: a layer of llama-7B's decode step takes 67.8 instead of 70.1 us at
 // 1 x 1024, 77.5 (79.3) at 8, 99.1 (100.4) at 16.
 // One sequence: a unit is padded to whole runs, for a block with parts of two units goes through everything twice: a layer at
 // 1 x 1088 takes 63.7 instead of 69.1 us, 61.0 (65.7) at 1 x 300.
+//
+// What brought reading near the memory's rate, us at 64 x 1024 and 1024 x 192 with 8 KV heads, and at 64 x 4096 with 32:
+// 37.3, 167, 544 at first; tokens instead of heads as rows of the products, half of them, and values in boxes of 128 bytes
+// instead of 64: 36.2, 158, 525; slots refilled out of registers by all lanes: 35.7, 140, 521; the next unit's row ahead of
+// time: 35.7, 123, 520. Without any products it would be 34.6, 130 (of 158), 519; without the newest token's write 35.3 (of
+// 36.2), 151 (of 158), 517 (of 525).
 // Tried, no gain: sending for the first unit's row of qkv before the first tiles (9.4 instead of 10.0 us at 1 x 1024 with
-// 32 KV heads, but 8.2 instead of 7.9 with 8, and more spills).
+// 32 KV heads, but 8.2 instead of 7.9 with 8); pieces of the line drawn by tickets instead of equal runs, by blocks of one
+// warp (64 x 1024 with 32 KV heads 139 instead of 144, but 58 instead of 48 with 8, 1024 x 192 146 instead of 142); blocks
+// of one warp (45 instead of 36); L2 hints to evict keys and values first (nothing but what a benchmark's sets in turn leave).
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of qkv and the output, and of the cache if not FP8), ROTARY_DIM
 // (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
@@ -51,7 +58,7 @@ constexpr int SPAN = HEAD_DIM * BYTES < 128 ? HEAD_DIM * BYTES : 128;  // bytes 
 // Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory.
 constexpr int WIDEST = ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32;
 constexpr int COLUMNS = WIDEST < HEAD_DIM ? WIDEST : HEAD_DIM;
-constexpr bool AHEAD = ROWS <= 8;               // registers allow it: a unit's row is sent for while the unit before is at work
+constexpr bool AHEAD = ROWS <= 8;              // registers allow it: a unit's row is sent for before the unit before is done
 constexpr int PITCH = COLUMNS + 4;             // floats; the padding spreads rows over the banks
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
 
@@ -61,8 +68,9 @@ struct Partial {
 };
 
 struct Problem {
-  const int *block_tables, *starts;
-  int sequences, max_blocks;
+  const int* block_tables;
+  const u16* counts;  // of each sequence: places in one of its units
+  int max_blocks;
   int nothing;  // places behind the tiles of a unit
   int end;  // of this block's run of places
 };
@@ -72,22 +80,16 @@ struct Cursor {
   int index, sequence, unit, tile;
   int places;  // of the unit
 
-  __device__ __forceinline__ void seek(const Problem& p, int place) {
+  // `before`: places in the sequences before `sequence`, which has this place.
+  __device__ __forceinline__ void seek(const Problem& p, int place, int in, int before) {
     index = place;
-    sequence = unit = tile = places = 0;
+    sequence = in;
+    unit = tile = places = 0;
     if (place >= p.end) return;
-    int high = p.sequences;  // starts[sequence] * UNITS <= place < starts[high] * UNITS
-    while (high - sequence > 1) {
-      const int middle = (sequence + high) / 2;
-      if (p.starts[middle] * UNITS <= place) sequence = middle;
-      else high = middle;
-    }
-    count(p);
-    const int inside = place - p.starts[sequence] * UNITS;
-    unit = inside / places;
-    tile = inside - unit * places;
+    places = p.counts[in];
+    unit = (place - before) / places;
+    tile = place - before - unit * places;
   }
-  __device__ __forceinline__ void count(const Problem& p) { places = p.starts[sequence + 1] - p.starts[sequence]; }
   __device__ __forceinline__ int tiles(const Problem& p) const { return places - p.nothing; }
   __device__ __forceinline__ void advance(const Problem& p, int steps) {
     index += steps;
@@ -97,7 +99,7 @@ struct Cursor {
       tile -= places;
       if (++unit < UNITS) continue;
       unit = 0;
-      do sequence++, count(p);
+      do places = p.counts[++sequence];
       while (places == 0);
     }
   }
@@ -112,8 +114,9 @@ struct Producer {
   Cursor at;
   int page;  // asked for a tile ahead
 
-  __device__ __forceinline__ void start(const Problem& p, int first) {
-    at.seek(p, first);
+  __device__ __forceinline__ void start(const Problem& p, const Cursor& first, int steps) {
+    at = first;
+    at.advance(p, steps);
     at.skip_nothing(p, WARPS);
     look_up(p);
   }
@@ -162,7 +165,8 @@ struct Shared {
   Fresh fresh;
   int last, run;
   int sums[WARPS];
-  int starts[1];  // [sequences + 1]: places of one unit in the sequences before; then the sequences' positions
+  int first, before;  // the sequence that has the first place of the block's run, and the places in those before it
+  u16 counts[2];  // [sequences]: places in a unit
 };
 
 // Where TMA's swizzle has put 16-byte unit `chunk` of a row of Span bytes, row < 8; the pattern repeats every 8 rows.
@@ -174,7 +178,8 @@ DEVICE u32 swizzled_values(int d, int chunk) { return d / 16 * 1024 + swizzled<1
 
 // d += a b over 32 bytes of a row of the cache: step k of b, and in e4m3 also the step after it. As rows of 16 bytes,
 // ldmatrix's matrices hold rows 0-7 and 8-15 of the first half, then of the second.
-template <int N> DEVICE void multiply_16(float (&d)[COLUMN_TILES][4], const u32 (&a)[4], const u32 (&b)[COLUMN_TILES][N][2], int k) {
+template <int N> DEVICE void multiply_16(float (&d)[COLUMN_TILES][4], const u32 (&a)[4], const u32 (&b)[COLUMN_TILES][N][2],
+                                         int k) {
   if (FP8_CACHE) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -313,7 +318,7 @@ DEVICE int first_head(int unit) { return unit / PARTS * GROUP + unit % PARTS * R
 
 struct Inputs {
   const u16* qkv;
-  const int *lengths, *slots, *positions;  // of each sequence
+  const int *lengths, *slots, *positions;
   const float *cos, *sin, *q_scale, *k_scale, *v_scale;
 };
 
@@ -325,7 +330,16 @@ struct Incoming {
   float c[VEC], s[VEC], scales[3];
   int length, slot;
 
-  __device__ __forceinline__ void load(const Inputs& in, const Cursor& at) {
+  // What does not come from the kernel before.
+  __device__ __forceinline__ void load_facts(const Inputs& in, const Cursor& at) {
+    const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
+    if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[at.sequence]);
+    scales[0] = FP8_CACHE ? *in.q_scale : 1.0f;
+    scales[1] = FP8_CACHE ? *in.k_scale : 1.0f;
+    scales[2] = FP8_CACHE ? *in.v_scale : 1.0f;
+    length = in.lengths[at.sequence], slot = in.slots[at.sequence];
+  }
+  __device__ __forceinline__ void load_row(const Inputs& in, const Cursor& at) {
     const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
     const u16* token = in.qkv + (u64)at.sequence * (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 #pragma unroll
@@ -336,11 +350,6 @@ struct Incoming {
       left[i].load(token + head * HEAD_DIM + pairs.first);
       right[i].load(token + head * HEAD_DIM + pairs.second);
     }
-    if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[at.sequence]);
-    scales[0] = FP8_CACHE ? *in.q_scale : 1.0f;
-    scales[1] = FP8_CACHE ? *in.k_scale : 1.0f;
-    scales[2] = FP8_CACHE ? *in.v_scale : 1.0f;
-    length = in.lengths[at.sequence], slot = in.slots[at.sequence];
   }
 
   // Rotated and in the cache's type.
@@ -418,14 +427,14 @@ template <bool VALUES> DEVICE void add_newest(const Fresh& fresh, u8* cache, u32
 
 struct Output {
   void* y;
-  const float *v_scale, *out_scale;  // read where they are used: the main loop needs the registers
+  float v_scale, out_scale;  // 1 where there is none
 
   // Four columns: o / l, in the cache's scale, rounded or quantized.
   __device__ __forceinline__ void store(u64 at, float4 o, float l) const {
-    const float factor = (FP8_CACHE ? *v_scale : 1.0f) / l;
+    const float factor = v_scale / l;
     o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor;
     if (QUANT_OUT) {
-      const Divisor d(*out_scale);
+      const Divisor d(out_scale);
       *(u32*)((u8*)y + at) = e4m3x4(d.divide(o.x), d.divide(o.y), d.divide(o.z), d.divide(o.w));
     } else {
       *(uint2*)((u16*)y + at) = make_uint2(from_float2<DTYPE>(o.x, o.y), from_float2<DTYPE>(o.z, o.w));
@@ -548,40 +557,57 @@ DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
   return shared.last;
 }
 
-// starts[i] = places in a unit, over the sequences before i. Positions are fetched along: a unit's begin waits for them.
-DEVICE void count_places(Shared& shared, const int* sequence_lengths, const int* position_ids, int sequences, int nothing) {
+// A thread's share of the sequences, neighbours: an odd number of pairs, so that threads beside each other read from
+// different banks. `before` and `sum`: places in one unit of the sequences before them and of them.
+struct Share {
+  int begin, end, before, sum;
+};
+
+// Fills shared.counts; `total` becomes the sum over all sequences.
+DEVICE Share count_places(Shared& shared, const int* sequence_lengths, int sequences, int nothing, int& total) {
   for (int i = threadIdx.x; i < sequences; i += THREADS) {
     const int tiles = (sequence_lengths[i] + TILE - 1) / TILE;
-    if (ROTARY_DIM) shared.starts[sequences + 1 + i] = position_ids[i];
-    shared.starts[i + 1] = tiles ? tiles + nothing : 0;
+    shared.counts[i] = tiles ? tiles + nothing : 0;
   }
-  if (threadIdx.x == 0) shared.starts[0] = 0;
   __syncthreads();
-  // A thread adds up `each` neighbours: an odd number, so that threads beside each other read from different banks.
-  const int each = (sequences + THREADS - 1) / THREADS | 1, first = 1 + threadIdx.x * each;
-  const int last = min(sequences + 1, first + each);
-  int sum = 0;
-  for (int i = first; i < last; i++) sum += shared.starts[i];
-  int before = sum;  // and then the sum of the threads to the left
+  const int each = 2 * ((sequences + 2 * THREADS - 1) / (2 * THREADS) | 1);
+  Share share;
+  share.begin = min(sequences, (int)threadIdx.x * each);
+  share.end = min(sequences, share.begin + each);
+  share.sum = 0;
+  for (int i = share.begin; i < share.end; i++) share.sum += shared.counts[i];
+  int upto = share.sum;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const int left = __shfl_up_sync(~0u, before, d);
-    if (threadIdx.x % 32 >= d) before += left;
+    const int left = __shfl_up_sync(~0u, upto, d);
+    if (threadIdx.x % 32 >= d) upto += left;
   }
-  if (threadIdx.x % 32 == 31) shared.sums[threadIdx.x / 32] = before;
+  if (threadIdx.x % 32 == 31) shared.sums[threadIdx.x / 32] = upto;
   __syncthreads();
-  before -= sum;
+  share.before = upto - share.sum;
+  total = 0;
 #pragma unroll
-  for (int w = 0; w < WARPS - 1; w++)
-    if (w < threadIdx.x / 32) before += shared.sums[w];
-  for (int i = first; i < last; i++) shared.starts[i] = before += shared.starts[i];
+  for (int w = 0; w < WARPS; w++) {
+    if (w < threadIdx.x / 32) share.before += shared.sums[w];
+    total += shared.sums[w];
+  }
+  return share;
+}
+
+// Finds the sequence that has `place`; one thread does.
+DEVICE void locate(Shared& shared, const Share& share, int place) {
+  int before = share.before * UNITS;
+  if (place < before || place >= before + share.sum * UNITS) return;
+  int i = share.begin;
+  while (place >= before + shared.counts[i] * UNITS) before += shared.counts[i++] * UNITS;
+  shared.first = i, shared.before = before;
 }
 
 // Rows of sequences without context, as in padding, are zero.
-DEVICE void clear_empty(const int* starts, int sequences, void* y) {
+DEVICE void clear_empty(const u16* counts, int sequences, void* y) {
   constexpr int WORDS = HEADS * HEAD_DIM * (QUANT_OUT ? 1 : 2) / 16;
   for (int i = blockIdx.x; i < sequences; i += gridDim.x)
-    if (starts[i] == starts[i + 1])
+    if (counts[i] == 0)
       for (int j = threadIdx.x; j < WORDS; j += THREADS) ((uint4*)y)[(u64)i * WORDS + j] = make_uint4(0, 0, 0, 0);
 }
 
@@ -608,27 +634,36 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // One sequence: its units end where a block's run ends, for a block with parts of two takes twice as long.
   const bool even = sequences == 1 && unit_cost == 0;
   const int nothing = even ? (WARPS - (sequence_lengths[0] + TILE - 1) / TILE % WARPS) % WARPS : unit_cost;
-  count_places(shared, sequence_lengths, position_ids, sequences, nothing);
-  __syncthreads();
-  const int total = shared.starts[sequences] * UNITS;
+  int places;  // in a unit of each sequence
+  const Share share = count_places(shared, sequence_lengths, sequences, nothing, places);
+  const int total = places * UNITS;
   int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
-  const int unit = shared.starts[1], whole = unit ? (run + unit - 1) / unit * unit : run;
+  const int unit = shared.counts[0], whole = unit ? (run + unit - 1) / unit * unit : run;
   // Contexts of one length: no unit is cut, if little is lost by it.
-  if (unit * sequences == shared.starts[sequences] && whole - run <= run / 8) run = whole;
+  if (unit * sequences == places && whole - run <= run / 8) run = whole;
   const int begin = min(total, (int)blockIdx.x * run);
-  const Problem p = {block_tables, shared.starts, sequences, max_blocks, nothing, min(total, begin + run)};
+  const Problem p = {block_tables, shared.counts, max_blocks, nothing, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
+  locate(shared, share, begin);
   __syncthreads();
 
   Producer producer;
   u32 slot = warp * SLOTS, parity = 0;  // the slot to read next, of all the block's
   auto ring = [&](u32 i) { return shared_address(shared.ring) + i * SLOT_BYTES; };
   auto full = [&](u32 i) { return shared_address(shared.full) + i * 8; };
-  producer.start(p, begin + (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
+  Cursor at;
+  at.seek(p, begin, shared.first, shared.before);
+  producer.start(p, at, (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
 #pragma unroll
   for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring(slot + i), full(slot + i), i % 2);
+  at.skip_nothing(p, 1);
+  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, position_ids, cos, sin, q_scale, k_scale, v_scale};
+  Incoming incoming;
+  if (at.index < p.end) incoming.load_facts(inputs, at);
+  const Output output = {y, FP8_CACHE ? *v_scale : 1.0f, QUANT_OUT ? *out_scale : 1.0f};
   griddepcontrol_wait();
-  clear_empty(shared.starts, sequences, y);
+  if (at.index < p.end) incoming.load_row(inputs, at);
+  clear_empty(shared.counts, sequences, y);
 
   auto wait = [&] {
     mbarrier_wait(full(slot), parity);
@@ -640,14 +675,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     if (++slot % SLOTS == 0) slot -= SLOTS, parity ^= 1;
   };
 
-  const Output output = {y, v_scale, out_scale};
-  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, shared.starts + sequences + 1, cos, sin, q_scale, k_scale, v_scale};
   State state;
-  Cursor at;
-  at.seek(p, begin);
-  at.skip_nothing(p, 1);
-  Incoming incoming;
-  if (at.index < p.end) incoming.load(inputs, at);
   while (at.index < p.end) {
     incoming.store(shared.fresh, at);
     __syncthreads();
@@ -656,7 +684,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     const int stop = min(at.tiles(p), at.tile + p.end - at.index);
     int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS;
     at.advance(p, min(at.places - at.tile, p.end - at.index));
-    if (AHEAD && at.index < p.end) incoming.load(inputs, at);
+    if (AHEAD && at.index < p.end) incoming.load_facts(inputs, at), incoming.load_row(inputs, at);
     state.clear();
     for (; tile < stop; tile += WARPS) {
       float s[S_TILES][COLUMN_TILES][4];
@@ -673,7 +701,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
       release(SLOTS % 2 == 0);
     }
     const Cursor done = shared.fresh.at;
-    if (!AHEAD && at.index < p.end) incoming.load(inputs, at);
+    if (!AHEAD && at.index < p.end) incoming.load_facts(inputs, at), incoming.load_row(inputs, at);
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
     const int rows = rows_of(done.unit);
     const int origin = done.index - done.tile;  // of the unit, in the line of tiles

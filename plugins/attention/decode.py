@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8.plugins.attention import rope_kv_write
-from fp8.plugins.base import Kernel, Launcher, StepShape, Tensor
+from fp8.plugins.base import BLOCK_SIZE, Kernel, Launcher, PluginError, StepShape, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ MULTIPROCESSORS = 132
 SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and keeps 1 KB of each block's
 MOST_HEADS = 16  # of a unit: two tiles of columns of a product
 UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
+MOST_TILES = 2**16 - 16  # of a context: places are counted in 16 bits, a few of them behind the tiles
 MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
 
 
@@ -81,13 +82,22 @@ class Shape:
     def partial_bytes(self) -> int:
         return -(-8 * self.rows // 16) * 16 + 4 * self.rows * self.head_dim
 
+    def check_context(self, tokens: int) -> None:
+        """Raises PluginError for block tables of more tokens than the kernel counts."""
+        most = MOST_TILES * self.tile
+        if tokens > most:
+            raise PluginError(
+                f"block_tables are for contexts of {tokens} tokens, but decode attention counts {most} at most; "
+                "build the engine with a smaller max_seq_len"
+            )
+
     def shared_bytes(self, tactic: Decode, sequences: int) -> int:
-        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers; the unit's queries, newest
-        key and value; places and position of each sequence."""
+        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers; the unit's queries,
+        newest key and value; places of each sequence's units."""
         columns = min(self.head_dim, 128 if self.rows <= 4 else 64 if self.rows <= 8 else 32)
         warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 4 + 2) + 4
         fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 48
-        return tactic.decode_warps * warp + fresh + 4 * (2 * sequences + 2) + 64
+        return tactic.decode_warps * warp + fresh + 2 * sequences + 64
 
     def blocks(self, tactic: Decode, sequences: int) -> int:
         """That a multiprocessor holds at a time: with very many sequences, fewer than `tactic.decode_blocks`."""
@@ -163,6 +173,7 @@ def bind(
     assert lengths is not None and tables is not None and key is not None and value is not None
     assert workspace is not None
     of = Shape(plugin.head_dim, plugin.num_kv_heads, plugin.num_heads // plugin.num_kv_heads, key.element_size() == 1)
+    of.check_context(tables.shape[1] * BLOCK_SIZE)
     if of.fp8:  # a page's values as rows of 128 bytes, two dimensions in each
         keys, values = key.view(-1, of.head_dim), value.view(-1, 128)
         maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 128, of.head_dim // 2)]
