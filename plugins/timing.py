@@ -44,14 +44,15 @@ def sets_for(size: int, cold: int = COLD) -> int:
     return min(MOST_SETS, -(-cold // max(size, 1)))
 
 
-def capture(launches: Sequence[Callable[[], object]]) -> Graph:
-    """A graph of `launches`, each at least once, in turn. Each must be capturable and enqueue on torch's stream."""
+def capture(launches: Sequence[Callable[[], object]], lasting: float = GRAPH_SECONDS) -> Graph:
+    """A graph of `launches`, each at least once, in turn, that lasts about so many seconds. Each must be capturable and
+    enqueue on torch's stream."""
     import torch
 
     for launch in launches:
         launch()  # loads kernels, sets attributes, picks algorithms
     seconds = _seconds(launches)
-    count = max(len(launches), min(MOST_SETS, int(GRAPH_SECONDS / max(seconds, 1e-7))))
+    count = max(len(launches), min(MOST_SETS, int(lasting / max(seconds, 1e-7))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for launch in itertools.islice(itertools.cycle(launches), count):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8.plugins import base, compile
 from fp8.plugins.base import Case, Launcher, Plugin, Tensor
-from fp8.plugins.timing import Graph, capture, sets_for
+from fp8.plugins.timing import GRAPH_SECONDS, Graph, capture, sets_for
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +121,9 @@ class CaseBuffers:
         size = sum(t.nbytes for t in [*self.inputs, *self.outputs()[0]] if t is not None)
         return [[*self.fresh_inputs(), *self.outputs()[0]] for _ in range(sets_for(size))]
 
-    def captured(self, tactic: Any, functions: Sequence[Function]) -> Graph:
+    def captured(self, tactic: Any, functions: Sequence[Function], lasting: float = GRAPH_SECONDS) -> Graph:
         """A graph of the tactic's launches over the sets."""
-        return self._captured(self.plugin.bind, tactic, functions)
+        return self._captured(self.plugin.bind, tactic, functions, lasting)
 
     def captured_write(self, tactic: Any, functions: Sequence[Function]) -> Graph | None:
         """Of attention over prompts, what comes before the products: rotary embedding, quantization, cache write."""
@@ -132,8 +132,10 @@ class CaseBuffers:
         parts = self.plugin.bind_parts
         return self._captured(lambda *arguments: parts(*arguments)[0], tactic, functions)
 
-    def _captured(self, bind: Callable[..., Launcher], tactic: Any, functions: Sequence[Function]) -> Graph:
+    def _captured(
+        self, bind: Callable[..., Launcher], tactic: Any, functions: Sequence[Function], lasting: float = GRAPH_SECONDS
+    ) -> Graph:
         workspace = self.workspace(tactic)
         launchers = [bind(tactic, functions, tensors, workspace) for tensors in self.sets]
         launches: list[Callable[[], object]] = [partial(launch, self.case.step) for launch in launchers]
-        return capture(launches)
+        return capture(launches, lasting)

@@ -14,7 +14,7 @@ from typing import Any
 from fp8.builder.tune import Site
 from fp8.plugins import compile
 from fp8.plugins.base import Kernel, PluginError, Tensor
-from fp8.plugins.timing import Graph, Pace, capture, compare
+from fp8.plugins.timing import GRAPH_SECONDS, Graph, Pace, capture, compare
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases, types
 from fp8.scripts.benchmarks.ceilings import Ceilings
@@ -25,6 +25,7 @@ MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
 BRIEF = Pace(4, 0.01)
 # Under load contestants alternate faster than the power limit reacts, so that it falls on both alike.
 TURNS, TURN, LOADED = 16, 0.01, 0.2  # seconds of a turn, and of all a contestant's turns
+LOADED_GRAPH = 4e-3  # seconds: of graphs of 0.5 ms, their own launch would be 1% where a kernel takes as long
 HEAVY = 5e10  # FLOP from which a case is timed under load, as is one that the tensor cores bound
 KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
 CEILINGS = -1  # asks for them, in place of a case
@@ -142,12 +143,14 @@ class Measured:
         for k in (k for several in kernels for k in several):
             if k in self._compiling:
                 self._compiling[k].result()
-        ours = [buffers.captured(one, self._functions.of(k)) for one, k in zip(tactics, kernels, strict=True)]
-        peers = _peer_graphs(buffers, row) if self._chosen.peers else {}
-        write = buffers.captured_write(tactics[0], self._functions.of(kernels[0])) if peers else None
-        graphs, dtype = [*ours, *peers.values()], _factor_dtype(buffers)
+        dtype = _factor_dtype(buffers)
         memory, cores = self.ceilings.seconds(t.case.bytes, 0.0, dtype), self.ceilings.seconds(0.0, t.case.flops, dtype)
         heavy = t.case.flops >= HEAVY or cores > memory
+        lasting = LOADED_GRAPH if heavy else GRAPH_SECONDS
+        ours = [buffers.captured(one, self._functions.of(k), lasting) for one, k in zip(tactics, kernels, strict=True)]
+        peers = _peer_graphs(buffers, row, lasting) if self._chosen.peers else {}
+        write = buffers.captured_write(tactics[0], self._functions.of(kernels[0])) if peers else None
+        graphs = [*ours, *peers.values()]
         times = compare(graphs, _loaded(graphs) if heavy else BRIEF)
         us, tactic = min(zip(times, tactics, strict=False), key=lambda pair: pair[0])
         peer_us = dict(zip(peers, times[len(ours) :], strict=True))
@@ -166,11 +169,11 @@ def _loaded(graphs: Sequence[Graph]) -> Pace:
     return Pace(max(3, min(TURNS, int(LOADED * len(graphs) / together))), TURN)
 
 
-def _peer_graphs(buffers: CaseBuffers, row: Row) -> dict[str, Graph]:
+def _peer_graphs(buffers: CaseBuffers, row: Row, lasting: float) -> dict[str, Graph]:
     graphs = {}
     for name, peer in peers_of(buffers.plugin, buffers.case.step, buffers.inputs).items():
         try:
-            graphs[name] = capture([peer(tensors) for tensors in buffers.sets])
+            graphs[name] = capture([peer(tensors) for tensors in buffers.sets], lasting)
         except Exception as failed:  # a peer that is not there on this machine leaves its place empty, and says why
             row.setdefault("peer_failures", {})[name] = f"{type(failed).__name__}: {str(failed)[:300]}"
     return graphs
