@@ -20,12 +20,16 @@ Function = Callable[..., torch.Tensor]
 
 
 class Prepared(LazyValues):
-    """A constant computed from others when it is wanted: `function(*parts)` in torch. Its shape is known at once."""
+    """A constant computed from others when it is wanted: `function(*parts)` in torch. Its shape is known at once: from
+    those of the parts or, where `function` looks at values (which torch refuses on the meta device), from these."""
 
     def __init__(self, parts: Sequence[gs.Constant], function: Function) -> None:
         self.parts = tuple(parts)
         self.function = function
-        meta = function(*(torch.empty(tuple(p.shape), dtype=torch_dtype(p), device="meta") for p in parts))
+        try:
+            meta = function(*(torch.empty(tuple(p.shape), dtype=torch_dtype(p), device="meta") for p in parts))
+        except NotImplementedError:
+            meta = self.load_torch()
         self.shape = list(meta.shape)
         self.dtype = numpy_dtype(str(meta.dtype).removeprefix("torch."))
         self.nbytes = meta.numel() * meta.element_size()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import hf_llama
+import onnx_graphsurgeon as gs
 import pytest
 import tiny_checkpoint as tiny
 import torch
@@ -20,8 +22,10 @@ from fp8.builder.formats.base import FormatError
 from fp8.builder.formats.fp8_block import Fp8Block
 from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
 from fp8.builder.quantization_config import read_format
+from fp8.builder.weights import concatenate, prepared, to_torch
 from fp8.models import llama
 from fp8.plugins.base import PluginError, StepShape, Tensor
+from fp8.plugins.gemm.pattern import per_channel
 from fp8.plugins.gemm.plugin import Gemm
 from fp8.plugins.quantize.plugin import Quantize
 from fp8.runtime.request import Request as Sequence
@@ -87,8 +91,8 @@ def test_blockwise_operands_of_a_gemm_are_checked() -> None:
         codes = [Tensor("float8_e4m3fn", ("T", k)), Tensor("float8_e4m3fn", (n, k))]
         return [*codes, *(Tensor("float32", s) for s in scales), None]
 
-    good = operands(256, 136, (("T", 2), (17, 2)))
-    assert Gemm().infer(good) == (Tensor("bfloat16", ("T", 136)),)
+    for scales in ((17, 2), (2, 2)):  # per 8 rows, per 128
+        assert Gemm().infer(operands(256, 136, (("T", 2), scales))) == (Tensor("bfloat16", ("T", 136)),)
     for wrong, message in [
         (operands(192, 136, (("T", 2), (17, 2))), "expected N in multiples of 8 and K of 128"),
         (operands(256, 132, (("T", 2), (17, 2))), "expected N in multiples of 8 and K of 128"),
@@ -99,13 +103,25 @@ def test_blockwise_operands_of_a_gemm_are_checked() -> None:
             Gemm().infer(wrong)
 
 
-def test_the_gemm_is_that_of_the_dequantized_operands() -> None:
-    x, w = (random(n, 256).to(torch.float8_e4m3fn) for n in (6, 24))
-    x_scale, w_scale = random(6, 2).abs(), random(3, 2).abs()
+@pytest.mark.parametrize("group", [8, 128])
+def test_the_gemm_is_that_of_the_dequantized_operands(group: int) -> None:
+    x, w = (random(n, 256).to(torch.float8_e4m3fn) for n in (6, 136))
+    x_scale, w_scale = random(6, 2).abs(), random(-(-136 // group), 2).abs()
     (y,) = Gemm("float32").reference(x, w, x_scale, w_scale, None, step=StepShape.prefill(6))
     wide_x = x.double() * x_scale.double().repeat_interleave(128, 1)
-    wide_w = w.double() * w_scale.double().repeat_interleave(8, 0).repeat_interleave(128, 1)
+    wide_w = w.double() * w_scale.double().repeat_interleave(group, 0)[:136].repeat_interleave(128, 1)
     torch.testing.assert_close(y.double(), wide_x @ wide_w.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts, stored", [((256, 136), 4), ((136, 256), 49), ((8,), 1), ((384, 128, 128), 5)])
+def test_scales_of_joined_parts_are_stored_per_128_rows_where_their_blocks_meet(parts: tuple, stored: int) -> None:
+    rows = [torch.rand(-(-n // 128), 2).repeat_interleave(128, 0)[:n] for n in parts]
+    constants = [gs.Constant(f"part{i}", r.numpy()) for i, r in enumerate(rows)]
+    joined = prepared("joined", constants, concatenate)
+    scale = prepared("w_scale", [joined], partial(per_channel, rows=sum(parts)))
+    assert tuple(scale.shape) == (stored, 2)
+    group = 128 if stored == -(-sum(parts) // 128) else 8
+    assert torch.equal(to_torch(scale).repeat_interleave(group, 0)[: sum(parts)], torch.cat(rows))
 
 
 def test_transformers_loads_the_checkpoint_and_an_engine_of_it_agrees(tmp_path: Path) -> None:

@@ -36,10 +36,11 @@ def operands(n: int = 64, k: int = 64, dtype: str = E4M3, rows: int | str = "T")
 
 
 def spread(scale: torch.Tensor, shape: tuple[int, int]) -> np.ndarray:
-    """A scalar, one scale per row, or one per so many rows and 128 columns."""
+    """A scalar, one scale per row, or one per 1, 8 or 128 rows and 128 columns."""
     if scale.ndim == 1:
         return scale.numpy().reshape(-1, 1)
-    return np.kron(scale.numpy(), np.ones((shape[0] // scale.shape[0], 128)))
+    rows = next(n for n in (1, 8, 128) if -(-shape[0] // n) == scale.shape[0])
+    return np.kron(scale.numpy(), np.ones((rows, 128)))[: shape[0]]
 
 
 def exact(x, w, x_scale, w_scale, bias) -> np.ndarray:

@@ -35,7 +35,8 @@ def scales(n: int, parts: int, generator: torch.Generator, device: str) -> torch
 def operands(
     rows: int, n: int, k: int, dtype: str, mode: str, bias: bool, generator: torch.Generator, device: str
 ) -> list[torch.Tensor | None]:
-    """x, w, x_scale, w_scale, bias; `mode` is "static" (scalar x, three parts), "rowwise", "block" or "none"."""
+    """x, w, x_scale, w_scale, bias; `mode` is "static" (scalar x, three parts), "rowwise", "block", "block8" (scales
+    per 8 rows of w, not 128) or "none"."""
     kind = getattr(torch, dtype)
     if dtype == "float8_e4m3fn":
         x, w = fp8_normal((rows, k), generator, device), fp8_normal((n, k), generator, device)
@@ -45,10 +46,10 @@ def operands(
     x_scale = w_scale = b = None
     if mode == "rowwise":
         x_scale, w_scale = scales(rows, rows, generator, device) * 10, scales(n, n, generator, device)
-    elif mode == "block":
+    elif mode in ("block", "block8"):
         x_scale = scales(rows * k // SCALE_BLOCK, rows * k // SCALE_BLOCK, generator, device).view(rows, -1) * 10
-        groups = n // GROUP_ROWS * k // SCALE_BLOCK
-        w_scale = scales(groups, groups, generator, device).view(n // GROUP_ROWS, -1)
+        groups = -(-n // (GROUP_ROWS if mode == "block8" else SCALE_BLOCK)) * k // SCALE_BLOCK
+        w_scale = scales(groups, groups, generator, device).view(-1, k // SCALE_BLOCK)
     elif mode == "static":
         x_scale, w_scale = torch.tensor([0.0021], device=device), scales(n, min(3, n), generator, device)
     if bias:
@@ -90,8 +91,8 @@ RAGGED += [
     case(300, 1002, 16, "rowwise", bias=True),
     case(129, 576, 4096, "rowwise"),
     case(300, 4096, 864, "rowwise", out="float16", bias=True),
-    *(case(rows, 392, 384, "block", bias=True) for rows in (1, 7, 65, 129, 300)),
-    case(515, 1536, 2048, "block", out="float16"),
+    *(case(rows, 392, 384, mode, bias=True) for rows in (1, 7, 65, 129, 300) for mode in ("block", "block8")),
+    *(case(515, 1536, 2048, mode, out="float16") for mode in ("block", "block8")),
     case(127, 264, 328, "none", "bfloat16", bias=True),
     case(33, 1003, 864, "none", "bfloat16", "float32", logits=True),
     case(300, 520, 1000, "none", "float16", "float16"),

@@ -50,8 +50,8 @@
 #include "fp8/wgmma.cuh"
 
 // Constants: GEMM_N, GEMM_K; WEIGHT (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32, 3 e4m3); SWIGLU and its 16-bit
-// type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per row, 2 blockwise),
-// BIAS; PROMOTE; and the tactic.
+// type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per row, 2 blockwise:
+// of W_GROUP rows), BIAS; PROMOTE; and the tactic.
 constexpr int ATOM = 128;  // bytes of K in one swizzle atom: 4 wgmma
 constexpr int ATOM_K = WEIGHT == 0 ? 128 : 64;
 constexpr int K_BLOCKS = (GEMM_K + ATOM_K * ATOMS - 1) / (ATOM_K * ATOMS);
@@ -95,7 +95,7 @@ DEVICE void load_x(const Stage& s, const TensorMap* map, u32 bar, int block) {
 DEVICE void load_w_scales(u32 to, const float* w_scale, int block, int row) {
   for (int i = threadIdx.x % 32; i < ATOMS * (ROWS / 8); i += 32) {
     int a = i / (ROWS / 8), g = i % (ROWS / 8), k = min(block * ATOMS + a, GEMM_K / 128 - 1);
-    copy_async<4>(to + (a * ATOM_SCALES + TOKENS + g) * 4, w_scale + (u64)min(row / 8 + g, GEMM_N / 8 - 1) * (GEMM_K / 128) + k);
+    copy_async<4>(to + (a * ATOM_SCALES + TOKENS + g) * 4, w_scale + (u64)(min(row + g * 8, GEMM_N - 1) / W_GROUP) * (GEMM_K / 128) + k);
   }
 }
 DEVICE void load_x_scales(u32 to, const float* x_scale, int block, int tokens) {

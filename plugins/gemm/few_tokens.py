@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
-from fp8.plugins.gemm.types import GROUP_ROWS, blockwise
+from fp8.plugins.gemm.types import GROUP_ROWS, blockwise, group_rows
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,7 @@ def kernels(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None]) 
         "ROUND": int(plugin.attributes()["out_dtype"] == "float16"),
         "X_SCALE": 0 if x_scale is None else 3 if tactic.BLOCKWISE else 1 if x_scale.shape[0] == 1 else 2,
         "W_SCALE": 0 if w_scale is None else 1 + tactic.BLOCKWISE,
+        "W_GROUP": group_rows(inputs),
         "BIAS": int(bias is not None),
         "PROMOTE": int(promotes(plugin, inputs)),
         "TOKENS": tactic.TOKENS,

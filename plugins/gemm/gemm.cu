@@ -8,9 +8,9 @@
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
 // PROMOTE: the tensor cores keep some 14 bits of an e4m3 sum, so each stage's products (128 of K) are added in float32 to a
 // second set of accumulators; the other warpgroup multiplies meanwhile, and the next tile's first stage does under the
-// epilogue. Blockwise scales (of 128 of K: per row of x, per 8 rows of w) cannot wait for the epilogue: they scale the
+// epilogue. Blockwise scales (of 128 of K: per row of x, per 128 or 8 rows of w) cannot wait for the epilogue: they scale the
 // products on this way. A warp of the producer's copies them to shared memory with the stage.
-// The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through two swizzled shared buffers to a TMA store; where rows
+// The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
 // (TMA knows the buffer's rows only); nothing reads them.
 //
@@ -29,17 +29,19 @@
 // Without its loads 128 x 128 in turn is 97.0% busy, 256 x 128 85.6%: the epilogue's writes are what the latter lacks. L2
 // hints (x evicted last, w and y first) gain nothing. What is missing to 100% is the last wave, begin and end.
 //
-// Tries of the blockwise mode on an H200, TFLOP/s at 2048 x 12288 x 4096, tiles of 128 x 128 and of 128 x 192 (registers for
-// two sets of accumulators, not three):
-//   each thread loads its rows' scales; the next stage multiplies into a third set   818    -     936 before, with two in turn
-//   scales come with the stage, 4 bytes a row                                         755  1000   third set: 866
-//   four k blocks of a row's scales at once: 16 bytes                                 893  1056   of the same shared memory as wgmma
-//   + a warpgroup multiplies after the other has begun                                868  1007
-//   + or after three quarters of the other's products                                 799   915
-// 128 x 160 925, 256 x 96 1001; a cluster of two that share w: 128 x 128 918, and 961 (894 alone) at 2048 x 4096 x 4096.
-// Timed only, their values not held against the reference: one scale per 128 rows of w and the columns in parts, of which one
-// is added while the next multiplies: 128 x 192 in two 1079, with x in registers 1001; 128 x 256 in four, x in registers,
-// 1024, and 1085 at 2048 x 4096 x 4096 (128 x 192 above: 974), but 64 x 32 in two 9.2 us at 64 x 4096 x 4096, not 7.8.
+// Tries of the blockwise mode on an H200, TFLOP/s at 2048 x 12288 x 4096 in bursts of 15 ms, 128 x 192 unless said otherwise
+// (one instruction an element; without these additions 1563 to 1768):
+//   scales per 128 rows of w in registers, fetched while wgmma is under way                1366   with the power limit 1155
+//   + one store buffer, so that the ring has five stages                                   1373   1165
+//   fetched before wgmma starts, whose fence waits for them                                1181
+//   fetched with the next stage's, before these products are added                         1230   1056
+//   the columns in two parts, of which one is added while the other multiplies             1247   1034
+//   128 x 256 in four such parts, x in registers                                           1218   1025
+//   three warpgroups, 192 x 128                                                            1222
+//   a cluster of two that shares w (fetched before; alone 1181)                            1178
+// Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
+// the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
+// Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
 #include "fp8/convert.cuh"
 #include "fp8/matrix.cuh"
 #include "fp8/mbarrier.cuh"
@@ -65,17 +67,20 @@ constexpr int TILE_BYTES = BLOCK_N / (SWIGLU ? 2 : 1) * OUT_BYTES;  // of one ou
 constexpr int CHUNK = TILE_BYTES % 128 == 0 ? 128 : TILE_BYTES % 64 == 0 ? 64 : 32;
 constexpr int CHUNKS = TILE_BYTES / CHUNK;
 constexpr int CHUNK_N = BLOCK_N / CHUNKS;                // accumulator columns of a chunk
-constexpr int BUFFERS = TMA_STORE ? 2 : 0;
+constexpr int BUFFERS = !TMA_STORE ? 0 : PROMOTE ? 1 : 2;  // PROMOTE: a stage more is worth more
 constexpr bool SCALED = W_SCALE == 1 || X_SCALE == 1, BLOCKWISE = X_SCALE == 3;
-constexpr int GROUPS = BLOCK_N / 8;                      // of columns with one blockwise scale
-// BLOCKWISE: a ring of the rows' scales, SCALE_VECTOR k blocks of a row side by side in a slot, and of the groups' per stage.
-constexpr int SLOTS = BLOCKWISE ? (STAGES + 2 * SCALE_VECTOR - 2) / SCALE_VECTOR : 0, SLOT = BLOCK_M * SCALE_VECTOR;
+// BLOCKWISE: columns that share a scale: a group of W_GROUP rows of w, or what is within one wherever the tile lies.
+constexpr int SHARED_N = W_GROUP == 8 ? 8 : BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : BLOCK_N % 32 == 0 ? 32 : 16;
+constexpr int COLUMNS = BLOCKWISE && W_GROUP > 8 ? BLOCK_N / SHARED_N : 0;  // scales of them that registers hold
+// A ring of scales: a slot holds SCALE_VECTOR k blocks, side by side, of the tile's rows, then of its columns.
+constexpr int SLOT = (BLOCK_M + BLOCK_N / SHARED_N + 3) / 4 * 4 * SCALE_VECTOR;
+constexpr int SLOTS = BLOCKWISE ? (STAGES + 2 * SCALE_VECTOR - 1) / SCALE_VECTOR : 0;
 constexpr int CONSUMERS = PINGPONG ? 1 : WARPGROUPS;     // warpgroups that read a stage
 constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread carries to shared memory
 static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
-static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG));
+static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG && MMAS == 1));
 static_assert(!BLOCKWISE || (PROMOTE && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 
 struct Arguments {
@@ -119,26 +124,21 @@ DEVICE void release(u32 empty) {
   } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
 }
 
-// sum += d, which BLOCKWISE scales: by the scale of the row and that of the column group. `rows`: those of this thread's first row,
-// `columns`: the stage's.
-DEVICE void promote(float (&sum)[MMAS][BLOCK_N / 2], const float (&d)[MMAS][BLOCK_N / 2], const float* rows, const float* columns) {
-  float one = 1.f, row[MMAS][2];
+// BLOCKWISE scales of a k block: of this thread's two rows, of its columns, and where these are in shared memory.
+struct Scales {
+  float row[2], column[COLUMNS ? COLUMNS : 1];
+  const float* columns;
+};
+
+// sum += d, which BLOCKWISE scales.
+DEVICE void promote(float (&sum)[BLOCK_N / 2], const float (&d)[BLOCK_N / 2], const Scales& scale) {
+  float one = 1.f;
   pin(one);  // known only here: no addition comes before the products that follow are under way
 #pragma unroll
-  for (int m = 0; m < MMAS; m++)
+  for (int g = 0; g < BLOCK_N / 8; g++) {
+    float column = !BLOCKWISE ? one : COLUMNS ? scale.column[g * 8 / SHARED_N] : scale.columns[g * SCALE_VECTOR];
 #pragma unroll
-    for (int i = 0; i < 2; i++) row[m][i] = BLOCKWISE ? rows[(m * 64 + i * 8) * SCALE_VECTOR] : 1.f;
-#pragma unroll
-  for (int g = 0; g < GROUPS; g += 2) {
-    float2 pair = BLOCKWISE ? *(const float2*)(columns + g) : make_float2(one, one);
-#pragma unroll
-    for (int m = 0; m < MMAS; m++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float scale = i < 4 ? pair.x : pair.y;
-        float& to = sum[m][4 * g + i];
-        to = fmaf(d[m][4 * g + i], BLOCKWISE ? row[m][i / 2 % 2] * scale : scale, to);
-      }
+    for (int i = 0; i < 4; i++) sum[4 * g + i] = fmaf(d[4 * g + i], BLOCKWISE ? scale.row[i / 2] * column : column, sum[4 * g + i]);
   }
 }
 
@@ -250,10 +250,10 @@ DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, c
   for (int c = 0; c < CHUNKS; c++) {
     if (SPLIT > 1 && c % SPLIT != rank) continue;
     int chunk = m * CHUNKS + c;
-    u8* buffer = buffers + (chunk % 2) * 64 * CHUNK;
-    if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with both buffers free
+    u8* buffer = buffers + (BUFFERS == 2 ? chunk % 2 : 0) * 64 * CHUNK;
+    if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with all of them free
       if (threadIdx.x % 128 == 0) {
-        if (chunk == 0 || SPLIT > 1) bulk_wait_group_read<0>();
+        if (chunk == 0 || SPLIT > 1 || BUFFERS == 1) bulk_wait_group_read<0>();
         else bulk_wait_group_read<1>();
       }
       warpgroup_sync(warpgroup);
@@ -310,9 +310,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   extern __shared__ __align__(1024) u8 shared[];
   u8* buffers = shared + STAGES * STAGE_BYTES;
   float* vectors = (float*)(buffers + WARPGROUPS * BUFFERS * 64 * CHUNK);  // per warpgroup: scale [BLOCK_N], bias [BLOCK_N]
-  float* row_scales = vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N;
-  float* group_scales = row_scales + SLOTS * SLOT;
-  u64* full = (u64*)(group_scales + (BLOCKWISE ? STAGES * GROUPS : 0));
+  float* block_scales = vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N;
+  u64* full = (u64*)(block_scales + SLOTS * SLOT);
   u32 stages = shared_address(shared), full_bar = shared_address(full), empty_bar = full_bar + STAGES * 8;
   int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), leader = threadIdx.x % 128 == 0;
   u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
@@ -369,6 +368,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
       }
     } else if (BLOCKWISE && threadIdx.x / 32 % 4 == 1) {  // the second warp brings the scales
+      constexpr int V = SCALE_VECTOR;
       int lane = threadIdx.x % 32, slot = 0;
       griddepcontrol_wait();
       for (int unit = first; unit < units; unit += step) {
@@ -376,16 +376,15 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll 1
         for (int k = k_begin; k < k_end; k++) {
           mbarrier_wait(empty_bar + stage * 8, parity ^ 1);
-          if (k % SCALE_VECTOR == 0) {
-            u32 to = shared_address(row_scales + slot * SLOT);
+          if (k % V == 0) {
+            u32 to = shared_address(block_scales + slot * SLOT);
 #pragma unroll
-            for (int r = lane; r < BLOCK_M; r += 32)
-              copy_async<4 * SCALE_VECTOR>(to + r * 4 * SCALE_VECTOR, x_scale + (size_t)min(t.m + r, rows - 1) * K_BLOCKS + k);
+            for (int r = lane; r < BLOCK_M; r += 32) copy_async<4 * V>(to + r * 4 * V, x_scale + (size_t)min(t.m + r, rows - 1) * K_BLOCKS + k);
+#pragma unroll
+            for (int c = lane; c < BLOCK_N / SHARED_N; c += 32)
+              copy_async<4 * V>(to + (BLOCK_M + c) * 4 * V, w_scale + (size_t)(min(t.n + c * SHARED_N, GEMM_N - 1) / W_GROUP) * K_BLOCKS + k);
             if (++slot == SLOTS) slot = 0;
           }
-#pragma unroll
-          for (int g = lane; g < GROUPS; g += 32)
-            copy_async<4>(shared_address(group_scales + stage * GROUPS + g), w_scale + (size_t)min(t.n / 8 + g, GEMM_N / 8 - 1) * K_BLOCKS + k);
           copy_async_arrive(full_bar + stage * 8);
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
@@ -410,7 +409,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       first += step;
       pass_turn(warpgroup);
     }
-    int last = 0, slot = 0;
+    int last = 0, taken = 0;  // `taken`: the next k block's place in the ring of scales
+    Scales scale;
     auto multiply = [&](float (&to)[MMAS][BLOCK_N / 2], int sofar) {  // this stage, added to what `to` holds `sofar`
       wgmma_fence();
       u32 at = stages + stage * STAGE_BYTES;
@@ -425,21 +425,35 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       last = stage;
       if (++stage == STAGES) stage = 0, parity ^= 1;
     };
-    // Starts the next stage's products; where there is none (there always is, as ptxas sees it), those of what lies there.
-    auto begin = [&](float (&to)[MMAS][BLOCK_N / 2], bool real) {
-      if (real) mbarrier_wait(full_bar + stage * 8, parity);
-      multiply(to, 0);
-      if (real) advance();
+    auto load_scales = [&] {
+      const float* at = block_scales + taken / SCALE_VECTOR * SLOT + taken % SCALE_VECTOR;
+      scale.columns = at + BLOCK_M * SCALE_VECTOR;
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        scale.row[i] = BLOCKWISE ? at[(warpgroup * TILE_ROWS + thread / 32 * 16 + lane / 4 + i * 8) * SCALE_VECTOR] : 1.f;
+#pragma unroll
+      for (int c = 0; c < COLUMNS; c++) scale.column[c] = scale.columns[c * SCALE_VECTOR];
+      if (++taken == SLOTS * SCALE_VECTOR) taken = 0;
     };
-    auto finished = [&](float (&products)[MMAS][BLOCK_N / 2]) {
+    // PROMOTE: adds the products under way and starts those of the next stage; where there is none (there always is, as ptxas
+    // sees it), those of what lies there. All other work stands here, not beside the stage's four wgmmas: when these are not
+    // issued one right after the other, the other warpgroup's come between, and both wait at once, and add at once.
+    auto add_and_go_on = [&](float (&sums)[BLOCK_N / 2], float (&products)[BLOCK_N / 2], bool more) {
+      load_scales();
       wgmma_wait_group<0>();
 #pragma unroll
-      for (int m = 0; m < MMAS; m++)
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; i++) pin(products[m][i]);
+      for (int i = 0; i < BLOCK_N / 2; i++) pin(products[i]);
+      promote(sums, products, scale);
+      release(empty_bar + stage * 8);
+      advance();
+      if (more) mbarrier_wait(full_bar + stage * 8, parity);
+      multiply(d, 0);
     };
     if (PROMOTE && K_BLOCKS < 4) pin(k_end);  // a loop that is unrolled away lets ptxas wait too early
-    if (PROMOTE) begin(d, first < units);
+    if (PROMOTE) {
+      mbarrier_wait(full_bar + stage * 8, parity);
+      multiply(d, 0);
+    }
     for (int unit = first; unit < units; unit += PINGPONG ? 2 * step : step) {
       Tile t = tile_of(unit, m_units, rank);
       int row = t.m + (PINGPONG ? 0 : warpgroup * TILE_ROWS);
@@ -466,24 +480,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       }
       if (PINGPONG) await_turn(warpgroup);
       if constexpr (PROMOTE) {
-        int first_row = (PINGPONG ? 0 : warpgroup * TILE_ROWS) + thread / 32 * 16 + lane / 4;
-        bool another = unit + step < units;
-        auto add = [&](float (&products)[MMAS][BLOCK_N / 2], int at, int k) {
-          promote(sum, products, row_scales + slot * SLOT + first_row * SCALE_VECTOR + k % SCALE_VECTOR, group_scales + at * GROUPS);
-          if (BLOCKWISE && k % SCALE_VECTOR == SCALE_VECTOR - 1 && ++slot == SLOTS) slot = 0;
-          __syncwarp();  // every lane has read the scales
-          release(empty_bar + at * 8);
-        };
 #pragma unroll 1
-        for (int k = k_begin; k + 1 < k_end; k++) {
-          finished(d);
-          add(d, last, k);
-          begin(d, true);
-        }
-        finished(d);
-        add(d, last, k_end - 1);
-        begin(d, another);
-        if (PINGPONG) pass_turn(warpgroup);
+        for (int k = k_begin; k + 1 < k_end; k++) add_and_go_on(sum[0], d[0], true);
+        add_and_go_on(sum[0], d[0], unit + step < units);
       } else {
 #pragma unroll 1
         for (int k = k_begin; k < k_end; k++) {

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
-from fp8.plugins.gemm.types import BYTES, GROUP_ROWS, blockwise, operands
+from fp8.plugins.base import SCALE_BLOCK, Kernel, Launcher, Plugin, StepShape, Tensor
+from fp8.plugins.gemm.types import BYTES, blockwise, group_rows, operands
 
 if TYPE_CHECKING:
     import torch
@@ -109,14 +109,15 @@ class Problem:
     def scale_slots(self, t: ManyTokens) -> int:
         """Scales of a row that shared memory holds: those of the stages, and what is loaded beside them."""
         v = self.scale_vector(t)
-        return (t.STAGES + 2 * v - 2) // v * v
+        return (t.STAGES + 2 * v - 1) // v * v
 
     def shared(self, t: ManyTokens) -> int:
         """Bytes of dynamic shared memory: stages, store buffers, scales and biases, barriers."""
         stages = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
-        buffers = 2 * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
+        buffers = (2 - self["PROMOTE"]) * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
         vectors = (int(self["W_SCALE"] == 1 or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
-        scales = self.blockwise * (self.scale_slots(t) * t.BLOCK_M + t.STAGES * t.BLOCK_N // GROUP_ROWS) * 4
+        width = min(self["W_GROUP"], math.gcd(t.BLOCK_N, SCALE_BLOCK))
+        scales = self.blockwise * self.scale_slots(t) * (t.BLOCK_M + (t.BLOCK_N // width + 3) // 4 * 4) * 4
         return stages + t.warpgroups * (buffers + vectors) + scales + 16 * t.STAGES
 
 
@@ -137,6 +138,7 @@ def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
         "QUANT": quant,
         "X_SCALE": 0 if x_scale is None else 3 if blockwise(inputs) else 1 if x_scale.shape[0] == 1 else 2,
         "W_SCALE": 0 if w_scale is None else 2 if blockwise(inputs) else 1,
+        "W_GROUP": group_rows(inputs),
         "BIAS": int(bias is not None),
         "PROMOTE": int(blockwise(inputs) or attributes["accumulation"] == "precise"),
         "TMA_STORE": int(out != 2 and row_bytes % 16 == 0),

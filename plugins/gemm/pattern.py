@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fp8.plugins.base import SCALE_BLOCK
 from fp8.plugins.gemm.types import GROUP_ROWS
 from fp8.plugins.quantize.pattern import ROUNDED
 
@@ -32,9 +33,12 @@ def complete(inputs, attributes):
 
 
 def per_channel(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """The weight's scale, one or one per channel, as f32 [N]; blockwise (given per row) as f32 [N / 8, K / 128]."""
+    """The weight's scale, one or one per channel, as f32 [N]; blockwise (given per row) as f32
+    [ceil(N / 128), K / 128], or [N / 8, K / 128] where blocks of joined or cut parts begin elsewhere."""
     if scale.ndim == 2:
-        return scale[::GROUP_ROWS]
+        blocks = scale[::SCALE_BLOCK]
+        whole = torch.equal(blocks.repeat_interleave(SCALE_BLOCK, 0)[: len(scale)], scale)
+        return blocks if whole else scale[::GROUP_ROWS]
     return scale.float().reshape(-1).expand(rows)
 
 

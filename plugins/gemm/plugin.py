@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Gemm(Linear):
     """x (e4m3 or 16-bit) [rows, K], w (same) [N, K], x_scale f32 [1] or [rows]?, w_scale f32 [N]?, bias f32 [N]?
     -> y out_dtype [rows, N]. Sums in float32, rounds once. Blockwise: x_scale f32 [rows, K / 128], w_scale f32
-    [N / 8, K / 128].
+    [ceil(N / 128), K / 128], or [N / 8, K / 128].
 
     `rows` says which of a step's sizes counts the rows of x: "T" packed tokens or "L" rows whose logits are wanted.
     `accumulation`: see `types.ACCUMULATIONS`; blockwise sums are precise in any case.

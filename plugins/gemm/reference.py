@@ -16,10 +16,12 @@ def accumulate(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """(x w^T) * x_scale * w_scale + bias in float32. x: [T, K], w: [N, K] (e4m3 codes or floats), x_scale: [1] or [T],
-    w_scale and bias: [N]; or, blockwise, x_scale: [T, K / 128] and w_scale: [N / 8, K / 128]. Returns [T, N]."""
+    w_scale and bias: [N]; or, blockwise, x_scale: [T, K / 128] and w_scale: [ceil(N / 128), K / 128] or
+    [N / 8, K / 128]. Returns [T, N]."""
     if x_scale is not None and x_scale.ndim == 2:
         x, x_scale = x.float() * spread(x_scale), None
-        w, w_scale = w.float() * spread(w_scale.repeat_interleave(GROUP_ROWS, 0)), None
+        group = SCALE_BLOCK if w_scale.shape[0] == -(-w.shape[0] // SCALE_BLOCK) else GROUP_ROWS
+        w, w_scale = w.float() * spread(w_scale.repeat_interleave(group, 0)[: w.shape[0]]), None
     y = x.float() @ w.float().t()
     if x_scale is not None:
         y *= x_scale.float().reshape(-1, 1)

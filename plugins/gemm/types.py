@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fp8.plugins.base import SCALE_BLOCK, Dim, PluginError, Tensor
 
 BYTES = {"float8_e4m3fn": 1, "bfloat16": 2, "float16": 2, "float32": 4}
-GROUP_ROWS = 8  # of w that share a blockwise scale: neighbours in a thread's accumulators
+GROUP_ROWS = 8  # of w that share a blockwise scale at least: neighbours in a thread's accumulators
 OUT_DTYPES = ("bfloat16", "float16", "float32")
 ACCUMULATIONS = ("fast", "precise")  # of e4m3 products: as the tensor cores add, or in float32 every 128 of K
 
@@ -37,8 +37,17 @@ def check_vector(name: str, found: Tensor | None, sizes: tuple[Dim, ...]) -> Non
 
 
 def blockwise(inputs: Sequence[Tensor | None]) -> bool:
-    """Whether x has a scale per row and SCALE_BLOCK of K, and w one per GROUP_ROWS rows and SCALE_BLOCK of K."""
+    """Whether x has a scale per row and SCALE_BLOCK of K, and w one per `group_rows` rows and SCALE_BLOCK of K."""
     return inputs[2] is not None and len(inputs[2].shape) == 2
+
+
+def group_rows(inputs: Sequence[Tensor | None]) -> int:
+    """Rows of w that share a blockwise scale: SCALE_BLOCK, or GROUP_ROWS where the blocks of parts that are joined or
+    cut do not meet its multiples."""
+    w, scale = inputs[1], inputs[3]
+    if w is None or scale is None or len(scale.shape) != 2:
+        return GROUP_ROWS
+    return SCALE_BLOCK if scale.shape[0] == -(-int(w.shape[0]) // SCALE_BLOCK) else GROUP_ROWS
 
 
 def check_scales(inputs: Sequence[Tensor | None], rows: Dim, n: int, k: Dim) -> None:
@@ -51,7 +60,7 @@ def check_scales(inputs: Sequence[Tensor | None], rows: Dim, n: int, k: Dim) -> 
         raise PluginError(
             f"w is [{n}, {k}], expected N in multiples of {GROUP_ROWS} and K of {SCALE_BLOCK} for blockwise scales"
         )
-    for name, found, size in (("x_scale", inputs[2], rows), ("w_scale", inputs[3], n // GROUP_ROWS)):
+    for name, found, size in (("x_scale", inputs[2], rows), ("w_scale", inputs[3], -(-n // group_rows(inputs)))):
         expected = Tensor("float32", (size, k // SCALE_BLOCK))
         if found != expected:
             text = f"{found.dtype} {list(found.shape)}" if found else "absent"

@@ -28,8 +28,14 @@ def interleaved(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return weight if weight.is_meta else interleave(*weight.chunk(2))  # same shape
 
 
+def scales(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    if scale.ndim == 2:
+        raise PluginError("blockwise scales are not interleaved; use act_quant")
+    return interleaved(per_channel(scale, rows), rows)
+
+
 PREPARE = {
     "w": interleaved,
-    "w_scale": lambda scale, rows: interleaved(per_channel(scale, rows), rows),
+    "w_scale": scales,
     "bias": lambda bias, rows: interleaved(bias.float(), rows),
 }
