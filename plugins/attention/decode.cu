@@ -24,12 +24,15 @@
 // What brought reading near the memory's rate, us at 64 x 1024 and 1024 x 192 with 8 KV heads, and at 64 x 4096 with 32:
 // 37.3, 167, 544 at first; tokens instead of heads as rows of the products, half of them, and values in boxes of 128 bytes
 // instead of 64: 36.2, 158, 525; slots refilled out of registers by all lanes: 35.7, 140, 521; the next unit's row ahead of
-// time: 35.7, 123, 520. Without any products it would be 34.6, 130 (of 158), 519; without the newest token's write 35.3 (of
-// 36.2), 151 (of 158), 517 (of 525).
+// time: 35.7, 123, 520; what the kernel before does not write asked for before it ends, and four blocks at 1024 sequences:
+// 34.8, 119, 519; three warps with two slots each instead of two with three: 34.7, 118.5, 518. Of the 36.2, 158 and 525, the
+// products were 1.6, 28 and 6, and the newest token's write 0.9, 7 and 8.
 // Tried, no gain: sending for the first unit's row of qkv before the first tiles (9.4 instead of 10.0 us at 1 x 1024 with
 // 32 KV heads, but 8.2 instead of 7.9 with 8); pieces of the line drawn by tickets instead of equal runs, by blocks of one
 // warp (64 x 1024 with 32 KV heads 139 instead of 144, but 58 instead of 48 with 8, 1024 x 192 146 instead of 142); blocks
-// of one warp (45 instead of 36); L2 hints to evict keys and values first (nothing but what a benchmark's sets in turn leave).
+// of one warp (40 instead of 35); the newest token's whole page of values written back instead of its bytes (139 instead of
+// 138, 126 instead of 119); 256 instead of 512 values merged at a time by blocks of four warps (1 x 1024 5.3 instead of 5.0);
+// L2 hints to evict keys and values first (nothing but what a benchmark's sets in turn leave).
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of qkv and the output, and of the cache if not FP8), ROTARY_DIM
 // (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
@@ -55,8 +58,8 @@ constexpr int COLUMN_TILES = (ROWS + 7) / 8, STEPS = HEAD_DIM / 16, S_TILES = TI
 constexpr int PAIR = ROWS > 1 ? 2 : 1;         // heads of a thread in a tile of columns
 constexpr int OPERAND = FP8_CACHE ? 1 : DTYPE; // of products: e4m3 codes are multiplied as f16, exactly
 constexpr int SPAN = HEAD_DIM * BYTES < 128 ? HEAD_DIM * BYTES : 128;  // bytes of a swizzled row of keys
-// Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory.
-constexpr int WIDEST = ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32;
+// Warps are merged COLUMNS at a time: 512 values of each, so that the rings can have the shared memory; 256 in small blocks.
+constexpr int WIDEST = WARPS < 4 ? (ROWS <= 2 ? 128 : ROWS <= 4 ? 64 : 32) : ROWS <= 4 ? 128 : ROWS <= 8 ? 64 : 32;
 constexpr int COLUMNS = WIDEST < HEAD_DIM ? WIDEST : HEAD_DIM;
 constexpr bool AHEAD = ROWS <= 8;              // registers allow it: a unit's row is sent for before the unit before is done
 constexpr int PITCH = COLUMNS + 4;             // floats; the padding spreads rows over the banks

@@ -32,8 +32,8 @@ class Decode:
     """Warps in a block, slots in each warp's ring, blocks on a multiprocessor: for many units, where small blocks merge
     cheaply. Few units are cut among the blocks, and larger blocks make fewer partial results: `few` is for those."""
 
-    decode_warps: int = 2
-    decode_slots: int = 3
+    decode_warps: int = 3
+    decode_slots: int = 2
     decode_blocks: int = 4
 
     def few(self) -> Decode:
@@ -94,7 +94,8 @@ class Shape:
     def shared_bytes(self, tactic: Decode, sequences: int) -> int:
         """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers; the unit's queries,
         newest key and value; places of each sequence's units."""
-        columns = min(self.head_dim, 128 if self.rows <= 4 else 64 if self.rows <= 8 else 32)
+        values = 256 if tactic.decode_warps < 4 else 512
+        columns = min(self.head_dim, max(32, next(c for c in (128, 64, 32, 16) if c * self.rows <= values)))
         warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 4 + 2) + 4
         fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 48
         return tactic.decode_warps * warp + fresh + 2 * sequences + 64
@@ -115,11 +116,13 @@ def shape(plugin: Attention, inputs: Sequence[Tensor | None]) -> Shape:
 
 
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decode]:
-    """Four blocks of two warps, two of four, one of eight: rings of up to 192 KB on a multiprocessor in each."""
+    """Four blocks of three warps or two, two of four, one of eight: rings of 192 KB on a multiprocessor in each."""
     sequences = 128  # the tables of more of them fit too, with fewer blocks on a multiprocessor
     of = shape(plugin, inputs)
     slots = 24576 // of.slot_bytes
-    wanted = [Decode(2, slots, 4), Decode(4, slots, 2), Decode(8, slots, 1), Decode(2, max(2, slots - 1), 4)]
+    wanted = [Decode(2, slots, 4), Decode(4, slots, 2), Decode(8, slots, 1)]
+    if of.rows <= MOST_HEADS // 2:  # more need more registers than twelve warps have
+        wanted.insert(0, Decode(3, slots * 2 // 3, 4))
     return [tactic for tactic in dict.fromkeys(wanted) if of.fits(tactic, sequences)]
 
 
