@@ -18,13 +18,13 @@
 // fourth tile (-1 to -2 %), warpgroups that take turns at the products (-6 %) or at the exponentials (-12 %), or that start
 // apart (-2 %), P V issued after the maxima (-6 %), maxima reduced only when one rises (-11 %), scores computed one tile
 // ahead into a second set of registers with the sums in shared memory (-22 %), the next item's Q K^T before an item's end (0),
-// the waits for the next K and V under the exponentials (-2 to -9 %), products in turn by a named barrier (-3 to -6 %), five or
-// six tiles of K and V in place of four (+1 to -4 %). Q rotated and quantized here saves rope_kv_write.cu 15 us at 4096 tokens
-// of 32 heads, but takes the consumers 20 us, and the producer's three idle warps, an item ahead, 18 to 30 us; at 16384 tokens
-// these hide it, but there power is what is short.
+// and at 4 x 1024 tokens, where the power limit does not count yet: the waits for the next K and V under the exponentials
+// (-2 %), products in turn by a named barrier (-3 %), five or six tiles of K and V in place of four (+1 %, -2 %). Q rotated and
+// quantized here saves rope_kv_write.cu 15 us at 4096 tokens of 32 heads, but takes the consumers 20 us, and the producer's
+// three idle warps, an item ahead, 18 to 30 us; at 16384 tokens these hide it, and nothing is gained.
 // 16 bits: a third tile of K and V in place of a second one of Q is worth 6 % (4096 tokens) to 15 % (16384 tokens); with it,
-// products in turn by a named barrier cost 2 to 4 % (without it they gain 2 to 3 %), and Q sent for after the item's first tiles
-// of K and V costs 0 to 5 %.
+// products in turn by a named barrier cost 0 to 2 % (without it they gain 2 to 3 %), and Q sent for after the item's first tiles
+// of K and V costs 0 to 5 %. (Times of contestants in turn: under the power limit the place in the turn is worth up to 3 %.)
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), Q_STAGES (tiles of
 // Q), STAGES (tiles of K and of V).

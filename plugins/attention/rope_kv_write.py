@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 E4M3 = "float8_e4m3fn"
 THREADS = 256
-HEADS = 4  # of a thread
-VALUE_DIMS = 32  # of a thread that transposes values
+VALUE_DIMS = 16  # of a thread that transposes values
 
 
 def rotary_dim(cos: Tensor | torch.Tensor | None) -> int:
@@ -68,8 +67,9 @@ def bind(
     launch = Launch(function, THREADS, args)
     fp8 = key.element_size() == 1
     vec = vector(rotary_dim(cos))
+    heads = 1 if fp8 else 4  # of a thread
     moved = plugin.num_heads + (1 if fp8 else 2) * plugin.num_kv_heads
-    units = -(-moved // HEADS) * (plugin.head_dim // (2 * vec))
+    units = -(-moved // heads) * (plugin.head_dim // (2 * vec))
 
     def run(step: StepShape) -> None:
         tokens.value, sequences.value, decode_sequences.value = step.tokens, step.sequences, step.decode_sequences
