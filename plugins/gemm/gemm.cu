@@ -43,7 +43,9 @@
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
 // Where weights come first (AHEAD), those of all stages, before x: 64 x 4096 x 4096 8.0 us instead of 7.3, 128 x 12288 x 4096
-// 17.7 instead of 16.5 (per-tensor 15.9 and 15.0): x queued behind what fills every ring, 15 MB.
+// 17.7 instead of 16.5 (per-tensor 15.9 and 15.0): x queued behind what fills every ring, 15 MB. Where more tiles
+// follow, all stages: with three, the same main loop had 1106 instead of 1231 at 2048 x 4096 x 4096 and 1198 instead of 1335
+// at 8192 x 7168 x 16384 (two runs), as if the warpgroups, once both had waited for one stage, multiplied and added together.
 #include "fp8/convert.cuh"
 #include "fp8/matrix.cuh"
 #include "fp8/mbarrier.cuh"
@@ -77,7 +79,7 @@ constexpr int COLUMNS = BLOCKWISE && W_GROUP > 8 ? BLOCK_N / SHARED_N : 0;  // s
 // A ring of scales: a slot holds SCALE_VECTOR k blocks, side by side, of the tile's rows, then of its columns.
 constexpr int SLOT = (BLOCK_M + BLOCK_N / SHARED_N + 3) / 4 * 4 * SCALE_VECTOR;
 constexpr int SLOTS = BLOCKWISE ? (STAGES + 2 * SCALE_VECTOR - 1) / SCALE_VECTOR : 0;
-constexpr int AHEAD = STAGES < 3 ? STAGES : 3;            // stages of weights that are asked for before x
+constexpr int AHEAD = STAGES < 3 ? STAGES : 3;            // stages of weights that are asked for before x, where no tile follows
 constexpr int CONSUMERS = PINGPONG ? 1 : WARPGROUPS;     // warpgroups that read a stage
 constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread carries to shared memory
 static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
@@ -349,7 +351,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       int filled = 0;  // k blocks of the first tile whose weights are asked for before the kernels before have ended
       if (first < units) {
         Tile t = tile_of(first, m_units, rank);
-        filled = min(AHEAD, k_end - k_begin);
+        filled = min(first + step < units ? STAGES : AHEAD, k_end - k_begin);
         for (int i = 0; i < filled; i++) {
           mbarrier_arrive_expect_tx(full_bar + i * 8, STAGE_BYTES);
           load_w(i, k_begin + i, t);
