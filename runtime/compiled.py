@@ -6,12 +6,12 @@ import bisect
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
-from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.plugins.base import Launcher, Plugin, StepShape, load
 from fp8.runtime import tail
 from fp8.runtime.links import INPUT
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
@@ -146,7 +146,7 @@ class CompiledExecutor:
         self, shape: StepShape, observe: Observer | None = None, hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`hidden_states`, if any, lie where the launches are bound to."""
-        for i, (launcher, live) in enumerate(self._launches(shape, whole=observe is not None)):
+        for i, (launcher, live) in enumerate(self.launches(shape, whole=observe is not None)):
             if live is not shape and i == self._first_of_tail:
                 self._wanted.gather(live.tokens)
             launcher(live)
@@ -159,7 +159,14 @@ class CompiledExecutor:
 
     def shapes(self, shape: StepShape) -> list[StepShape]:
         """What every plan step of a step is launched for: behind the last attention, often fewer rows."""
-        return [live for _, live in self._launches(shape)]
+        return [live for _, live in self.launches(shape)]
+
+    def rebound(self, index: int, tactic: Any, functions: Sequence[Function]) -> Launcher:
+        """The launch of the plan's step `index` by another tactic, one without a workspace."""
+        step = self.plan.steps[index]
+        plugin = load(step.plugin)(**step.attributes)
+        tensors = [self._tensors[name] if name else None for name in (*step.inputs, *step.outputs)]
+        return plugin.bind(tactic, functions, tensors, None)
 
     def weight(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -168,7 +175,7 @@ class CompiledExecutor:
         """Seconds of every plan step's launch, the median of `repeats` passes; without overlap between launches."""
         import torch
 
-        launches, passes = self._launches(shape), []
+        launches, passes = self.launches(shape), []
         for _ in range(repeats):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]
             torch.cuda._sleep(20_000_000)  # some 10 ms: the host gets ahead, so that its own time is not measured
@@ -182,7 +189,7 @@ class CompiledExecutor:
             passes.append([a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)])
         return [statistics.median(times) for times in zip(*passes, strict=True)]
 
-    def _launches(self, shape: StepShape, whole: bool = False) -> list[tuple[Launcher, StepShape]]:
+    def launches(self, shape: StepShape, whole: bool = False) -> list[tuple[Launcher, StepShape]]:
         """The launch of every plan step that fits the step's size, and what it is for. `whole`: all rows to the end."""
         if whole or not self._tail or shape.tokens - shape.logits_rows < tail.LEAST:
             return [(_launcher(step, shape), shape) for step in self._steps]
