@@ -11,6 +11,7 @@ from fp8.plugins.compile import compile_kernel
 from fp8.plugins.gemm import many_tokens
 from fp8.plugins.gemm.cases import CASES
 from fp8.plugins.gemm.cases import case as gemm_case
+from fp8.plugins.gemm.few_tokens import FewTokens
 from fp8.plugins.gemm.library import Library
 from fp8.plugins.gemm.many_tokens import ManyTokens
 from fp8.plugins.gemm.plugin import Gemm
@@ -206,6 +207,14 @@ def test_precise_sums_are_of_e4m3() -> None:
 def test_buckets_end_at_the_maximum() -> None:
     assert Gemm().buckets(1000) == [8, 16, 32, 64, 96, 128, 256, 512, 1000]
     assert GemmSwiglu().buckets(8) == [8]
+
+
+def test_few_tokens_may_have_a_shallower_ring_than_is_offered() -> None:
+    inputs = [*operands(4096, 4096)[:4], None]
+    legal = [n for n in range(20) if Gemm().legal(FewTokens(8, 32, 1, n, 2, 2), inputs, 8)]
+    assert legal == list(range(2, 17))  # 16 stages hold all of K
+    assert not Gemm().legal(FewTokens(8, 40, 1, 8, 2), inputs, 8)
+    assert not Gemm().legal(FewTokens(8, 32, 1, 8, 2, 2), inputs, 9)
 
 
 def test_the_library_is_offered_only_for_the_same_op() -> None:

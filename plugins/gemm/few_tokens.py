@@ -177,6 +177,13 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> 
     return sorted(found, key=lambda t: (cost(t, n, k * size, tokens), repr(t)))
 
 
+def allowed(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None], tokens: int) -> bool:
+    """Whether the tactic is one of `candidates`, or one of them with a shallower ring: beside another kernel's blocks a
+    deep one finds no room."""
+    same = (t for t in candidates(plugin, inputs, tokens) if t == replace(tactic, STAGES=t.STAGES))
+    return any(2 <= tactic.STAGES <= t.STAGES for t in same)
+
+
 def favoured(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> bool:
     """Whether few_tokens.cu is likely to beat gemm.cu: beyond 96 tokens the products bound it, unless K is so long that
     gemm.cu has too few tiles, and beyond 32 where they are promoted (measurements in few_tokens.cu)."""

@@ -37,7 +37,7 @@ class Linear(Plugin):
 
     def legal(self, tactic: Tactic, inputs: Sequence[Tensor | None], tokens: int) -> bool:
         if isinstance(tactic, FewTokens):
-            return tactic in few_tokens.candidates(self, inputs, tokens)
+            return few_tokens.allowed(self, tactic, inputs, tokens)
         if isinstance(tactic, ManyTokens):
             return many_tokens.legal(tactic, many_tokens.problem(self, inputs), tokens)
         return tactic in library.candidates(self, inputs)
