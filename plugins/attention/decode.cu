@@ -7,8 +7,9 @@
 // The dealing depends on sequence_lengths only and is done on the device, so the grid is fixed under a CUDA graph.
 // Inside a block the warps take tiles in turn and know nothing of each other: each warp has its own ring of slots that
 // TMA fills with K and V tiles in turn, running ahead into the next unit, and its own running maximum, sum and output.
-// At the end of a unit (or of the run) the warps are merged; a unit that spans several blocks leaves partial results,
-// and the last block to arrive joins them in the order of the context, so results do not depend on timing.
+// At the end of a unit (or of the run) the warps are merged. Of a unit that spans several blocks, the block in which it
+// begins joins the results in the order of the context, as they arrive: words that are their own flags. Blocks have runs
+// in reverse order, so whoever waits, waits for a block that was started before.
 // The running maximum is an integer (base 2), so rescaling is exact. With an FP8 cache P is rounded to e4m3 as p * 256.
 //
 // Rotary embedding, quantization and the write of the new token are part of it: before a unit begins, the block makes the
@@ -27,7 +28,12 @@
 // time: 35.7, 123, 520; what the kernel before does not write asked for before it ends, and four blocks at 1024 sequences:
 // 34.8, 119, 519; three warps with two slots each instead of two with three: 34.7, 118.5, 518. Of the 36.2, 158 and 525, the
 // products were 1.6, 28 and 6, and the newest token's write 0.9, 7 and 8.
-// Tried, no gain: sending for the first unit's row of qkv before the first tiles (9.4 instead of 10.0 us at 1 x 1024 with
+// Words instead of partial results, a counter and its fences, and up to 132 units in blocks of eight warps, one on a
+// multiprocessor: a layer of llama-7B at 1 x 300 takes 59.2 instead of 60.6 us, at 2 x 1088 64.4 (66.3), at 4 67.5 (70.1); of
+// llama-3.1-8B at 1 x 1088 62.9 (63.7), at 2 66.6 (68.3), at 8 68.7 (71.3).
+// Tried, no gain: clusters of 2, 4 or 8 blocks that join through distributed shared memory (st.async): no faster than the
+// words, and only 30 clusters of four find a multiprocessor for each block; the others, and all that comes after, wait.
+// Also sending for the first unit's row of qkv before the first tiles (9.4 instead of 10.0 us at 1 x 1024 with
 // 32 KV heads, but 8.2 instead of 7.9 with 8); pieces of the line drawn by tickets instead of equal runs, by blocks of one
 // warp (64 x 1024 with 32 KV heads 139 instead of 144, but 58 instead of 48 with 8, 1024 x 192 146 instead of 142); blocks
 // of one warp (40 instead of 35); the newest token's whole page of values written back instead of its bytes (139 instead of
@@ -42,6 +48,7 @@
 #include "fp8/rows.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
+#include "fp8/words.cuh"
 #include "rotary.cuh"
 
 constexpr int THREADS = 32 * WARPS;
@@ -65,9 +72,10 @@ constexpr bool AHEAD = ROWS <= 8;              // registers allow it: a unit's r
 constexpr int PITCH = COLUMNS + 4;             // floats; the padding spreads rows over the banks
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
 
+// What a block has of a unit that began in another block: all bits of floats inverted, so that zero is none of them.
 struct Partial {
-  float m[ROWS], l[ROWS];
-  alignas(16) float o[ROWS][HEAD_DIM];
+  uint4 o[ROWS][HEAD_DIM / 4];
+  uint2 m_l[ROWS][HEAD_DIM / 4];  // maximum and sum, for each four columns again
 };
 
 struct Problem {
@@ -166,7 +174,7 @@ struct Shared {
   float m[WARPS][ROWS], l[WARPS][ROWS];
   alignas(8) u64 full[WARPS * SLOTS];
   Fresh fresh;
-  int last, run;
+  int run;
   int sums[WARPS];
   int first, before;  // the sequence that has the first place of the block's run, and the places in those before it
   u16 counts[2];  // [sequences]: places in a unit
@@ -450,8 +458,55 @@ DEVICE void add(float4& a, float4 b, float factor) {
   a.x += b.x * factor, a.y += b.y * factor, a.z += b.z * factor, a.w += b.w * factor;
 }
 
-// Joins the warps' states. A unit that is whole goes to y, divided by its sum; else it goes to `partial`.
-DEVICE void merge(Shared& shared, const State& state, int rows, bool whole, const Output& y, u64 first, Partial* partial) {
+// A result for four columns of a head.
+struct Result {
+  float m, l;
+  float4 o;
+
+  DEVICE_MEMBER void publish(Partial& partial, int r, int c) const {
+    store_words(&partial.o[r][c / 4], make_uint4(~__float_as_uint(o.x), ~__float_as_uint(o.y), ~__float_as_uint(o.z), ~__float_as_uint(o.w)));
+    store_words(&partial.m_l[r][c / 4], make_uint2(~__float_as_uint(m), ~__float_as_uint(l)));
+  }
+  // Adds `count` others in the order of the context, as they arrive, and leaves zeros.
+  DEVICE_MEMBER void join(Partial* partials, int count, int r, int c) {
+    constexpr int BATCH = WARPS < 4 ? 2 : 4;  // loads in flight: their latency is what this costs; small blocks lack registers
+#pragma unroll 1
+    for (int start = 0; start < count; start += BATCH) {
+      uint4 outputs[BATCH];
+      uint2 sums[BATCH];
+      bool there;
+      do {
+        there = true;
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+          if (start + j >= count) continue;
+          outputs[j] = load_words(&partials[start + j].o[r][c / 4]);
+          sums[j] = load_words(&partials[start + j].m_l[r][c / 4]);
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++)
+          if (start + j < count) there &= outputs[j].x && outputs[j].y && outputs[j].z && outputs[j].w && sums[j].x && sums[j].y;
+      } while (!there);
+#pragma unroll
+      for (int j = 0; j < BATCH; j++) {
+        if (start + j >= count) continue;
+        store_words(&partials[start + j].o[r][c / 4], make_uint4(0, 0, 0, 0));
+        store_words(&partials[start + j].m_l[r][c / 4], make_uint2(0, 0));
+        const float other = __uint_as_float(~sums[j].x), now = fmaxf(m, other);
+        const float mine = exp2f(m - now), factor = exp2f(other - now);
+        const float4 v = make_float4(__uint_as_float(~outputs[j].x), __uint_as_float(~outputs[j].y), __uint_as_float(~outputs[j].z), __uint_as_float(~outputs[j].w));
+        m = now;
+        l = l * mine + __uint_as_float(~sums[j].y) * factor;
+        o = make_float4(o.x * mine, o.y * mine, o.z * mine, o.w * mine);
+        add(o, v, factor);
+      }
+    }
+  }
+};
+
+// Joins the warps' states, then those that `others` more blocks have of the unit, and stores the output. A block in which
+// the unit does not begin (others < 0) leaves its result to the one in which it does.
+DEVICE void merge(Shared& shared, const State& state, int rows, int others, const Output& y, u64 first, Partial* partials, int mine) {
   const int warp = threadIdx.x / 32, d = threadIdx.x % 32 / 4;
   const auto each_head = [&](auto body) {  // of those that the thread holds
 #pragma unroll
@@ -487,77 +542,26 @@ DEVICE void merge(Shared& shared, const State& state, int rows, bool whole, cons
     __syncthreads();
     for (int i = threadIdx.x; i < rows * (COLUMNS / 4); i += THREADS) {
       const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4) * 4;
-      float m = shared.m[0][r], l = 0.0f;
+      float m = shared.m[0][r];
 #pragma unroll
       for (int w = 1; w < WARPS; w++) m = fmaxf(m, shared.m[w][r]);
-      float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+      Result result = {m, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
         const float factor = exp2f(shared.m[w][r] - m);
-        l += shared.l[w][r] * factor;
-        add(o, *(const float4*)&shared.o[w][r][c], factor);
+        result.l += shared.l[w][r] * factor;
+        add(result.o, *(const float4*)&shared.o[w][r][c], factor);
       }
       const int at = pass * COLUMNS + c;
-      if (whole) {
-        y.store(first + r * HEAD_DIM + at, o, l);
+      if (others < 0) {
+        result.publish(partials[mine], r, at);
       } else {
-        *(float4*)&partial->o[r][at] = o;
-        if (at == 0) partial->m[r] = m, partial->l[r] = l;
+        result.join(partials + mine + 1, others, r, at);
+        y.store(first + r * HEAD_DIM + at, result.o, result.l);
       }
     }
     __syncthreads();
   }
-}
-
-// Joins the partial results of a unit, `count` of them: the first block's, then those of the blocks after it.
-DEVICE void combine(const Partial* partials, int block, int count, int rows, const Output& y, u64 first) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * (HEAD_DIM / 4); i += THREADS) {
-    const int r = i / (HEAD_DIM / 4), c = i % (HEAD_DIM / 4) * 4;
-    constexpr int BATCH = 12;  // loads in flight: their latency is what this costs
-    const float NONE = __int_as_float(0xFF800000);
-    float top = NONE, l = 0.0f;
-    float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (int start = 0; start < count; start += BATCH) {
-      float m[BATCH], sums[BATCH], now = top;
-      float4 outputs[BATCH];
-#pragma unroll
-      for (int j = 0; j < BATCH; j++) {
-        m[j] = NONE, sums[j] = 0.0f, outputs[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (start + j >= count) continue;
-        const Partial& partial = partials[2 * (block + start + j) + (start + j == 0)];
-        m[j] = __ldcg(&partial.m[r]);
-        sums[j] = __ldcg(&partial.l[r]);
-        outputs[j] = __ldcg((const float4*)&partial.o[r][c]);
-      }
-#pragma unroll
-      for (int j = 0; j < BATCH; j++) now = fmaxf(now, m[j]);
-      const float factor = exp2f(top - now);
-      top = now;
-      l *= factor;
-      o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
-#pragma unroll
-      for (int j = 0; j < BATCH; j++) {
-        l += sums[j] * exp2f(m[j] - top);
-        add(o, outputs[j], exp2f(m[j] - top));
-      }
-    }
-    y.store(first + r * HEAD_DIM + c, o, l);
-  }
-}
-
-// True in the block that arrives last of `count` at a unit's counter, which is zero again after it.
-DEVICE bool last_to_arrive(Shared& shared, int* counter, int count) {
-  __syncthreads();
-  if (threadIdx.x == 0) {  // its fences stand for the block's: what came before the barrier is seen by who comes after
-    __threadfence();
-    shared.last = atomicAdd(counter, 1) + 1 == count;
-    if (shared.last) *counter = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return shared.last;
 }
 
 // A thread's share of the sequences, neighbours: an odd number of pairs, so that threads beside each other read from
@@ -618,7 +622,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const u16* qkv,
        const int* position_ids, const int* slot_mapping, const int* block_tables, const int* sequence_lengths,
        const float* cos, const float* sin, u8* key_cache, u8* value_cache, const float* q_scale, const float* k_scale,
-       const float* v_scale, const float* out_scale, void* y, int* counters, Partial* partials, int sequences,
+       const float* v_scale, const float* out_scale, void* y, Partial* partials, int sequences,
        int max_blocks, int unit_cost) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
@@ -640,11 +644,13 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   int places;  // in a unit of each sequence
   const Share share = count_places(shared, sequence_lengths, sequences, nothing, places);
   const int total = places * UNITS;
+  // Later blocks have earlier runs: who waits for a result waits for a block that was started before.
+  const int mine = gridDim.x - 1 - blockIdx.x;
   int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
   const int unit = shared.counts[0], whole = unit ? (run + unit - 1) / unit * unit : run;
   // Contexts of one length: no unit is cut, if little is lost by it.
   if (unit * sequences == places && whole - run <= run / 8) run = whole;
-  const int begin = min(total, (int)blockIdx.x * run);
+  const int begin = min(total, mine * run);
   const Problem p = {block_tables, shared.counts, max_blocks, nothing, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
   locate(shared, share, begin);
@@ -706,12 +712,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     const Cursor done = shared.fresh.at;
     if (!AHEAD && at.index < p.end) incoming.load_facts(inputs, at), incoming.load_row(inputs, at);
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
-    const int rows = rows_of(done.unit);
     const int origin = done.index - done.tile;  // of the unit, in the line of tiles
-    const int block = origin / shared.run, count = (origin + done.tiles(p) - 1) / shared.run - block + 1;
-    Partial* partial = partials + 2 * blockIdx.x + (block == (int)blockIdx.x);
-    merge(shared, state, rows, count == 1, output, first, partial);
-    if (count > 1 && last_to_arrive(shared, counters + done.sequence * UNITS + done.unit, count))
-      combine(partials, block, count, rows, output, first);
+    const int last = (origin + done.tiles(p) - 1) / shared.run;  // run that has tiles of it
+    merge(shared, state, rows_of(done.unit), origin / shared.run == mine ? last - mine : -1, output, first, partials, mine);
   }
 }

@@ -30,7 +30,8 @@ MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
 @dataclass(frozen=True)
 class Decode:
     """Warps in a block, slots in each warp's ring, blocks on a multiprocessor: for many units, where small blocks merge
-    cheaply. Few units are cut among the blocks, and larger blocks make fewer partial results: `few` is for those."""
+    cheaply. Few units are cut among the blocks, and larger blocks make fewer partial results: `few` is for those, and
+    `fewest` where there is a multiprocessor for each."""
 
     decode_warps: int = 3
     decode_slots: int = 2
@@ -39,6 +40,14 @@ class Decode:
     def few(self) -> Decode:
         """What runs a step of few units, with as many slots on a multiprocessor."""
         return Decode(4, max(2, self.decode_warps * self.decode_slots * self.decode_blocks // 8), 2)
+
+    def fewest(self) -> Decode:
+        """Keys and values of a tile for each warp."""
+        return Decode(8, 2, 1)
+
+    def variants(self) -> tuple[Decode, Decode, Decode]:
+        """For many units, for few, for the fewest."""
+        return self, self.few(), self.fewest()
 
     @property
     def grid(self) -> int:
@@ -80,7 +89,7 @@ class Shape:
 
     @property
     def partial_bytes(self) -> int:
-        return -(-8 * self.rows // 16) * 16 + 4 * self.rows * self.head_dim
+        return 6 * self.rows * self.head_dim
 
     def check_context(self, tokens: int) -> None:
         """Raises PluginError for block tables of more tokens than the kernel counts."""
@@ -127,8 +136,8 @@ def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decod
 
 
 def kernels(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
-    """For many units, and for few."""
-    return kernel(plugin, tactic, inputs), kernel(plugin, tactic.few(), inputs)
+    """Of all variants."""
+    return tuple(kernel(plugin, t, inputs) for t in tactic.variants())
 
 
 def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> Kernel:
@@ -151,16 +160,11 @@ def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -
     return Kernel("attention", "decode.cu", "decode", constants)
 
 
-def counter_bytes(of: Shape, max_sequences: int) -> int:
-    return -(-4 * max_sequences * of.units // 1024) * 1024
-
-
 def workspace(
     plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
 ) -> int:
-    """A counter for each unit, zero between launches, then two partial results for each block."""
-    of = shape(plugin, inputs)
-    return counter_bytes(of, max_sequences) + 2 * max(tactic.grid, tactic.few().grid) * of.partial_bytes
+    """A partial result for each block, zero between launches."""
+    return max(t.grid for t in tactic.variants()) * shape(plugin, inputs).partial_bytes
 
 
 def bind(
@@ -182,28 +186,29 @@ def bind(
         maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 128, of.head_dim // 2)]
     else:
         maps = [matrix_map(t.view(-1, of.head_dim), 64, of.tile) for t in (key, value)]
-    start = counter_bytes(of, len(lengths))
     sequences, unit_cost = ctypes.c_int(), ctypes.c_int()
     scales = tensors[10:14]  # q, k, v, out
-    partials, width = workspace[start:], ctypes.c_int(tables.shape[1])
+    width = ctypes.c_int(tables.shape[1])
     steps = [qkv, positions, slots, tables, lengths]
-    outputs = [tensors[14], workspace, partials]
+    outputs = [tensors[14], workspace]
     args = [*maps, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost]
-    many, few = (
+    variants = tactic.variants()
+    launches = [
         Launch(function, 32 * t.decode_warps, args, of.shared_bytes(t, len(lengths)))
-        for function, t in zip(functions, (tactic, tactic.few()), strict=True)
-    )
+        for function, t in zip(functions, variants, strict=True)
+    ]
 
     def run(step: StepShape) -> None:
         units = step.decode_sequences * of.units
         sequences.value = step.decode_sequences
         unit_cost.value = UNIT_COST if units >= MANY else 0
-        launch, used = (many, tactic) if units >= MANY else (few, tactic.few())
+        which = 0 if units >= MANY else 1 if units > MULTIPROCESSORS else 2
+        used = variants[which]
         # All blocks run at once: one that came later would have as much to do as the others, and nobody beside it.
         grid = MULTIPROCESSORS * of.blocks(used, step.decode_sequences)
         if units < MANY:
             tiles = -(-step.max_context // of.tile)  # of a unit, at most
             grid = max(1, min(grid, units * -(-tiles // used.decode_warps)))
-        launch(grid, of.shared_bytes(used, step.decode_sequences))
+        launches[which](grid, of.shared_bytes(used, step.decode_sequences))
 
     return run
