@@ -33,12 +33,13 @@
 // (one instruction an element; without these additions 1563 to 1768):
 //   scales per 128 rows of w in registers, fetched while wgmma is under way                1366   with the power limit 1155
 //   + one store buffer, so that the ring has five stages                                   1373   1165
-//   fetched before wgmma starts, whose fence waits for them                                1181
-//   fetched with the next stage's, before these products are added                         1230   1056
+//   the next scales' addresses computed between a stage's wgmmas (without: 1343)           1199    997
+//   + scales fetched before wgmma starts                                                   1181
+//   the next stage awaited and its scales fetched before these products are added          1230   1056
 //   the columns in two parts, of which one is added while the other multiplies             1247   1034
 //   128 x 256 in four such parts, x in registers                                           1218   1025
 //   three warpgroups, 192 x 128                                                            1222
-//   a cluster of two that shares w (fetched before; alone 1181)                            1178
+//   a cluster of two that shares w (alone 1343)                                            1230   1040
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
@@ -441,8 +442,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       if (++taken == SLOTS * SCALE_VECTOR) taken = 0;
     };
     // PROMOTE: adds the products under way and starts those of the next stage; where there is none (there always is, as ptxas
-    // sees it), those of what lies there. All other work stands here, not beside the stage's four wgmmas: when these are not
-    // issued one right after the other, the other warpgroup's come between, and both wait at once, and add at once.
+    // sees it), those of what lies there. All other work stands here, not between the stage's four wgmmas: there the
+    // other warpgroup's seem to come in between, so that both wait at once and add at once (12% slower).
     auto add_and_go_on = [&](float (&sums)[BLOCK_N / 2], float (&products)[BLOCK_N / 2], bool more) {
       load_scales();
       wgmma_wait_group<0>();
