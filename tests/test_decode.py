@@ -46,6 +46,14 @@ def test_kernels_of_all_group_sizes_compile(cache: str) -> None:
     assert not any(c.spill_bytes for c in cubins)
 
 
+def test_odd_numbers_of_rotation_pairs_have_kernels() -> None:
+    plugin, given = attention(8, 2, 128), inputs(attention(8, 2, 128), "float8_e4m3fn")
+    given[6] = given[7] = Tensor("float32", ("positions", 3))
+    every = [k for tactic in decode.candidates(plugin, given) for k in decode.kernels(plugin, tactic, given)]
+    assert {dict(k.constants)["VEC"] for k in every} == {1}
+    assert compile.compile_all(every)
+
+
 def test_groups_of_more_than_sixteen_heads_are_several_units() -> None:
     assert Shape(128, 8, 16, True).units == 8
     assert Shape(128, 8, 17, True).units == 16

@@ -124,13 +124,20 @@ def shape(plugin: Attention, inputs: Sequence[Tensor | None]) -> Shape:
     return Shape(plugin.head_dim, plugin.num_kv_heads, group, cache.dtype == E4M3)
 
 
+def pairs_at_once(inputs: Sequence[Tensor | None]) -> int:
+    """Rotation pairs of a head that a thread takes."""
+    rotary_dim = rope_kv_write.rotary_dim(inputs[6])
+    return math.gcd(2, rotary_dim // 2) if rotary_dim else 2
+
+
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decode]:
     """Four blocks of three warps or two, two of four, one of eight: rings of 192 KB on a multiprocessor in each."""
     sequences = 128  # the tables of more of them fit too, with fewer blocks on a multiprocessor
     of = shape(plugin, inputs)
     slots = 24576 // of.slot_bytes
     wanted = [Decode(2, slots, 4), Decode(4, slots, 2), Decode(8, slots, 1)]
-    if of.rows <= MOST_HEADS // 2:  # more need more registers than twelve warps have
+    # More heads need more registers than twelve warps have; a row's pairs, taken one by one, are for an even number.
+    if of.rows <= MOST_HEADS // 2 and 96 % (of.head_dim // (2 * pairs_at_once(inputs))) == 0:
         wanted.insert(0, Decode(3, slots * 2 // 3, 4))
     return [tactic for tactic in dict.fromkeys(wanted) if of.fits(tactic, sequences)]
 
@@ -150,7 +157,7 @@ def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -
         ("FP8_CACHE", int(of.fp8)),
         ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
         ("ROTARY_DIM", rotary_dim),
-        ("VEC", math.gcd(2, rotary_dim // 2) if rotary_dim else 2),
+        ("VEC", pairs_at_once(inputs)),
         ("QUANT_OUT", int(plugin.quant_out)),
         ("SOFTMAX_SCALE", plugin.softmax_scale),
         ("WARPS", tactic.decode_warps),
