@@ -233,7 +233,7 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
     Form and coefficients are fitted to about 750 timings of eight layers (N 4096..28672, K 1024..14336, e4m3) at 1, 16
     and 64 tokens on an H200. Its first choice was within 1.3% of the fastest but for four cases of 35 (up to 6%); its
     first three held one within 0.3%, but once (4%). `alone` and `split` are fitted anew to 98 timings, with the sums
-    and the start of the next kernel as they are now: the first choice was within 1.6% of the fastest in 15 of 15 cases.
+    as they are now and every start at 5/32 of w left: then the first choice was within 1.6% of the fastest in 15 cases.
     """
     weights = n * k_bytes
     ctas = -(-n // t.ROWS) * t.SPLIT
