@@ -17,8 +17,8 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> dict[str, Any]:
-    """Facts for the head of a results file; None for what cannot be found out. The command is told without where its
-    results went and of which commit they are."""
+    """Facts for the head of a results file; None for what cannot be found out. The command is told without where it
+    worked, where its results went and of which commit they are."""
     import torch
 
     here = str(Path(__file__).resolve().parent)
@@ -34,7 +34,8 @@ def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> di
 
 
 def _telling(arguments: list[str]) -> list[str]:
-    untold = {i + j for i, word in enumerate(arguments) if word in ("--output", "--commit") for j in (0, 1)}
+    places = [i for i, word in enumerate(arguments) if word in ("--output", "--commit", "--work_dir")]
+    untold = {i + j for i in places for j in (0, 1)}
     return [word for i, word in enumerate(arguments) if i not in untold]
 
 
