@@ -56,7 +56,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decode.cu derives from its constants, for the host's side of it."""
+    """What decode_shape.cuh derives from the constants, for the host's side of it."""
 
     head_dim: int
     kv_heads: int
@@ -101,8 +101,8 @@ class Shape:
             )
 
     def shared_bytes(self, tactic: Decode, sequences: int) -> int:
-        """`Shared` of decode.cu: rings, merged columns, maxima and sums of each warp, barriers; the unit's queries,
-        newest key and value; places of each sequence's units."""
+        """`Shared` of decode_block.cuh: rings, merged columns, maxima and sums of each warp, barriers; the unit's
+        queries, newest key and value; places of each sequence's units."""
         values = 256 if tactic.decode_warps < 4 else 512
         columns = min(self.head_dim, max(32, next(c for c in (128, 64, 32, 16) if c * self.rows <= values)))
         warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 4 + 2) + 4

@@ -1,0 +1,85 @@
+#pragma once
+// The line of all tiles of all units, a place in it, and who sends for the tiles.
+#include "fp8/mbarrier.cuh"
+#include "fp8/tma.cuh"
+#include "decode_shape.cuh"
+
+struct Problem {
+  const int* block_tables;
+  const u16* counts;  // of each sequence: places in one of its units
+  int max_blocks;
+  int nothing;  // places behind the tiles of a unit
+  int end;  // of this block's run of places
+};
+
+// A place in the line of tiles.
+struct Cursor {
+  int index, sequence, unit, tile;
+  int places;  // of the unit
+
+  // `before`: places in the sequences before `sequence`, which has this place.
+  __device__ __forceinline__ void seek(const Problem& p, int place, int in, int before) {
+    index = place;
+    sequence = in;
+    unit = tile = places = 0;
+    if (place >= p.end) return;
+    places = p.counts[in];
+    unit = (place - before) / places;
+    tile = place - before - unit * places;
+  }
+  __device__ __forceinline__ int tiles(const Problem& p) const { return places - p.nothing; }
+  __device__ __forceinline__ void advance(const Problem& p, int steps) {
+    index += steps;
+    tile += steps;
+    if (index >= p.end) return;
+    while (tile >= places) {
+      tile -= places;
+      if (++unit < UNITS) continue;
+      unit = 0;
+      do places = p.counts[++sequence];
+      while (places == 0);
+    }
+  }
+  // On to the next tile, in steps of `step`, if there is none at this place.
+  __device__ __forceinline__ void skip_nothing(const Problem& p, int step) {
+    while (index < p.end && tile >= tiles(p)) advance(p, step);
+  }
+};
+
+// Fills a warp's slots, in order: keys and values of its first tile, of its second, ... All lanes keep it, one sends.
+struct Producer {
+  Cursor at;
+  int page;  // asked for a tile ahead
+
+  __device__ __forceinline__ void start(const Problem& p, const Cursor& first, int steps) {
+    at = first;
+    at.advance(p, steps);
+    at.skip_nothing(p, WARPS);
+    look_up(p);
+  }
+  __device__ __forceinline__ void look_up(const Problem& p) {
+    if (at.index < p.end) page = __ldg(p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
+  }
+  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot,
+                                       u32 full, bool values) {
+    if (at.index >= p.end) return;
+    const int head = page * KV_HEADS + at.unit / PARTS;
+    const int row = head * PAGE + at.tile * TILE % PAGE;
+    if (threadIdx.x % 32 == 0) {
+      mbarrier_arrive_expect_tx(full, SLOT_BYTES);
+      if (FP8_CACHE) {
+        if (values) tma_load_2d(slot, v_map, full, 0, head * (HEAD_DIM / 2));
+        else tma_load_2d(slot, k_map, full, 0, row);
+      } else {
+#pragma unroll
+        for (int half = 0; half < HEAD_DIM / 64; half++)
+          tma_load_2d(slot + half * TILE * 128, values ? v_map : k_map, full, half * 64, row);
+      }
+    }
+    if (values) {
+      at.advance(p, WARPS);
+      at.skip_nothing(p, WARPS);
+      look_up(p);
+    }
+  }
+};
