@@ -1,0 +1,152 @@
+#pragma once
+// From accumulators to the output: scales, bias, SwiGLU, quantization, and the store.
+#include "fp8/convert.cuh"
+#include "fp8/matrix.cuh"
+#include "fp8/sync.cuh"
+#include "fp8/tma.cuh"
+#include "gemm_shape.cuh"
+
+DEVICE void warpgroup_sync(int warpgroup) {  // immediates: a register as the barrier's number would reserve all 16
+  if (warpgroup == 0) named_barrier_sync<1, 128>();
+  else named_barrier_sync<2, 128>();
+}
+
+// v: rows r and r + 8, columns c and c + 1 of the accumulator -> scaled and biased.
+DEVICE void finish(float (&v)[4], const float* scale, const float* bias, int column, const float (&x_scale)[2]) {
+  if (X_SCALE == 2) v[0] *= x_scale[0], v[1] *= x_scale[0], v[2] *= x_scale[1], v[3] *= x_scale[1];
+  if (SCALED) {
+    float2 s = *(const float2*)(scale + column);
+    v[0] *= s.x, v[1] *= s.y, v[2] *= s.x, v[3] *= s.y;
+  }
+  if (BIAS) {
+    float2 b = *(const float2*)(bias + column);
+    v[0] += b.x, v[1] += b.y, v[2] += b.x, v[3] += b.y;
+  }
+}
+
+// Rounds two neighbours to the 16-bit type, as a linear of its own would.
+DEVICE void round_pair(float& a, float& b) {
+  u32 packed = from_float2<OUT == 1>(a, b);
+  a = to_float<OUT == 1>((u16)packed), b = to_float<OUT == 1>((u16)(packed >> 16));
+}
+// gate becomes silu(gate) * up.
+DEVICE void swiglu(float (&gate)[4], float (&up)[4]) {
+  round_pair(gate[0], gate[1]), round_pair(gate[2], gate[3]);
+  round_pair(up[0], up[1]), round_pair(up[2], up[3]);
+#pragma unroll
+  for (int i = 0; i < 4; i++) gate[i] = __fdividef(gate[i], 1.f + __expf(-gate[i])) * up[i];
+}
+
+// h / scale rounded to nearest as __fdiv_rn does, by Markstein's two corrections of h * (1 / scale), a third of its
+// instructions. Past the range of e4m3 (and for inf, where the residual is NaN) the uncorrected quotient saturates as well.
+DEVICE float quotient(float h, float scale, float reciprocal) {
+  float q = h * reciprocal;
+  float better = __fmaf_rn(__fmaf_rn(-q, scale, h), reciprocal, q);
+  better = __fmaf_rn(__fmaf_rn(-better, scale, h), reciprocal, better);
+  return fabsf(q) < 512.f ? better : q;
+}
+
+// Columns `column` and the next of one output row, from registers.
+DEVICE void store_pair(void* y, int rows, int row, int column, float a, float b) {
+  if (row >= rows || column >= OUT_N) return;
+  constexpr bool EVEN = OUT_N % 2 == 0;
+  size_t at = (size_t)row * OUT_N + column;
+  bool both = EVEN || column + 1 < OUT_N;
+  if constexpr (QUANT) {
+    *(u16*)((u8*)y + at) = e4m3x2(a, b);
+  } else if constexpr (OUT == 2) {
+    float* p = (float*)y + at;
+    if (EVEN) *(float2*)p = make_float2(a, b);
+    else {
+      p[0] = a;
+      if (both) p[1] = b;
+    }
+  } else {
+    u16* p = (u16*)y + at;
+    u32 packed = from_float2<OUT == 1>(a, b);
+    if (EVEN) *(u32*)p = packed;
+    else {
+      p[0] = (u16)packed;
+      if (both) p[1] = (u16)(packed >> 16);
+    }
+  }
+}
+
+// The swizzle that the TMA store undoes: 16-byte unit `unit` of row `row` in a buffer of CHUNK-byte rows.
+DEVICE u32 swizzled(int row, int unit) { return row * CHUNK + ((unit ^ (row / (128 / CHUNK)) % (CHUNK / 16)) << 4); }
+
+// Four accumulators of column group `column`, or (SPLIT) their sums over the cluster.
+DEVICE void take(float (&v)[4], const float (&d)[BLOCK_N / 2], int column, u32 partials) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = d[column / 2 + i];
+  if (SPLIT == 1) return;
+  u32 at = partials + (column / 8) * 2048 + threadIdx.x % 128 * 16;
+#pragma unroll
+  for (int r = 0; r < SPLIT; r++) {
+    float4 part = load_shared_cluster(map_shared_rank(at, r));
+    if (r == 0) v[0] = part.x, v[1] = part.y, v[2] = part.z, v[3] = part.w;
+    else v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+  }
+}
+
+// 64 rows of one warpgroup, its `m`-th: chunk by chunk, to shared memory and out.
+DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, const TensorMap* map, u8* buffers, const float* scale,
+                  const float* bias, int row, int column, const float (&x_scale)[2], float quantum, u32 rank, u32 partials) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
+  float reciprocal = QUANT ? __frcp_rn(quantum) : 0.f;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    if (SPLIT > 1 && c % SPLIT != rank) continue;
+    int chunk = m * CHUNKS + c;
+    u8* buffer = buffers + (BUFFERS == 2 ? chunk % 2 : 0) * 64 * CHUNK;
+    if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with all of them free
+      if (threadIdx.x % 128 == 0) {
+        if (chunk == 0 || SPLIT > 1 || BUFFERS == 1) bulk_wait_group_read<0>();
+        else bulk_wait_group_read<1>();
+      }
+      warpgroup_sync(warpgroup);
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNK_N / 8; i += 2) {
+      int at = c * CHUNK_N + i * 8, pair = lane % 4 * 2;
+      float u[4], v[4];
+      take(u, d, at, partials), take(v, d, at + 8, partials);
+      finish(u, scale, bias, at + pair, x_scale), finish(v, scale, bias, at + 8 + pair, x_scale);
+      int r = warp * 16 + lane / 4;
+      if constexpr (SWIGLU) {
+        swiglu(u, v);
+        int out = (at / 2) + pair;
+        if constexpr (QUANT)
+          for (int e = 0; e < 4; e++) u[e] = quotient(u[e], quantum, reciprocal);
+        if constexpr (!TMA_STORE) {
+          store_pair(args.y, args.rows, row + r, column / 2 + out, u[0], u[1]);
+          store_pair(args.y, args.rows, row + r + 8, column / 2 + out, u[2], u[3]);
+        } else if constexpr (QUANT) {
+          int byte = i * 4 + pair;
+          *(u16*)(buffer + swizzled(r, byte / 16) + byte % 16) = e4m3x2(u[0], u[1]);
+          *(u16*)(buffer + swizzled(r + 8, byte / 16) + byte % 16) = e4m3x2(u[2], u[3]);
+        } else {
+          *(u32*)(buffer + swizzled(r, i / 2) + pair * 2) = from_float2<OUT == 1>(u[0], u[1]);
+          *(u32*)(buffer + swizzled(r + 8, i / 2) + pair * 2) = from_float2<OUT == 1>(u[2], u[3]);
+        }
+      } else if constexpr (!TMA_STORE) {
+        store_pair(args.y, args.rows, row + r, column + at + pair, u[0], u[1]);
+        store_pair(args.y, args.rows, row + r + 8, column + at + pair, u[2], u[3]);
+        store_pair(args.y, args.rows, row + r, column + at + 8 + pair, v[0], v[1]);
+        store_pair(args.y, args.rows, row + r + 8, column + at + 8 + pair, v[2], v[3]);
+      } else {
+        u32 to = shared_address(buffer) + swizzled(warp * 16 + lane % 16, i + lane / 16);
+        stmatrix_x4(to, from_float2<OUT == 1>(u[0], u[1]), from_float2<OUT == 1>(u[2], u[3]), from_float2<OUT == 1>(v[0], v[1]),
+                    from_float2<OUT == 1>(v[2], v[3]));
+      }
+    }
+    if (TMA_STORE) {
+      fence_proxy_async();
+      warpgroup_sync(warpgroup);
+      if (threadIdx.x % 128 == 0) {
+        tma_store_2d(map, shared_address(buffer), column / (SWIGLU ? 2 : 1) + c * (CHUNK / OUT_BYTES), row);
+        bulk_commit_group();
+      }
+    }
+  }
+}
