@@ -60,6 +60,22 @@ def capture(launches: Sequence[Callable[[], object]], lasting: float = GRAPH_SEC
     return Graph(graph, launches, count, seconds)
 
 
+def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of `launches`, one behind the other, on the current stream, which must not be the default
+    one. Each is launched once before: that loads its kernels."""
+    import torch
+
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    for launch in launches:
+        launch()
+    graph.capture_end()
+    return graph
+
+
 def _seconds(launches: Sequence[Callable[[], object]]) -> float:
     import torch
 

@@ -31,6 +31,7 @@ from fp8.builder.tune import Site, tactic_fields
 from fp8.plugins.base import Launcher, PluginError, StepShape, Tensor, load
 from fp8.plugins.compile import compile_all
 from fp8.plugins.gemm import few_tokens
+from fp8.plugins.timing import captured
 from fp8.runtime.launcher import RankError
 from fp8.runtime.session import Session
 from fp8.scripts.argument_types import new_file, positive
@@ -160,20 +161,6 @@ class InPlace:
         """Microseconds of a launch among its like, as the table has them."""
         launches = [partial(launch, self.shape) for launch in self.launches(site, tactic)] * 4
         return self.seconds(captured(launches)) / len(launches)
-
-
-def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    import torch
-
-    for launch in launches:
-        launch()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    for launch in launches:
-        launch()
-    graph.capture_end()
-    return graph
 
 
 def tuned(place: InPlace, end: float) -> dict[Site, tuple[Any, float]]:

@@ -23,6 +23,7 @@ from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllRedu
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.compile import compile_all
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
+from fp8.plugins.timing import captured
 from fp8.runtime.comm import HostGroup, World
 from fp8.runtime.launcher import RankError
 from fp8.runtime.peer_memory import share
@@ -294,20 +295,6 @@ def check_graph(work: Work, tactic: Any) -> str:
         if wrong := work.wrong():
             return f"replayed {i}: {wrong}"
     return ""
-
-
-def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    import torch
-
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    for launch in launches:
-        launch()
-    graph.capture_end()
-    return graph
 
 
 def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
