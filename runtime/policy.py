@@ -31,7 +31,8 @@ class Policy(Protocol):
 
 
 # Linear layers compute tiles of 128 tokens, as many at once as the card has multiprocessors; in the usual widths 1024
-# tokens keep all of these busy to the end, and a few more take half as long again.
+# tokens keep all of these busy to the end. A few more begin a wave that is mostly empty: one prompt beside 1023 decode
+# rows of Llama-3.1-8B's shape made a step of 37.6 ms one of 43.1, eight prompts one of 51.4.
 WAVE = 1024
 MANY = 256  # single tokens from which on a step is worth filling up
 LITTLE = 128  # tokens of prompts that are not worth the kernels of a mixed step
