@@ -20,7 +20,7 @@ struct Shared {
   alignas(8) u64 full[WARPS * SLOTS];
   Fresh fresh;
   int run;
-  int sums[WARPS];
+  alignas(16) int sums[(WARPS + 3) / 4 * 4];  // whole words of 16 bytes: read as such, without what lies behind
   int first, before;  // the sequence that has the first place of the block's run, and the places in those before it
   u16 counts[2];  // [sequences]: places in a unit
 };

@@ -349,8 +349,8 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     int row = item.row, rows = item.rows, head = item.head;
     if constexpr (FP8_CACHE && !QUANT_OUT) {  // read anew: here ptxas would spill them over the main loop
       row = b.items[q_ring.stage].row, rows = b.items[q_ring.stage].rows, head = b.items[q_ring.stage].head;
-      __syncwarp();
     }
+    __syncwarp();  // all lanes have read the item, also where none of them had products to wait for
     if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
     q_ring.next();
     for (int j = mine; j < all; j++) {  // tiles for the other warpgroup alone
