@@ -125,7 +125,7 @@ class Tactics:
     def choose(
         self, measured: dict[str, dict[str, Any]], progress: Callable[[int, int], None], warn: Callable[[str], None]
     ) -> None:
-        """Compiles; see `tune.choose`. The sampler's kernel is embedded too: serving needs no compiler."""
+        """Compiles; see `tune.choose`. The samplers' kernels are embedded too: serving needs no compiler."""
         every = [site for sites in self.sites.values() for site in sites]
         self.choices = tune.choose([*every, *self.samplers], measured, progress, warn)
 
@@ -163,10 +163,13 @@ class Tactics:
         return node.plugin.buckets(rows)
 
     def _samplers(self) -> list[tune.Site]:
-        """One where the engine yields logits; an inner stage of a pipeline samples nothing."""
+        """What ends a step where the engine yields logits; an inner stage of a pipeline samples nothing."""
         head = next((n for n in self.nodes if "logits" in n.outputs), None)
         if head is None:
             return []
         kinds = ("float32", "int64", "int32")  # temperature, seed, counter
         types = (head.plugin.infer(head.types)[0], *(Tensor(kind, ("L",)) for kind in kinds))
-        return [tune.Site(load("sampling")(), types, self.limits.logits_rows, "sampler")]
+        rows, table, read = Tensor("int32", ("L",)), Tensor("int32", ("S",)), Tensor("int32", ("S", "L"))
+        state = (rows, Tensor("int64", ("L",)), table, *[rows] * 6, read)
+        end = {"sampling": types, "advance": state}
+        return [tune.Site(load(name)(), types, self.limits.logits_rows, name) for name, types in end.items()]

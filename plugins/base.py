@@ -95,10 +95,14 @@ class Plugin:
     """Base of all plugins. A subclass is a frozen dataclass; `tensors` below are its inputs, then its outputs;
     an absent optional input is None.
 
-    A `collective` plugin speaks to the other ranks: its `reference` and `bind` take a further argument `comm`."""
+    A `collective` plugin speaks to the other ranks: its `reference` and `bind` take a further argument `comm`.
+    One that `hands_over` can let the launch behind it start at once, or when it is in nobody's way: its `bind` takes a
+    further argument `early`. What it writes in place, as its reference does, are the inputs `updates`, caches apart."""
 
     name: ClassVar[str]
     collective: ClassVar[bool] = False
+    updates: ClassVar[tuple[int, ...]] = ()
+    hands_over: ClassVar[bool] = False
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Types of the outputs. Raises PluginError where the inputs cannot be what the op takes."""

@@ -90,10 +90,6 @@ class Session:
         self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # what is enqueued before and after each
         self._open(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction, world)
-        pinned = self.device.type == "cuda"
-        self._tokens = [
-            torch.zeros(self.limits.logits_rows, dtype=torch.int32, pin_memory=pinned) for _ in range(self.max_unread)
-        ]
         if world is not None:
             world.opened = True
             world.rest()
@@ -155,7 +151,7 @@ class Session:
             )
             if self._samples:
                 self._sample = compiled_sampler(engine, self._inputs, executor.result)
-            self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._forward)
+            self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._run)
             self._events = [torch.cuda.Event() for _ in range(self.max_unread)]
         self._stream.synchronize()
 
@@ -164,12 +160,17 @@ class Session:
         that the keys of `copies` name, of those that its values name."""
         stage, self._turn = self._turn, (self._turn + 1) % self.max_unread
         with self._guard(), self._scope():
-            host = self._inputs.host[stage]
-            shape, options = self._packer.pack(rows, host), options_of(rows, self._history)
+            following = self._packer.follows(rows) if self._advances else None
+            packed = following is None
+            shape = following or self._packer.pack(rows, self._inputs.host[stage])
+            options = options_of(rows, self._history)
             behind = min((row.behind for row in rows if row.behind), default=0)
-            self._tell("step", shape, stage, options, copies, behind)
+            self._tell("step", shape, stage, options, copies, behind, packed=packed)
             with self.around_step():
-                return self._start(rows, shape, stage, options, copies, behind)
+                ticket = self._start(rows, shape, stage, options, copies, behind, packed)
+            if self._advances:
+                self._packer.ran(rows, shape)
+        return ticket
 
     def _start(
         self,
@@ -179,27 +180,28 @@ class Session:
         options: Options | None,
         copies: Mapping[int, int] | None,
         behind: int,
+        packed: bool,
     ) -> Ticket:
-        """Runs, or enqueues, the step whose inputs lie in that staging buffer."""
+        """Runs, or enqueues, the step whose inputs lie in that staging buffer, or, if it was not packed, are on the
+        device."""
         if copies:
             self._copy_blocks(copies)
         count = shape.logits_rows
         if self._returned is not None:
             self._returned.begin(bool(count), behind)
-        launch, forward = self._launch, self._forward
+        launch, forward = self._launch, self._run
         replayed = self._graphs is not None and self.recorder is None
         if replayed and shape.decode_sequences == shape.sequences == count:
             assert self._graphs is not None and self._logits_graphs is not None
-            shape = self._pad(shape, stage)
+            shape = self._pad(shape, stage if packed else None)
             launch, forward = self._graphs.run, self._logits_graphs.run
-        self._inputs.upload(stage)
+        if packed:
+            self._upload(shape, stage)
         if options is None or not self._samples:
             drawn = Drawn(launch(shape))
         else:
             choose = partial(self._choose, shape)
             drawn = self._options.sample(options, forward(shape), choose)
-        if self._samples:
-            self._tokens[stage][:count].copy_(drawn.tokens[:count], non_blocking=True)
         if self._samples and not self._first and count:
             assert self._links is not None
             self._links.return_sampled(self._inputs.sampled)
@@ -233,7 +235,7 @@ class Session:
 
     def _sampled(self, ticket: Ticket) -> list[int | Candidates]:
         """Of a step that has ended here."""
-        sampled: list[int | Candidates] = self._tokens[ticket.stage][: ticket.count].tolist()
+        sampled: list[int | Candidates] = self._inputs.read[ticket.stage, : ticket.count].tolist()
         if ticket.drawn.candidates is not None and ticket.options is not None:
             for row, entry in zip(ticket.options.beam_rows, ticket.drawn.candidates.entries(), strict=True):
                 sampled[row] = entry.top
@@ -264,8 +266,8 @@ class Session:
         return logits
 
     def _score(self, shape: StepShape, stage: int) -> torch.Tensor:
-        self._inputs.upload(stage)
-        logits = self._forward(shape)
+        self._upload(shape, stage)
+        logits = self._run(shape)
         if self._graphs is not None:
             self._events[stage].record()
             self._wait(stage)
@@ -285,11 +287,13 @@ class Session:
                     self._returned.finish()
 
     def _perform(self, command: Command, open_: deque[Ticket]) -> None:
-        assert self.ranks is not None and command.inputs is not None and command.shape is not None
+        assert self.ranks is not None and command.shape is not None
         stage, shape = self._turn, command.shape
         with self._scope():
             self._wait(stage)  # what is there has been read
-            self._packer.restore(shape, command.inputs, self._inputs.host[stage])
+            packed = command.inputs is not None
+            if command.inputs is not None:
+                self._packer.restore(shape, command.inputs, self._inputs.host[stage])
             if command.what == "logits":
                 logits = self._score(shape, stage)
                 if self.ranks.tells:
@@ -299,7 +303,7 @@ class Session:
                 self._time(shape, stage, command.repeats)
                 return
             self._turn = (self._turn + 1) % self.max_unread
-            ticket = self._start((), shape, stage, command.options, command.copies, command.behind)
+            ticket = self._start((), shape, stage, command.options, command.copies, command.behind, packed)
         if self.ranks.tells:
             open_.append(ticket)
 
@@ -319,10 +323,11 @@ class Session:
         copies: Mapping[int, int] | None = None,
         behind: int = 0,
         repeats: int = 0,
+        packed: bool = True,
     ) -> None:
         if self.ranks is not None:
             self.ranks.begin(what)
-            live = self._packer.live(shape, self._inputs.host[stage])
+            live = self._packer.live(shape, self._inputs.host[stage]) if packed else None
             self.ranks.tell(Command(what, shape, live, options, copies, behind, repeats))
 
     def _wait(self, stage: int) -> None:
@@ -357,15 +362,13 @@ class Session:
         with self._scope():
             self._wait(stage)
             shape = self._pad(self._packer.pack(rows, self._inputs.host[stage]), stage)
-            self._inputs.upload(stage)
-            self._inputs.gather_input_ids(shape.tokens)
+            self._upload(shape, stage)
         if self._stream is not None:
             self._stream.synchronize()
         return shape
 
     def _time(self, shape: StepShape, stage: int, repeats: int) -> list[float]:
-        self._inputs.upload(stage)
-        self._inputs.gather_input_ids(shape.tokens)
+        self._upload(shape, stage)
         return self.executor.time_launches(shape, repeats)
 
     @property
@@ -389,6 +392,12 @@ class Session:
         return self.ranks is None or self.ranks.first
 
     @property
+    def _advances(self) -> bool:
+        """Whether a step leaves the device's inputs as the next one may take them: in a pipeline that is another one,
+        and a step that is recorded is not padded."""
+        return self.stages == 1 and self.recorder is None
+
+    @property
     def max_logits_rows(self) -> int:
         return min(self.limits.logits_rows, self.limits.max_num_tokens)
 
@@ -407,33 +416,32 @@ class Session:
             blocks = self.executor.weight(buffer.name).flatten(1).view(torch.uint8)
             blocks.index_copy_(0, pairs[0], blocks.index_select(0, pairs[1]))
 
-    def _pad(self, shape: StepShape, stage: int) -> StepShape:
-        """A decode step grown to a size that there are graphs of."""
+    def _pad(self, shape: StepShape, stage: int | None) -> StepShape:
+        """A decode step grown to a size that there are graphs of; so are its inputs in that staging buffer."""
         from fp8.runtime.compiled import context_bucket, row_bucket
 
         rows = row_bucket(shape.tokens, self.limits.max_batch_size)
-        context = context_bucket(shape.max_context, self.limits.max_seq_len)
-        return self._packer.pad(shape, rows, context, self._inputs.host[stage])
+        if stage is not None:
+            self._packer.pad(shape, rows, self._inputs.host[stage])
+        return StepShape(rows, rows, rows, 0, context_bucket(shape.max_context, self.limits.max_seq_len), rows)
 
-    def _launch(self, shape: StepShape) -> torch.Tensor:
-        """A whole step on the current stream, from `sources` to the table of sampled tokens; returns these [L]."""
-        return self._choose(shape, self._forward(shape))
-
-    def _forward(self, shape: StepShape) -> torch.Tensor:
-        """A step up to its logits [L, V], or to what the next pipeline stage takes."""
+    def _upload(self, shape: StepShape, stage: int) -> None:
+        self._inputs.upload(stage)
         if self._first:
             self._inputs.gather_input_ids(shape.tokens)
-        return self._run(shape)
+
+    def _launch(self, shape: StepShape) -> torch.Tensor:
+        """A whole step on the current stream, up to the next one's inputs; returns the sampled tokens [L]."""
+        return self._choose(shape, self._run(shape))
 
     def _choose(self, shape: StepShape, logits: torch.Tensor) -> torch.Tensor:
-        """Samples, into the table too."""
+        """Samples: into the table, for the host, and into the next step's inputs, which go one token on."""
         if not shape.logits_rows or not self._samples:
             return self._inputs.sampled[:0]
-        tokens = self._sample(shape, logits)
-        self._inputs.sampled.scatter_(0, self._inputs.device["slots"][: shape.logits_rows], tokens)
-        return tokens
+        return self._sample(shape, logits)
 
     def _run(self, shape: StepShape) -> torch.Tensor:
+        """A step up to its logits [L, V], or to what the next pipeline stage takes."""
         if self.ranks is not None:
             return self._run_stage(shape)
         if self.recorder is None:

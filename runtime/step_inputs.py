@@ -3,6 +3,9 @@
 The buffer starts with the table of sampled tokens (one per slot, written by the sampler, never uploaded), followed by
 the fields of `layout`. `sources` points into the buffer, at a sampled token or at an uploaded one, so a decode row
 takes its input from the step before without the host having seen it.
+
+A step's end leaves the inputs one token on (plugins/advance). A decode step that `Packer.follows` finds to take just
+these is neither packed nor uploaded.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ ALIGNMENT = 128  # bytes
 
 
 def layout(limits: Limits) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Fields uploaded every step, in order: dtype and maximal shape."""
+    """Fields that are uploaded, in order: dtype and maximal shape."""
     tokens, sequences, rows = limits.max_num_tokens, limits.max_batch_size, limits.logits_rows
     int32, int64, float32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
     return {
@@ -40,6 +43,7 @@ def layout(limits: Limits) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         "counter": (int32, (rows,)),
         "seed": (int64, (rows,)),
         "slots": (int64, (rows,)),  # where the sampled tokens go
+        "stage": (int32, (rows,)),  # and in which of the host's buffers; filled by the upload
     }
 
 
@@ -58,9 +62,37 @@ class Packer:
         self._seed = np.zeros(limits.max_batch_size + 1, np.int64)
         self._owner: list[list[int] | None] = [None] * (limits.max_batch_size + 1)  # the list of blocks, by identity
         self._written = [0] * (limits.max_batch_size + 1)  # of its blocks, how many are in the table
+        self._before: Sequence[Row] | None = None  # the rows whose inputs lie on the device, one token on
+        self._longest = 0  # context among them
+
+    def ran(self, rows: Sequence[Row], shape: StepShape) -> None:
+        """The step of `rows` is enqueued, and the device's inputs are one token on."""
+        if shape.decode_sequences == len(rows) == shape.logits_rows and all(row.request.search is None for row in rows):
+            self._before, self._longest = rows, shape.max_context
+
+    def follows(self, rows: Sequence[Row]) -> StepShape | None:
+        """The shape of a step whose inputs are those that the step before, the last one that `ran`, left on the device:
+        of the same sequences, one token on, each on the page that it was on. Else None. Says so once."""
+        before, self._before = self._before, None
+        if before is None or len(before) != len(rows) or not all(map(self._goes_on, rows, before)):
+            return None
+        n = len(rows)
+        return StepShape(n, n, n, 0, self._longest + 1, n)
+
+    def _goes_on(self, row: Row, before: Row) -> bool:
+        request = row.request
+        return (
+            request is before.request
+            and row.start == before.start + 1
+            and row.count == 1
+            and row.samples
+            and row.start % self.limits.block_size != 0
+            and self._owner[request.slot] is request.blocks
+        )
 
     def pack(self, rows: Sequence[Row], host: dict[str, np.ndarray]) -> StepShape:
         """Fills `host` with `rows` (single tokens first) and returns the step's shape."""
+        self._before = None  # its inputs are to be uploaded, whoever uses them
         requests, singles = [row.request for row in rows], [row.count for row in rows].count(1)
         slots = self._update_tables(requests)
         starts = np.array([row.start for row in rows[:singles]], np.int32)
@@ -85,13 +117,12 @@ class Packer:
             shape.tokens, shape.sequences, shape.decode_sequences, shape.max_query, shape.max_context, rows
         )
 
-    def pad(self, shape: StepShape, rows: int, max_context: int, host: dict[str, np.ndarray]) -> StepShape:
+    def pad(self, shape: StepShape, rows: int, host: dict[str, np.ndarray]) -> None:
         """Grows a decode step to `rows` rows: the added ones have no context, write no K and V, and go nowhere."""
         for name, value in self._padding().items():
             host[name][shape.tokens : rows] = value
         host["query_start"][: rows + 1] = np.arange(rows + 1, dtype=np.int32)
         host["logits_indices"][:rows] = np.arange(rows, dtype=np.int32)
-        return StepShape(rows, rows, rows, 0, max_context, rows)
 
     def live(self, shape: StepShape, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What of the packed arrays a step of that shape reads, for another rank's `restore`."""
@@ -171,6 +202,8 @@ class StepInputs:
     """The buffer on the device and its staging copies on the host (the same memory on a CPU).
 
     `device[name]` are maximal-size views for kernels to be bound to; `host[k][name]` are numpy views of staging copy k.
+    `read[k]` are the tokens that the step of staging copy k sampled, in the order of its rows, for the host: the device
+    writes them there.
     """
 
     def __init__(self, limits: Limits, device: torch.device, stages: int) -> None:
@@ -196,9 +229,17 @@ class StepInputs:
         self.tokens = self._bytes.view(torch.int32)  # what `sources` points into
         self.sampled = self.tokens[: limits.max_batch_size + 1]
         self.input_ids = torch.zeros(limits.max_num_tokens, dtype=torch.int32, device=device)
+        self.read = torch.zeros(stages, limits.logits_rows, dtype=torch.int32, pin_memory=pinned)
+
+    @property
+    def to_advance(self) -> list[torch.Tensor]:
+        """The advance plugin's tensors behind the tokens."""
+        names = ("position_ids", "slot_mapping", "sequence_lengths", "counter", "stage")
+        return [self.device["slots"], self.sampled, self.input_ids, *(self.device[name] for name in names), self.read]
 
     def upload(self, stage: int) -> None:
         """Enqueues the copy of a staging buffer to the device; the sampled tokens stay as they are."""
+        self.host[stage]["stage"][:] = stage
         if self._staging[stage] is not self._bytes:
             self._bytes[self._head :].copy_(self._staging[stage][self._head :], non_blocking=True)
 

@@ -45,6 +45,7 @@ class Stub:
     """A plugin whose launches run its reference over the step's rows, writing into the bound buffers."""
 
     collective = False
+    hands_over = False
 
     step_buffers: ClassVar[set[int]] = set()  # addresses of what holds a step's rows, cut to size for the reference
 
@@ -101,7 +102,7 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         every = [*self.executor._tensors.items(), *wanted.items()]
         Stub.step_buffers = {t.data_ptr() for n, t in every if n in step_kinds}
         self._sample = reference_sampler(self._inputs)
-        self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._forward)
+        self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._run)
         self._events = [Event()] * self.max_unread
 
     monkeypatch.setattr(compiled, "load_plugins", stubs)

@@ -87,10 +87,10 @@ class CaseBuffers:
 
     @cached_property
     def expected(self) -> list[torch.Tensor]:
-        """The reference's outputs, and the caches as it leaves them."""
+        """The reference's outputs, and what it writes in place as it leaves it."""
         copies = [t if t is None else t.clone() for t in self.given]
         found = list(self.plugin.reference(*copies, step=self.case.step))
-        return found + [copies[i] for i in self.places or ()]
+        return found + [copies[i] for i in self.places or self.plugin.updates]
 
     def fresh_inputs(self) -> list[torch.Tensor | None]:
         return [t if t is None else t.clone() for t in self.inputs]

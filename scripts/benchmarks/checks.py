@@ -73,6 +73,7 @@ class CheckedCase(CaseBuffers):
             assert all(bool((g == 255).all()) for g in guards), "memory behind an output was written"
             if self.places:
                 outputs += self.plugin.unpack_cache(*(inputs[i] for i in self.places))
+            outputs += [inputs[i] for i in self.plugin.updates]
             runs.append(outputs)
         for i, (first, second) in enumerate(zip(*runs, strict=True)):
             same = torch.equal(first.view(torch.uint8), second.view(torch.uint8))
