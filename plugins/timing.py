@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,17 +76,28 @@ def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _seconds(launches: Sequence[Callable[[], object]]) -> float:
+def seconds_of_each(calls: Iterable[Callable[[], object]]) -> list[float]:
+    """How long the device takes for what each of `calls` enqueues, one behind the other, by events between them. Where
+    the host is not ahead of the device, its own time counts."""
     import torch
 
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events = [torch.cuda.Event(enable_timing=True)]
+    events[0].record()
+    for call in calls:
+        call()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    events[-1].synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+
+def _seconds(launches: Sequence[Callable[[], object]]) -> float:
+    """Of one of them."""
+    import torch
+
     torch.cuda._sleep(1_000_000)  # the host gets ahead
-    begin.record()
-    for launch in launches:
-        launch()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / len(launches)
+    (seconds,) = seconds_of_each([lambda: [launch() for launch in launches]])
+    return seconds / len(launches)
 
 
 def compare(graphs: Sequence[Graph], pace: Pace) -> list[float]:
@@ -104,13 +115,5 @@ def compare(graphs: Sequence[Graph], pace: Pace) -> list[float]:
 def replays(graph: Graph, seconds: float) -> list[float]:
     """Microseconds of a launch, by replay, of about so many seconds; enqueued together, so that the device never waits
     for the host."""
-    import torch
-
     count = max(1, min(400, round(seconds / (graph.seconds * graph.count))))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.graph.replay()
-        event.record()
-    events[-1].synchronize()
-    return [a.elapsed_time(b) * 1e3 / graph.count for a, b in itertools.pairwise(events)]
+    return [one * 1e6 / graph.count for one in seconds_of_each([graph.graph.replay] * count)]

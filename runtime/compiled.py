@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
-from fp8.plugins.base import Launcher, Plugin, StepShape, load
+from fp8.builder.engine import Buffer, Engine, EngineError, Plan
+from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.plugins.timing import seconds_of_each
 from fp8.runtime import tail
 from fp8.runtime.links import INPUT
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
@@ -128,17 +129,15 @@ class CompiledExecutor:
             self._tensors[INPUT] = links.hidden
         self._arena = torch.zeros(max(plan.arena_bytes, 1), dtype=torch.uint8, device=device)
         self._workspace = torch.zeros(max(plan.workspace_bytes, 1), dtype=torch.uint8, device=device)
-        plugins = load_plugins(plan)
-        self._allocate(plan, plugins, num_blocks, device)
-        functions = load_functions(engine)
-        pairs = list(zip(plan.steps, plugins, strict=True))
-        self._steps = [self._bind(step, plugin, functions, self._tensors) for step, plugin in pairs]
+        self._plugins = load_plugins(plan)
+        self._allocate(plan, self._plugins, num_blocks, device)
+        functions, steps = load_functions(engine), range(len(plan.steps))
+        self._steps = [self._bind(i, functions, self._tensors) for i in steps]
         self._tail: list[Bound] = []  # launches of the steps behind the last attention, for the rows wanted
         found = tail.find(plan)
         if found is not None:
             self._first_of_tail, self._wanted = found.first, tail.Rows(found, self._tensors)
-            behind = pairs[found.first :]
-            self._tail = [self._bind(step, plugin, functions, self._wanted.tensors) for step, plugin in behind]
+            self._tail = [self._bind(i, functions, self._wanted.tensors) for i in steps[found.first :]]
         output = next(b for b in plan.buffers if b.kind == "output")
         self.result, self._rows = self._tensors[output.name], output.shape[0]
 
@@ -161,12 +160,12 @@ class CompiledExecutor:
         """What every plan step of a step is launched for: behind the last attention, often fewer rows."""
         return [live for _, live in self.launches(shape)]
 
-    def rebound(self, index: int, tactic: Any, functions: Sequence[Function]) -> Launcher:
-        """The launch of the plan's step `index` by another tactic, one without a workspace."""
-        step = self.plan.steps[index]
-        plugin = load(step.plugin)(**step.attributes)
+    def rebound(self, index: int, tactic: Any, functions: Sequence[Function], in_place: bool = True) -> Launcher:
+        """The launch of the plan's step `index` by another tactic, one without a workspace; if not `in_place`, as it
+        is among its like."""
+        step, plugin = self.plan.steps[index], self._plugins[index]
         tensors = [self._tensors[name] if name else None for name in (*step.inputs, *step.outputs)]
-        return plugin.bind(tactic, functions, tensors, None)
+        return plugin.bind(tactic, functions, tensors, None, **(self._further(index) if in_place else {}))
 
     def weight(self, name: str) -> torch.Tensor:
         return self._tensors[name]
@@ -175,18 +174,12 @@ class CompiledExecutor:
         """Seconds of every plan step's launch, the median of `repeats` passes; without overlap between launches."""
         import torch
 
-        launches, passes = self.launches(shape), []
+        launches, passes = [partial(launch, live) for launch, live in self.launches(shape)], []
         for _ in range(repeats):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(len(launches) + 1)]
             torch.cuda._sleep(20_000_000)  # some 10 ms: the host gets ahead, so that its own time is not measured
             if self._comm is not None:  # ranks begin together
                 self._comm.all_gather(self._workspace[:1])
-            events[0].record()
-            for (launcher, live), event in zip(launches, events[1:], strict=True):
-                launcher(live)
-                event.record()
-            events[-1].synchronize()
-            passes.append([a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)])
+            passes.append(seconds_of_each(launches))
         return [statistics.median(times) for times in zip(*passes, strict=True)]
 
     def launches(self, shape: StepShape, whole: bool = False) -> list[tuple[Launcher, StepShape]]:
@@ -217,9 +210,16 @@ class CompiledExecutor:
             memory = torch.zeros(math.prod(cache) * dtype.itemsize, dtype=torch.uint8, device=device)
             self._tensors[name] = memory.view(dtype).view(cache)
 
-    def _bind(
-        self, step: Step, plugin: Plugin, functions: dict[str, Function], named: dict[str, torch.Tensor]
-    ) -> Bound:
+    def _further(self, index: int) -> dict[str, Any]:
+        """Arguments of a plan step's `bind` that not every plugin takes. A linear layer's first weights would be in the
+        way of the last ones of the linear layer before it; what else comes next is to start at once."""
+        plugin = self._plugins[index]
+        behind = self._plugins[index + 1 : index + 2]
+        further: dict[str, Any] = {"comm": self._comm} if plugin.collective else {}
+        return further | ({"early": bool(behind) and not behind[0].hands_over} if plugin.hands_over else {})
+
+    def _bind(self, index: int, functions: dict[str, Function], named: dict[str, torch.Tensor]) -> Bound:
+        step, plugin = self.plan.steps[index], self._plugins[index]
         tensors = [named[name] if name else None for name in (*step.inputs, *step.outputs)]
         rows = self.plan.buffer(step.outputs[0]).shape[0]
         launchers = []
@@ -227,8 +227,7 @@ class CompiledExecutor:
             region = self._workspace[choice.workspace_offset :][: choice.workspace] if choice.workspace else None
             tactic = plugin.tactic(choice.tactic)
             found = [functions[h] for h in choice.kernels]
-            comm = {"comm": self._comm} if plugin.collective else {}
-            launchers.append(plugin.bind(tactic, found, tensors, region, **comm))
+            launchers.append(plugin.bind(tactic, found, tensors, region, **self._further(index)))
         if not launchers:
             raise EngineError(f"{step.plugin}: {step.name}: the engine holds no tactic for it; build it again")
         ends = [choice.max_tokens for choice in step.tactics]

@@ -28,10 +28,12 @@
 //   4096x14336   14.61 -> 14.50 (19.3)          -                17.12 -> 16.42 (18.0)
 // The start counts where the next kernel's CTAs fit beside this one's (4096x4096: 5.59 -> 5.25, 5.70 -> 5.24, 6.71 -> 6.19):
 // earlier, its first fill queues before the rest of this one's w; later (nothing left) its launch comes too late (+4 to 20%
-// from 12288x4096 on). Elsewhere +-1%. But in a layer's chain, where a norm follows, o_proj and QKV are to start it at once,
-// so that gate_up's first fill comes in time: a layer of llama-3.1-8B takes 58.9 instead of 61.5 us with o_proj's early start,
-// 61.7 instead of 63.1 with QKV's, of llama-7B 60.3 (60.8) and 61.4 (61.3): whence the start behind a first fill of 2/5.
-// With that, 4096x4096 is back at 5.5 and 5.7 at 1 and 16 tokens, 6144x4096 at 7.0 and 7.5.
+// from 12288x4096 on). Elsewhere +-1%. But where a norm or attention comes next, the linear behind that is to have its first
+// fill in time: with `early` the next kernel starts at once. A step of 8 layers with every start late, with a start behind the
+// first fill where that is 2/5 of w, with `early` before norms and attention: llama-3.1-8B 761.6, 737.4, 725.0 us at 1 token,
+// 811.6, 804.8, 799.8 at 8, 846.1, 841.2, 838.7 at 16, 928.5, 930.5, 933.1 at 32, 1139.3, 1145.2, 1141.4 at 64; llama-7B 558.1,
+// 558.7, 556.8 at 1, 670.7, 676.4, 677.2 at 8, 823.2, 823.9, 821.2 at 16, 1137.7, 1137.6, 1136.0 at 32, 1757.7, 1756.3, 1747.3
+// at 64. Behind the first fill instead of at once: +8.3 us at 1 token (8B), +2.1 (7B), else within 6 us to either side.
 // Without gain: a ring of x of its own, so that w's is deeper (+2 to 30%: x comes as fast as its ring is deep, and a
 // stage then waits for two barriers); x by multicast to two neighbours along N (+5 to 60%); at most 32 KB of the first
 // fill in flight (between the early and the late start); two or four independent accumulators in turn (+-0.5%); x of
@@ -255,7 +257,8 @@ DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int 
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
-           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens) {
+           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens, int early) {
+  if (early) griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u64 full[STAGES], empty[STAGES], sums;
   __shared__ float token_scale[TOKENS];
@@ -267,10 +270,8 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, row = blockIdx.x / SPLIT * ROWS;
   int begin = K_BLOCKS * rank / SPLIT, count = K_BLOCKS * (rank + 1) / SPLIT - begin;
   int filled = count < STAGES ? count : STAGES;
-  // The next kernel may start once little of w is left to ask for: its own first fill would come before the rest. But one
-  // whose first fill is much of w waits for the kernel before it first, and keeps what comes after it waiting.
+  // The next kernel may start once little of w is left to ask for: its own first fill would come before the rest.
   int start = count - 1 - count * 5 / 32;
-  if (5 * filled >= 2 * count && filled <= start) start = filled - 1;
   bool producer = warp == CONSUMERS / 32;
 
   if (producer && lane == 0) {

@@ -132,8 +132,9 @@ def bind(
     functions: Sequence[Function],
     tensors: Sequence[torch.Tensor | None],
     workspace: torch.Tensor | None,
+    early: bool = False,
 ) -> Launcher:
-    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale), y.
+    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale), y. `early`: the next kernel starts at once.
 
     The tensor map of x ends at the step's last row, so that rows past it are zeros and cost no traffic: there is one
     packed launch per row count, made when first needed.
@@ -151,7 +152,7 @@ def bind(
 
     def pack(rows: int) -> Launch:
         x_map = matrix_map(x[:rows], ATOM // x.element_size(), tactic.TOKENS)
-        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows)]
+        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows), ctypes.c_int(early)]
         return Launch(functions[0], tactic.threads, args, tactic.shared, grid, tactic.SPLIT)
 
     def launch(step: StepShape) -> None:

@@ -4,7 +4,7 @@ cuBLASLt through torch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, Tensor
 from fp8.plugins.gemm import few_tokens, library, many_tokens
@@ -24,6 +24,8 @@ OFFERED_FEW, OFFERED_CLOSE = 12, 6
 
 class Linear(Plugin):
     """Tactics, kernels and launches; a subclass adds its fields, types and reference."""
+
+    hands_over: ClassVar[bool] = True
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Tactic]:
         """Few-token tactics first where they are likely to win, then the many-token ones, the library last."""
@@ -63,9 +65,10 @@ class Linear(Plugin):
         functions: Sequence[Function],
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
+        early: bool = False,
     ) -> Launcher:
         if isinstance(tactic, Library):
             return library.bind(self, tensors)
         if isinstance(tactic, FewTokens):
-            return few_tokens.bind(self, tactic, functions, tensors, workspace)
+            return few_tokens.bind(self, tactic, functions, tensors, workspace, early)
         return many_tokens.bind(self, tactic, functions, tensors)
