@@ -8,18 +8,21 @@ work, as far as shared memory has room beside their blocks: what is fastest ther
 linear of all layers takes another tactic, and the step with it, a CUDA graph, takes turns with the step so far; what is
 faster stays, linear by linear, until nothing is. The choices go into the table, each for the rows that it was made for.
 An engine of a few layers will do (python -m fp8.scripts.random_engine --num_layers 8).
+
+Batch sizes that an engine has one tactic for (1 to 8, for instance) are tuned together, for the sum of their steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +34,7 @@ from fp8.builder.tune import Site, tactic_fields
 from fp8.plugins.base import Launcher, PluginError, StepShape, Tensor, load
 from fp8.plugins.compile import compile_all
 from fp8.plugins.gemm import few_tokens
-from fp8.plugins.timing import captured
+from fp8.plugins.timing import captured, seconds_of_each
 from fp8.runtime.launcher import RankError
 from fp8.runtime.session import Session
 from fp8.scripts.argument_types import new_file, positive
@@ -44,10 +47,11 @@ if TYPE_CHECKING:
     import torch
 
 LINEARS = ("gemm", "gemm_swiglu")
-OFFERED = 40  # tactics of a linear, the cost model's favourites
-AGAIN = 12  # of which are tried again when others have changed
+OFFERED = 16  # tactics of a linear, the cost model's favourites
+SHALLOWER = 6  # of them are offered with less deep rings too: beside another kernel's blocks these may find room
+AGAIN = 8  # of which are tried again when others have changed
 LEAST = 0.5  # microseconds of a step: a smaller gain is noise
-REPLAYS, WARM = 12, 4
+REPLAYS, WARM = 10, 2
 Place = TypeVar("Place")
 Tactic = TypeVar("Tactic")
 
@@ -82,10 +86,11 @@ def descend(
 
 @dataclass
 class InPlace:
-    """A decode step's launches, and what takes the place of some of them. All ranks make the same calls."""
+    """Launches of decode steps, one behind the other, and what takes the place of some of them. All ranks make the same
+    calls. An engine has the same tactics for all of `shapes`."""
 
     session: Session
-    shape: StepShape
+    shapes: tuple[StepShape, ...]
     functions: Functions = field(default_factory=Functions)
     graphs: dict[Any, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
@@ -98,7 +103,7 @@ class InPlace:
                 types = tuple(
                     Tensor(plan.buffer(n).dtype, tuple(plan.buffer(n).shape)) if n else None for n in step.inputs
                 )
-                rows = next(c.max_tokens for c in step.tactics if self.shape.tokens <= c.max_tokens)
+                rows = next(c.max_tokens for c in step.tactics if self.shapes[0].tokens <= c.max_tokens)
                 self.sites.setdefault(Site(plugin, types, rows, step.name), []).append(i)
 
     def chosen(self, site: Site) -> Any:
@@ -107,45 +112,44 @@ class InPlace:
         return site.plugin.tactic(next(c.tactic for c in step.tactics if c.max_tokens == site.max_tokens))
 
     def offers(self, site: Site) -> list[Any]:
-        every = few_tokens.candidates(site.plugin, site.types, site.max_tokens)
-        return list(dict.fromkeys([self.chosen(site), *every[:OFFERED]]))
+        every = few_tokens.candidates(site.plugin, site.types, site.max_tokens)[:OFFERED]
+        chosen = self.chosen(site)
+        deep = [t for t in (chosen, *every) if isinstance(t, few_tokens.FewTokens)][:SHALLOWER]
+        shallower = [replace(t, STAGES=n) for t in deep for n in {t.STAGES * 3 // 4, t.STAGES // 2} if n >= 2]
+        return list(dict.fromkeys([chosen, *every, *shallower]))
 
     def exchange(self, value: float) -> float:
         """The largest of all ranks'."""
         ranks = self.session.ranks
         return value if ranks is None else max(map(float, ranks.world.exchange(repr(value))))
 
-    def launches(self, site: Site, tactic: Any) -> list[Launcher]:
-        found = self.functions.of(site.kernels(tactic))
-        return [self.session.executor.rebound(i, tactic, found) for i in self.sites[site]]  # type: ignore[union-attr]
+    def launches(self, site: Site, tactic: Any, in_place: bool = True) -> list[Launcher]:
+        found, executor = self.functions.of(site.kernels(tactic)), self.session.executor
+        return [executor.rebound(i, tactic, found, in_place) for i in self.sites[site]]  # type: ignore[union-attr]
 
     def graph(self, state: Mapping[Site, Any]) -> torch.cuda.CUDAGraph:
-        """Of the whole step."""
+        """Of the whole steps."""
         key = tuple(state.items())
         if key not in self.graphs:
-            given = self.session.executor.launches(self.shape)  # type: ignore[union-attr]
-            launches = [partial(launch, live) for launch, live in given]
+            changed: dict[int, Launcher] = {}  # by place in the plan
             for site, tactic in ((s, t) for s, t in state.items() if t != self.chosen(s)):
-                for i, launch in zip(self.sites[site], self.launches(site, tactic), strict=True):
-                    launches[i] = partial(launch, self.shape)
+                changed |= dict(zip(self.sites[site], self.launches(site, tactic), strict=True))
             self.graphs = dict([*self.graphs.items()][-1:])  # the state so far, and the one to be compared
-            self.graphs[key] = captured(launches)
+            self.graphs[key] = captured([launch for shape in self.shapes for launch in self.step(changed, shape)])
         return self.graphs[key]
+
+    def step(self, changed: Mapping[int, Launcher], shape: StepShape) -> list[Callable[[], object]]:
+        given = self.session.executor.launches(shape)  # type: ignore[union-attr]
+        return [partial(changed.get(i, launch), live) for i, (launch, live) in enumerate(given)]
 
     def seconds(self, graph: torch.cuda.CUDAGraph) -> float:
         """Microseconds of a replay, of several in a row."""
         import torch
 
         self.exchange(0.0)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
         torch.cuda._sleep(1_000_000)  # the host gets ahead
-        events[0].record()
-        for event in events[1:]:
-            graph.replay()
-            event.record()
-        events[-1].synchronize()
-        taken = [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events[WARM:])]
-        return self.exchange(statistics.median(taken))
+        taken = seconds_of_each([graph.replay] * REPLAYS)[WARM:]
+        return self.exchange(statistics.median(taken) * 1e6)
 
     def gain(self, state: Mapping[Site, Any], site: Site, tactic: Any) -> float:
         """Microseconds that a step takes less with another tactic; more often measured where it may be any."""
@@ -159,7 +163,7 @@ class InPlace:
 
     def alone(self, site: Site, tactic: Any) -> float:
         """Microseconds of a launch among its like, as the table has them."""
-        launches = [partial(launch, self.shape) for launch in self.launches(site, tactic)] * 4
+        launches = [partial(launch, self.shapes[0]) for launch in self.launches(site, tactic, False)] * 4
         return self.seconds(captured(launches)) / len(launches)
 
 
@@ -175,8 +179,15 @@ def tuned(place: InPlace, end: float) -> dict[Site, tuple[Any, float]]:
     before, after = place.seconds(place.graph(start)), place.seconds(place.graph(state))
     changed = {site: tactic for site, tactic in state.items() if tactic != start[site]}
     if leads:
-        print(f"a step took {before:.1f} us, and takes {after:.1f}", flush=True)
+        sizes = ", ".join(str(shape.tokens) for shape in place.shapes)
+        print(f"steps of {sizes} took {before:.1f} us, and take {after:.1f}", flush=True)
     return {site: (tactic, place.alone(site, tactic)) for site, tactic in changed.items()}
+
+
+def together(session: Session, sizes: Sequence[int]) -> list[list[int]]:
+    """Batch sizes in order, in groups that the engine's linears have one tactic for."""
+    ends = sorted({c.max_tokens for step in session.plan.steps if step.plugin in LINEARS for c in step.tactics})
+    return [list(group) for _, group in itertools.groupby(sorted(set(sizes)), lambda n: bisect.bisect_left(ends, n))]
 
 
 def put(output: Path, found: Mapping[Site, tuple[Any, float]]) -> None:
@@ -196,7 +207,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_engine_arguments(p)
     p.add_argument("--output", type=new_file, required=True, help="the table that the choices go into")
-    p.add_argument("--batch_size", type=positive, default=1, help="sequences of the step")
+    p.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences of the steps")
     p.add_argument("--context_len", type=positive, default=1088, help="of each of them")
     p.add_argument("--max_seconds", type=float, default=60.0, help="stop then, and write what is found (60)")
     return p.parse_args(argv)
@@ -212,11 +223,15 @@ def run(args: argparse.Namespace) -> int:
         if session.device.type != "cuda" or session.stages > 1:
             raise EngineError("tactics are timed on a GPU, in an engine of one pipeline stage")
         fill_cache(session)
+        groups = together(session, args.batch_size)
         with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode():
-            rows = step_rows(session, [(args.context_len, 1)] * args.batch_size, args.seed)
-            found = tuned(InPlace(session, session.place(rows)), begin + args.max_seconds)
-        if args.world is None or args.world.rank == 0:
-            put(args.output, found)
+            for left, sizes in zip(range(len(groups), 0, -1), groups, strict=True):
+                end = time.monotonic() + (begin + args.max_seconds - time.monotonic()) / left
+                rows = [step_rows(session, [(args.context_len, 1)] * n, args.seed) for n in sizes]
+                shapes = [session.place(r) for r in rows]  # the largest comes last, and begins with the others' rows
+                found = tuned(InPlace(session, tuple(shapes)), end)
+                if args.world is None or args.world.rank == 0:
+                    put(args.output, found)
     except (EngineError, OSError, PluginError, RankError, TableError) as error:
         print(f"tune_step: {error}", file=sys.stderr)
         return 1

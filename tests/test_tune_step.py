@@ -46,7 +46,7 @@ def place(tmp_path_factory) -> InPlace:
     """Of an engine for a GPU, whose launches are not made."""
     source = tiny.source(tmp_path_factory.mktemp("model"), tiny.qformat("fp8"), **WIDE)
     plan = build.compile(source, Request(16, 128, 64, "sm_90a"), Reporter()).plan
-    return InPlace(types.SimpleNamespace(plan=plan, ranks=None), StepShape(3, 3, 3, 0, 128, 3))  # type: ignore[arg-type]
+    return InPlace(types.SimpleNamespace(plan=plan, ranks=None), (StepShape(3, 3, 3, 0, 128, 3),))  # type: ignore[arg-type]
 
 
 def test_linears_of_one_shape_change_together(place: InPlace) -> None:
@@ -69,6 +69,10 @@ def test_choices_go_into_the_table_for_their_rows(place: InPlace, tmp_path: Path
     assert len(found) == 1 and found.entries[site.op][8].us == 2.5
     assert site.restored(found.nearest(site.op, 8).tactic) == tactic  # type: ignore[union-attr]
     assert "2.50 us alone" in capsys.readouterr().out
+
+
+def test_batch_sizes_of_one_tactic_are_tuned_together(place: InPlace) -> None:
+    assert tune_step.together(place.session, [16, 1, 8, 9, 8]) == [[1, 8], [9, 16]]
 
 
 def test_a_gpu_is_needed(tmp_path: Path, capsys) -> None:

@@ -6,7 +6,6 @@ Started by mpirun, with a GPU for each rank. All ranks make the same calls in th
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -23,7 +22,7 @@ from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllRedu
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.compile import compile_all
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
-from fp8.plugins.timing import captured
+from fp8.plugins.timing import captured, seconds_of_each
 from fp8.runtime.comm import HostGroup, World
 from fp8.runtime.launcher import RankError
 from fp8.runtime.peer_memory import share
@@ -323,18 +322,10 @@ def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
 
 def timed(ranks: Ranks, launches: Sequence[Callable[[], object]]) -> float:
     """Microseconds of a launch: the median over replays of a graph, of the slowest rank."""
-    import torch
-
     graph = captured([launches[i % len(launches)] for i in range(LAUNCHES)])
     ranks.same(True)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    taken = [a.elapsed_time(b) * 1e3 / LAUNCHES for a, b in itertools.pairwise(events[2:])]
-    return ranks.slowest(statistics.median(taken))
+    taken = seconds_of_each([graph.replay] * REPLAYS)[2:]
+    return ranks.slowest(statistics.median(taken) * 1e6 / LAUNCHES)
 
 
 def label(tactic: Any) -> str:
