@@ -9,46 +9,43 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fp8.builder.verify import sqnr
-from fp8.plugins.all_gather.plugin import AllGather, AllGatherTactic
+from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce.plugin import AllReduce
-from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
-from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.compile import compile_all
-from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.plugins.timing import captured, seconds_of_each
-from fp8.runtime.comm import HostGroup, World
 from fp8.runtime.launcher import RankError
-from fp8.runtime.peer_memory import share
 from fp8.scripts.benchmarks import one_gpu
-from fp8.scripts.benchmarks.case_buffers import Functions, types
-from fp8.scripts.benchmarks.checks import error
-from fp8.scripts.benchmarks.one_gpu import NORM_ERROR
-
-if TYPE_CHECKING:
-    import torch
-
-    from fp8.runtime.nccl import NcclGroup
+from fp8.scripts.benchmarks.case_buffers import types
+from fp8.scripts.benchmarks.exchanges import (
+    FEW_ROWS,
+    FP8_FROM,
+    HIDDEN,
+    LOGITS_ROWS,
+    SEED,
+    Ranks,
+    Work,
+    label,
+    logits,
+    makers,
+    norms,
+    open_ranks,
+    sums,
+)
 
 DESCRIPTION = """Checks and times the all-reduce over several GPUs of one host: mpirun -n 2 fp8-bench all_reduce. Random
 data; every tactic against the reference, in and out of CUDA graphs, then in turn at varied sizes, then its time.
 Without mpirun, the kernels' results alone, for 2, 4 and 8 ranks that share one GPU."""
 PARTS = ("check", "stress", "time")
-HIDDEN = 4096  # values of a row
 SIZES = (8, 32, 128, 512, 2048, 4096, 8192, 16384, 32768, 65536)  # KiB
-FP8_FROM = 512  # KiB
 TIMED = 32768  # KiB at most
 MESSAGES = (8, 8192)  # KiB
-FEW_ROWS = (1, 3, 16, 64, 256)
-LOGITS_ROWS = (1, 16, 64)
 LAUNCHES, REPLAYS = 20, 20
-SEED = 1
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -60,180 +57,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--again", action="store_true", help="after a run that ended too soon: without the tactic that --output blames"
     )
     p.add_argument("--rank_timeout", type=float, default=120.0, help=argparse.SUPPRESS)
-
-
-@dataclass
-class Ranks:
-    """This rank's GPU and its way to the others."""
-
-    world: World
-    group: NcclGroup
-    functions: Functions
-    only: str = ""  # part of the names of tactics
-    dropped: set[str] = field(default_factory=set)  # names of tactics that failed
-
-    def offers(self, name: str) -> bool:
-        return name.startswith("nccl") or (self.only in name and name not in self.dropped)
-
-    def drop(self, names: Iterable[str]) -> None:
-        """What failed on any rank, on all of them."""
-        for found in self.world.exchange(json.dumps(sorted(names))):
-            self.dropped |= set(json.loads(found))
-
-    def same(self, ok: bool) -> bool:
-        """Whether it is so on all ranks."""
-        return all(text == "1" for text in self.world.exchange(str(int(ok))))
-
-    def slowest(self, seconds: float) -> float:
-        return max(map(float, self.world.exchange(repr(seconds))))
-
-
-def open_ranks(world: World, only: str = "") -> Ranks:
-    """Raises RankError if the ranks are no GPUs that reach each other."""
-    import torch
-
-    from fp8.runtime.nccl import NcclGroup
-
-    if not torch.cuda.is_available() or torch.cuda.device_count() <= world.launch.local_rank:
-        raise RankError(f"rank {world.rank} has no GPU of its own; all_reduce needs one for each rank")
-    device = torch.device("cuda", world.launch.local_rank)
-    torch.cuda.set_device(device)
-    torch.cuda.set_stream(torch.cuda.Stream())
-    members = range(world.world)
-    group = NcclGroup(world, members)
-    found = share(HostGroup(world, members), device)
-    if isinstance(found, str):
-        raise RankError(f"the GPUs share no memory: {found}")
-    world.at_end(found.close)
-    group.regions = found.regions
-    return Ranks(world, group, Functions(), only)
-
-
-@dataclass(frozen=True)
-class Work:
-    """One op at one size: inputs that differ by rank where they may, outputs, what is expected."""
-
-    name: str
-    plugin: Plugin
-    rows: int
-    inputs: list[torch.Tensor | None]
-    ranks: Ranks
-
-    @property
-    def step(self) -> StepShape:
-        return StepShape(self.rows, 1, 0, self.rows, self.rows, self.rows)
-
-    @cached_property
-    def outputs(self) -> list[torch.Tensor]:
-        import torch
-
-        found = self.plugin.infer(types(self.inputs))
-        return [torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="cuda") for t in found]
-
-    @cached_property
-    def expected(self) -> tuple[torch.Tensor, ...]:
-        if isinstance(self.plugin, AllGather):
-            return (self._columns(self.plugin.parts),)
-        return self.plugin.reference(*self.inputs, step=self.step, comm=self.ranks.group)  # type: ignore[call-arg]
-
-    def _columns(self, parts: Sequence[int]) -> torch.Tensor:
-        """All ranks' columns; NCCL takes tensors of one shape."""
-        import torch
-
-        (x,) = self.inputs
-        wide = torch.nn.functional.pad(x, (0, max(parts) - x.shape[1]))
-        return torch.cat([p[:, :n] for p, n in zip(self.ranks.group.all_gather(wide), parts, strict=True)], 1)
-
-    def tactics(self) -> list[Any]:
-        return [t for t in self.plugin.tactics(types(self.inputs), self.rows) if self.ranks.offers(label(t))]
-
-    def poison(self) -> None:
-        import torch
-
-        for output in self.outputs:
-            output.view(torch.uint8).fill_(255)
-
-    def launcher(self, tactic: Any) -> Launcher:
-        found = self.ranks.functions.of(self.plugin.kernels(tactic, types(self.inputs)))
-        return self.plugin.bind(tactic, found, [*self.inputs, *self.outputs], None, comm=self.ranks.group)  # type: ignore[call-arg]
-
-    def wrong(self) -> str:
-        """What is wrong with the outputs, or nothing."""
-        import torch
-
-        for i, (found, wanted) in enumerate(zip(self.outputs, self.expected, strict=True)):
-            if not self._normed or i == len(self.outputs) - 1:
-                if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
-                    return f"output {i} has other bits, error {error(found, wanted):.3g}"
-            elif error(found, wanted) > NORM_ERROR:
-                return f"output {i} has error {error(found, wanted):.3g}"
-        return ""
-
-    @property
-    def _normed(self) -> bool:
-        return isinstance(self.plugin, AllReduceNormQuant)
-
-
-def generator(rank: int, seed: int) -> torch.Generator:
-    import torch
-
-    return torch.Generator("cuda").manual_seed(seed * 64 + rank)
-
-
-def sums(
-    ranks: Ranks, kib: int, dtype: str = "bfloat16", operation: str = "sum", fp8: bool = False, seed: int = SEED
-) -> Work:
-    import torch
-
-    kind = getattr(torch, dtype)
-    rows = max(1, kib * 1024 // (HIDDEN * kind.itemsize))
-    draw = generator(ranks.world.rank, seed)
-    x = torch.randn(rows, HIDDEN, device="cuda", generator=draw).to(kind)
-    name = f"{operation} {dtype}{' fp8' if fp8 else ''} {kib} KB"
-    return Work(name, AllReduce(operation, ranks.world.world, int(fp8)), rows, [x], ranks)
-
-
-def amax(ranks: Ranks, rows: int) -> Work:
-    import torch
-
-    x = torch.randn(rows, device="cuda", generator=generator(ranks.world.rank, SEED)).abs()
-    return Work(f"max float32 {rows} rows", AllReduce("max", ranks.world.world), rows, [x], ranks)
-
-
-def norms(ranks: Ranks, rows: int, quant: str = "static", hidden: int = HIDDEN, dtype: str = "bfloat16") -> Work:
-    import torch
-
-    kind = getattr(torch, dtype)
-    own, common = generator(ranks.world.rank, SEED), generator(99, SEED)
-    x = torch.randn(rows, hidden, device="cuda", generator=own).to(kind)
-    residual = (3 * torch.randn(rows, hidden, device="cuda", generator=common)).to(kind)
-    weight = (1 + 0.2 * torch.randn(hidden, device="cuda", generator=common)).to(kind)
-    scale = torch.tensor([0.0071], device="cuda") if quant == "static" else None
-    plugin = AllReduceNormQuant(quant=quant, world=ranks.world.world)
-    return Work(f"fused {quant} {rows}x{hidden} {dtype}", plugin, rows, [x, residual, weight, None, scale], ranks)
-
-
-def logits(ranks: Ranks, rows: int, uneven: bool = False, seed: int = SEED) -> Work:
-    """Of a vocabulary of 32000, in parts."""
-    import torch
-
-    world = ranks.world.world
-    parts = tuple(32000 // world + (16 * (rank - world + 1) if uneven else 0) for rank in range(world))
-    x = torch.randn(rows, parts[ranks.world.rank], device="cuda", generator=generator(ranks.world.rank, seed))
-    return Work(f"gather {rows}x{parts}", AllGather(parts), rows, [x], ranks)
-
-
-def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
-    """What is checked."""
-    return [
-        *(partial(sums, ranks, kib) for kib in sizes),
-        *(partial(sums, ranks, kib, fp8=True) for kib in sizes if kib >= FP8_FROM),
-        *(partial(sums, ranks, kib, dtype) for kib in sizes[:4] for dtype in ("float16", "float32")),
-        *(partial(amax, ranks, rows) for rows in (1, 7, 1000, 8192)),
-        *(partial(norms, ranks, rows, quant) for rows in FEW_ROWS for quant in QUANTS),
-        *(partial(norms, ranks, 5, "static", hidden, "float16") for hidden in (264, 8192, 16384)),
-        *(partial(logits, ranks, rows, uneven) for rows in LOGITS_ROWS for uneven in (False, True)),
-    ]
 
 
 def checks(
@@ -326,17 +149,6 @@ def timed(ranks: Ranks, launches: Sequence[Callable[[], object]]) -> float:
     ranks.same(True)
     taken = seconds_of_each([graph.replay] * REPLAYS)[2:]
     return ranks.slowest(statistics.median(taken) * 1e6 / LAUNCHES)
-
-
-def label(tactic: Any) -> str:
-    if isinstance(tactic, AllReduceNormQuantTactic):
-        row = f"row {tactic.row.threads}x{tactic.row.held}"
-        return f"fused, {row}" if tactic.reduce is None else f"{label(tactic.reduce)} + norm_quant"
-    if not tactic.over_peers:
-        return "nccl"
-    if isinstance(tactic, AllGatherTactic):
-        return f"{tactic.method} {tactic.threads}x{tactic.units}"
-    return f"{tactic.method} {tactic.threads}x{tactic.units} b{tactic.blocks}{' fp8' if tactic.fp8 else ''}"
 
 
 def times(ranks: Ranks, make: Callable[[int], Work]) -> dict[str, float]:
