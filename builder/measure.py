@@ -58,7 +58,7 @@ def measure(
     """The fastest tactic of every site with a choice, by `Site.label`. `trial` is called in a process of its own.
 
     Raises TuneError without a Hopper GPU, and where no tactic of a site works."""
-    every = dict.fromkeys(s for several in tactics.sites.values() for s in several)
+    every = dict.fromkeys(s.timed for several in tactics.sites.values() for s in several)
     entries = {site: _entry(site) for site in every if has_choice(site)}
     cache = TacticCache(cache_dir() / "tactics", machine(), remark)
     unknown = [site for site, entry in entries.items() if cache.get(entry) is None]

@@ -34,7 +34,12 @@ class Site:
     @cached_property
     def op(self) -> str:
         """What the shipped table is keyed by."""
-        return tactic_table.op_name(self.plugin, self.types)
+        return tactic_table.op_name(self.plugin.timed_as, self.types)
+
+    @property
+    def timed(self) -> Site:
+        """The place, of the same label, whose timings hold for this one."""
+        return dataclasses.replace(self, plugin=self.plugin.timed_as)
 
     @cached_property
     def offered(self) -> tuple[Any, ...]:

@@ -135,6 +135,11 @@ class Plugin:
         """What to compile for a tactic."""
         raise NotImplementedError
 
+    @property
+    def timed_as(self) -> Plugin:
+        """Whose timings hold for this one, too."""
+        return self
+
     def workspace(self, tactic: Any, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int) -> int:
         """Bytes of zero-initialised scratch that the tactic needs; kernels leave its counters at zero."""
         return 0

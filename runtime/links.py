@@ -122,7 +122,7 @@ def over_peers(plan: Plan) -> bool:
     """Whether some tactic of the plan reaches into other GPUs' memory."""
     collectives = ((step, plugin) for step in plan.steps if (plugin := load(step.plugin)).collective)
     return any(
-        plugin(**step.attributes).tactic(choice.tactic).over_peers
+        getattr(plugin(**step.attributes).tactic(choice.tactic), "over_peers", False)
         for step, plugin in collectives
         for choice in step.tactics
     )

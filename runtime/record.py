@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 E4M3 = "float8_e4m3fn"
-LINEARS = ("gemm", "gemm_swiglu")  # plugins with inputs x, w, x_scale, ...: they alone read codes
+LINEARS = ("gemm", "gemm_send", "gemm_swiglu")  # plugins with inputs x, w, x_scale, ...: they alone read codes
 
 
 class Recorded(NamedTuple):

@@ -39,7 +39,9 @@ def sites(wanted: Iterable[Shape], max_num_tokens: int) -> list[Site]:
     shares: dict[Site, float] = {}
     for shape in wanted:
         for site, share in _shares(shape, max_num_tokens):
-            shares[site] = shares.get(site, 0.0) + share / (shape.tp_size * PRESETS[shape.model]["hidden_size"])
+            shares[site.timed] = shares.get(site.timed, 0.0) + share / (
+                shape.tp_size * PRESETS[shape.model]["hidden_size"]
+            )
     return sorted(filter(measure.has_choice, shares), key=lambda site: -shares[site])
 
 

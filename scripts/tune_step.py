@@ -46,7 +46,7 @@ from fp8.scripts.ranks import among_peers
 if TYPE_CHECKING:
     import torch
 
-LINEARS = ("gemm", "gemm_swiglu")
+LINEARS = ("gemm", "gemm_send", "gemm_swiglu")
 OFFERED = 16  # tactics of a linear, the cost model's favourites
 SHALLOWER = 6  # of them are offered with less deep rings too: beside another kernel's blocks these may find room
 AGAIN = 8  # of which are tried again when others have changed
@@ -104,7 +104,9 @@ class InPlace:
                     Tensor(plan.buffer(n).dtype, tuple(plan.buffer(n).shape)) if n else None for n in step.inputs
                 )
                 rows = next(c.max_tokens for c in step.tactics if self.shapes[0].tokens <= c.max_tokens)
-                self.sites.setdefault(Site(plugin, types, rows, step.name), []).append(i)
+                site = Site(plugin, types, rows, step.name)
+                like = next((s for s in self.sites if s.label == site.label), site)
+                self.sites.setdefault(like, []).append(i)
 
     def chosen(self, site: Site) -> Any:
         """The engine's tactic."""

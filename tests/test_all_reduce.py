@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from fp8.plugins.all_reduce.tactics import AllReduceTactic, candidates, kernels
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
 from fp8.plugins.base import PluginError, StepShape, Tensor
 from fp8.plugins.compile import compile_all, compile_kernel
+from fp8.plugins.gemm import few_tokens
+from fp8.plugins.gemm_send.plugin import GemmSend
 from fp8.plugins.norm_quant import plugin as norm_plugin
 from fp8.plugins.norm_quant.plugin import NormQuant
 from fp8.runtime import peer_memory
@@ -232,6 +235,22 @@ def slots_of(phases: int) -> int:
     return int(dict(region.stream_constants(2, phases))["SLOTS"])
 
 
+def sent(exchanges: int, slot: Callable[[int, int], int]) -> list[Operation]:
+    """sent.cuh, in two steps of an engine."""
+    slots = [slot(e, exchanges) for e in range(exchanges)] * 2
+    return [op for e, place in enumerate(slots) for op in (("put", place, e), ("take", place, e))]
+
+
+@pytest.mark.parametrize("exchanges", [2, 3, 4, 5])
+def test_no_linear_sends_into_rows_that_are_not_read(exchanges: int) -> None:
+    assert explore(sent(exchanges, region.sent_slot), 2, region.SENT_AREAS) > exchanges
+    if (
+        exchanges % 2
+    ):  # two areas in turn would be taken twice in a row, by the last of a step and the first of the next
+        with pytest.raises(AssertionError):
+            explore(sent(exchanges, lambda e, _: e % 2), 2, region.SENT_AREAS)
+
+
 @pytest.mark.parametrize(
     ("block", "slots", "kinds", "tiles", "world"),
     [
@@ -256,7 +275,10 @@ def test_families_of_exchanges_share_no_memory() -> None:
         slot = region.MOST_BLOCKS * world * (region.STREAM_SLOT + region.STREAM_SCALES)
         assert push_area == region.HEADER and push_area + push == areas[0]
         assert areas[0] + slots_of(1) * slot == areas[1]
-        assert areas[1] + 2 * slots_of(2) * slot == region.region_bytes(world)
+        sent = [region.sent_area(world, i).value for i in range(region.SENT_AREAS)]
+        assert areas[1] + 2 * slots_of(2) * slot == sent[0]
+        rows = region.SENT_ROWS * world * dict(region.sent_constants(world))["SENT_BYTES"]
+        assert [*(a + rows for a in sent)] == [*sent[1:], region.region_bytes(world)]
 
 
 @pytest.mark.parametrize("world", [2, 8])
@@ -266,6 +288,37 @@ def test_every_tactic_compiles_clean(world: int) -> None:
     assert {t.method for t in found} >= {"nccl", "push", "two_phases"}
     cubins = compile_all(k for t in found for k in kernels(t, "bfloat16", "sum", world)).values()
     assert not [(c.kernel, c.spill_bytes) for c in cubins if c.spill_bytes > SPILLS]
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_linears_that_send_and_their_norms_compile_clean(world: int) -> None:
+    x, w, part = Tensor("bfloat16", ("T", 256)), Tensor("bfloat16", (4096, 256)), Tensor("bfloat16", ("T", 4096))
+    linear, norm = GemmSend(world=world), AllReduceNormQuant(quant="static", world=world, slot=0)
+    inputs = [part, part, Tensor("bfloat16", (4096,)), None, Tensor("float32", (1,))]
+    kernels = [k for t in norm.tactics(inputs, 8) for k in norm.kernels(t, inputs)]
+    given = [x, w, None, None, None]
+    cubins = compile_all([*kernels, *linear.kernels(linear.tactics(given, 8)[0], given)]).values()
+    assert {c.kernel.entry for c in cubins} == {"few_tokens", "sent_norm", "norm_quant"}
+    assert not [(c.kernel, c.spill_bytes) for c in cubins if c.spill_bytes > SPILLS]
+
+
+def test_a_linear_sends_few_rows_alone_and_nothing_without_peer_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[tuple] = []
+    monkeypatch.setattr(few_tokens, "bind", lambda *given: bound.append(given))
+    plugin = GemmSend(world=2, slot=1)
+    inputs = [Tensor("bfloat16", ("T", 512)), Tensor("bfloat16", (64, 512)), *[None] * 3]
+    assert {t.kind for t in plugin.tactics(inputs, 8)} == {"few_tokens"}
+    assert {t.kind for t in plugin.tactics(inputs, 64)} > {"few_tokens"}
+    assert not plugin.legal(plugin.tactics(inputs, 64)[-1], inputs, 8)
+    few, more = plugin.tactics(inputs, 8)[0], plugin.tactics(inputs, 16)[0]
+    assert [len(plugin.kernels(t, inputs)) for t in (few, more)] == [2, 1]
+    peers = types.SimpleNamespace(regions=region.Regions(1, (64, 128)))
+    for tactic, functions, comm in ((few, "sp", peers), (few, "sp", Calls()), (few, "sp", None), (more, "p", peers)):
+        plugin.bind(tactic, list(functions), [], None, comm=comm)  # type: ignore[arg-type]
+    assert [(given[2], len(given[6:])) for given in bound] == [(["s"], 1), *[(["p"], 0)] * 3]
+    assert bound[0][6][2].value == region.sent_area(2, 1).value
+    with pytest.raises(PluginError, match="expected 16-bit rows of whole groups of 8; use gemm"):
+        GemmSend("float32", world=2).infer(inputs)
 
 
 def test_columns_of_uneven_parts_are_pushed_in_units_or_left_to_nccl() -> None:

@@ -219,17 +219,21 @@ def test_a_tied_lm_head_is_stored_beside_the_whole_table(directory):
 
 def test_fusion_goes_on_around_the_all_reduces(directory):
     summed = "all_reduce_norm_quant"
-    fp8 = ["gemm", "attention", "gemm", summed, "gemm_swiglu", "gemm"]
+    sent = "gemm_send"  # but the last, whose sum the norm of all rows does not read
+    fp8 = ["gemm", "attention", sent, summed, "gemm_swiglu", sent]
     rowwise = [
-        "gemm", "attention", "row_amax", "all_reduce", "quantize", "gemm",
-        summed, "gemm", "row_amax", "all_reduce", "act_quant", "gemm",
+        "gemm", "attention", "row_amax", "all_reduce", "quantize", sent,
+        summed, "gemm", "row_amax", "all_reduce", "act_quant", sent,
     ]  # fmt: skip
     for format, layer in (("bf16", fp8), ("fp8", fp8), ("fp8_rowwise", rowwise)):
         source, _ = alone(directory, format, "fp8", "uneven")
         compiled = build.compile(source, request(2), Reporter())
         plan = build.compile(source, request(2), Reporter(), place=request(2).place(1)).plan
         last = ["all_reduce", "norm_quant", "gemm", "all_gather"]  # that norm is of the rows that sample alone
-        assert [s.plugin for s in plan.steps] == ["embedding", "norm_quant", *layer, summed, *layer, *last]
+        layers = [*layer, summed, *layer[:-1], "gemm"]
+        assert [s.plugin for s in plan.steps] == ["embedding", "norm_quant", *layers, *last]
+        slots = [s.attributes["slot"] for s in plan.steps if s.plugin in (sent, summed)]
+        assert slots == [0, 0, 1, 1, 2, 2]
         assert all(pair["folded"] for pair in compiled.plan.fusion_report)
 
 

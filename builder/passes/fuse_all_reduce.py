@@ -1,11 +1,17 @@
-"""fuse_all_reduce: a sum over ranks that a norm alone reads becomes one plugin with it."""
+"""fuse_all_reduce: a sum over ranks that a norm alone reads becomes one plugin with it, and the linear layer whose rows
+are summed up becomes one that sends them."""
 
 from __future__ import annotations
 
+import itertools
+
 import onnx_graphsurgeon as gs
 
-from fp8.builder.rewrite import DOMAIN
+from fp8.builder.rewrite import DOMAIN, tensor_type
 from fp8.builder.target import Target
+from fp8.plugins.all_reduce.region import MOST_WORLD, SENT_ROWS, sent_slot
+from fp8.plugins.base import PluginError
+from fp8.plugins.gemm_send.plugin import GemmSend
 
 
 def fuse_all_reduce(graph: gs.Graph, target: Target) -> int:
@@ -19,6 +25,7 @@ def fuse_all_reduce(graph: gs.Graph, target: Target) -> int:
                 _join(node, place)
                 count += 1
     graph.nodes[:] = [n for n in graph.nodes if n.outputs]
+    _send(graph, kept)
     return count
 
 
@@ -38,3 +45,34 @@ def _join(norm: gs.Node, place: int) -> None:
     norm.attrs |= {name: reduce.attrs[name] for name in ("world", "fp8_tokens") if name in reduce.attrs}
     norm.inputs = [reduce.inputs[0], residual, *norm.inputs[2:]]
     reduce.inputs, reduce.outputs = [], []
+
+
+def _send(graph: gs.Graph, kept: frozenset[str]) -> None:
+    """Lets linear layers send the rows that such norms alone read. A layer sends after the norm of the layer that sent
+    before it, whose area of the peers' memory would else be filled again too soon."""
+    pairs = [(i, j) for j, node in enumerate(graph.nodes) if (i := _sender(graph, node, kept)) is not None]
+    in_turn = all(before < i for (_, before), (i, _) in itertools.pairwise(pairs))
+    if len(pairs) < 2 or not in_turn:
+        return
+    for exchange, (i, j) in enumerate(pairs):
+        slot = sent_slot(exchange, len(pairs))
+        graph.nodes[i].op = "gemm_send"
+        graph.nodes[i].attrs |= {"world": graph.nodes[j].attrs["world"], "slot": slot}
+        graph.nodes[j].attrs["slot"] = slot
+
+
+def _sender(graph: gs.Graph, norm: gs.Node, kept: frozenset[str]) -> int | None:
+    """The place of the linear layer that could send what `norm` sums up."""
+    if norm.domain != DOMAIN or norm.op != "all_reduce_norm_quant" or not 2 <= norm.attrs.get("world", 0) <= MOST_WORLD:
+        return None
+    if 0 < norm.attrs.get("fp8_tokens", 0) <= SENT_ROWS:
+        return None
+    part = norm.inputs[0]
+    linear = part.inputs[0] if part.inputs else None
+    if linear is None or linear.domain != DOMAIN or linear.op != "gemm" or len(part.outputs) > 1 or part.name in kept:
+        return None
+    try:
+        GemmSend(**linear.attrs).infer([tensor_type(t) for t in linear.inputs])
+    except PluginError:
+        return None
+    return graph.nodes.index(linear)

@@ -1,7 +1,6 @@
 #pragma once
 // The exchange with the least latency: every rank stores its units into all others' regions, and a word is its own flag
-// (Lamport, "Concurrent reading and writing", 1977). Zero is "not there yet": words travel complemented, and the one whose
-// complement is zero, a NaN in every type, goes as another NaN. The reader puts zeros back.
+// (Lamport, "Concurrent reading and writing", 1977): peers.cuh, to_wire. The reader puts zeros back.
 //
 // A block has two slots for each rank, which its exchanges use in turn. A rank fills a slot again two exchanges later: it
 // has then read all that this block of each peer sent in between, which the peer sent in a launch after the one that read
@@ -21,7 +20,6 @@ DEVICE u8* push_slot(u64 region, u32 epoch, int source) {
 DEVICE int push_unit(int i) { return i * THREADS + threadIdx.x; }
 DEVICE u8* data_of(u8* slot, int i) { return slot + push_unit(i) * 16; }
 DEVICE u8* scale_of(u8* slot, int i) { return slot + PUSH_SLOT + push_unit(i) / 8 * 4; }  // of 128 values, 8 units
-DEVICE u32 to_wire(u32 word) { return word == ~0u ? ~0x7FFF7FFFu : ~word; }
 
 DEVICE void push(const Peers& peers, u32 rank, u32 epoch, int i, const Wire& w) {
   const uint4 data = {to_wire(w.data.x), to_wire(w.data.y), to_wire(w.data.z), to_wire(w.data.w)};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 
 MULTIPROCESSORS = 132
@@ -13,6 +14,8 @@ HEADER = 65536  # bytes: counts of exchanges, then flags
 FLAGS = 8192  # where flags begin
 PUSH_SLOT, PUSH_SCALES = 32768, 1024  # bytes that a block gets from one rank in an exchange by push.cuh
 STREAM_SLOT, STREAM_SCALES = 16384, 512  # bytes of a tile on the wire: values, and in FP8 their scales
+SENT_ROWS = 8  # of a step, at most, that linear layers send: sent.cuh
+SENT_AREAS = 3
 PATIENCE = 30  # seconds after which a wait for another GPU fails
 
 
@@ -30,10 +33,11 @@ class Regions:
 
 
 def _areas(world: int) -> list[int]:
-    """Where each family's slots begin, and where the last ends: push, one phase, two phases."""
+    """Where each family's slots begin, and where the last ends: push, one phase, two phases, sent."""
     push = 2 * MOST_BLOCKS * world * (PUSH_SLOT + PUSH_SCALES)
     stream = SLOTS * MOST_BLOCKS * world * (STREAM_SLOT + STREAM_SCALES)
-    return [HEADER, HEADER + push, HEADER + push + stream, HEADER + push + 2 * stream]
+    sent = SENT_AREAS * SENT_ROWS * world * (PUSH_SLOT + PUSH_SCALES)
+    return list(itertools.accumulate((HEADER, push, stream, stream, sent)))
 
 
 def region_bytes(world: int) -> int:
@@ -61,6 +65,22 @@ def stream_constants(world: int, phases: int) -> tuple[tuple[str, int | str], ..
     area = f"{_areas(world)[phases]}ull"
     sizes = (("STREAM_AREA", area), ("STREAM_SLOT", STREAM_SLOT), ("STREAM_SCALES", STREAM_SCALES))
     return (*constants(world), ("PHASES", phases), ("SLOTS", SLOTS // phases), *sizes)
+
+
+def sent_constants(world: int) -> tuple[tuple[str, int | str], ...]:
+    return (*constants(world), ("SENT_BYTES", PUSH_SLOT + PUSH_SCALES), ("SENT_BEGUN", PUSH_SLOT))
+
+
+def sent_area(world: int, slot: int) -> ctypes.c_uint64:
+    """Where the rows lie that linear layers send in exchange `slot`: an argument of kernels."""
+    assert 0 <= slot < SENT_AREAS
+    return ctypes.c_uint64(_areas(world)[3] + slot * SENT_ROWS * world * (PUSH_SLOT + PUSH_SCALES))
+
+
+def sent_slot(exchange: int, count: int) -> int:
+    """The area of an exchange, of `count` (2 at least) that follow each other in every step: between any
+    two exchanges of one area there is another."""
+    return 2 if exchange == count - 1 else exchange % 2
 
 
 assert HEADER >= FLAGS + 3 * MOST_BLOCKS * MOST_WORLD * 4, "flags of three kinds fit the header"

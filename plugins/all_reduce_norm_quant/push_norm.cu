@@ -4,9 +4,9 @@
 //
 // Tries, on two H200s, in the decode steps of 8 layers of Llama-7B's shape at tp 2, one sequence (3.2 us from when the linear
 // before has ended until this has; a norm alone takes 1.5): the linear stores its rows into the peers' slots itself as it has
-// them, and this only waits for them: 3.1 us, and 0.3 more for the linear; what is waited for is the other rank's linear. A
-// thread of each unit, of one row 512 of them: two units each are faster among sums in a row (2.8 us, 3.0), but not in a step
-// (0.7 us slower a layer and sum).
+// them, and this waits for its end and for them: 3.1 us, and 0.3 more for the linear. Not to wait for its end is what counts
+// (sent_norm.cu). A thread of each unit, of one row 512 of them: two units each are faster among sums in a row (2.8 us, 3.0),
+// but not in a step (0.7 us slower a layer and sum).
 #include "fp8/norm_row.cuh"
 #include "fp8/sync.cuh"
 #include "../all_reduce/push.cuh"

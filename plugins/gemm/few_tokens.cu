@@ -53,6 +53,16 @@
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
 #include "fp8/wgmma.cuh"
+#ifdef SEND  // 16-bit rows go to all ranks instead of y, as they are there
+#include "../all_reduce/sent.cuh"
+#define SEND_PARAMETERS , const __grid_constant__ Peers peers, u32 me, u64 area
+#define SENDING(...) __VA_ARGS__
+#define PUT(out, token, n, four) send(peers, me, area, token, n, four)
+#else
+#define SEND_PARAMETERS
+#define SENDING(...)
+#define PUT(out, token, n, four) *(uint2*)(out) = (four)
+#endif
 
 // Constants: GEMM_N, GEMM_K; WEIGHT (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32, 3 e4m3); SWIGLU and its 16-bit
 // type ROUND (0 bf16, 1 f16); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per row, 2 blockwise:
@@ -209,7 +219,7 @@ DEVICE void collect(float (&d)[TILES_EACH][TOKENS / 2], const u8* partials, int 
 
 // Rows n = base + lane / 4 and n + 8, tokens first + 2 (lane % 4) and the next: v[0], v[1] of row n, v[2], v[3] of row n + 8.
 // After the transpose a lane holds one token, so that 16-bit rows leave in whole 32-byte sectors.
-DEVICE void store_16bit(u16* y, const float (&v)[4], int base, int first, int tokens) {
+DEVICE void store_16bit(u16* y, const float (&v)[4], int base, int first, int tokens SENDING(, const Peers& peers, u32 me, u64 area)) {
   int lane = threadIdx.x % 32, token = first + lane / 4;
   u32 low = movmatrix_trans(from_float2<OUT == 1>(v[0], v[1])), high = movmatrix_trans(from_float2<OUT == 1>(v[2], v[3]));
   bool odd = lane & 1;  // odd lanes take the upper eight rows
@@ -219,7 +229,7 @@ DEVICE void store_16bit(u16* y, const float (&v)[4], int base, int first, int to
   if (token >= tokens) return;
   u16* out = y + (u64)token * GEMM_N + n;
   if constexpr (GEMM_N % 4 == 0) {
-    if (n < GEMM_N) *(uint2*)out = pair;
+    if (n < GEMM_N) PUT(out, token, n, pair);
   } else {
     if (n < GEMM_N) out[0] = pair.x;
     if (n + 1 < GEMM_N) out[1] = pair.x >> 16;
@@ -257,7 +267,7 @@ DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int 
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
-           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens, int early) {
+           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens, int early SEND_PARAMETERS) {
   if (early) griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u64 full[STAGES], empty[STAGES], sums;
@@ -334,6 +344,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         offset[t][i] = BIAS && n < GEMM_N ? bias[n] : 0.f;
       }
     griddepcontrol_wait();
+    SENDING(if (blockIdx.x == 0 && (int)threadIdx.x < tokens) store_system(begun_of(peers.region[me], area, threadIdx.x, me), 1u));
     if (TOKEN_SCALE && threadIdx.x < TOKENS)
       token_scale[threadIdx.x] = X_SCALE == 1 ? x_scale[0] : (int)threadIdx.x < tokens ? x_scale[threadIdx.x] : 0.f;
     u32 w = wgmma_descriptor(ring + first_tile * 64 * ATOM), x = wgmma_descriptor(stage_at(ring, 0).x);
@@ -414,7 +425,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
       }
       if constexpr (SWIGLU) store_swiglu(y, v, row + base, 8 * g, tokens, quantum);
       else if constexpr (OUT == 2) store_f32((float*)y, v, row + base, 8 * g, tokens);
-      else store_16bit((u16*)y, v, row + base, 8 * g, tokens);
+      else store_16bit((u16*)y, v, row + base, 8 * g, tokens SENDING(, peers, me, area));
     }
   }
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
 from fp8.plugins.gemm.types import GROUP_ROWS, blockwise, group_rows
@@ -133,8 +133,10 @@ def bind(
     tensors: Sequence[torch.Tensor | None],
     workspace: torch.Tensor | None,
     early: bool = False,
+    more: Sequence[Any] = (),
 ) -> Launcher:
-    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale), y. `early`: the next kernel starts at once.
+    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale), y, and the further arguments of a variant.
+    `early`: the next kernel starts at once.
 
     The tensor map of x ends at the step's last row, so that rows past it are zeros and cost no traffic: there is one
     packed launch per row count, made when first needed.
@@ -152,7 +154,7 @@ def bind(
 
     def pack(rows: int) -> Launch:
         x_map = matrix_map(x[:rows], ATOM // x.element_size(), tactic.TOKENS)
-        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows), ctypes.c_int(early)]
+        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows), ctypes.c_int(early), *more]
         return Launch(functions[0], tactic.threads, args, tactic.shared, grid, tactic.SPLIT)
 
     def launch(step: StepShape) -> None:

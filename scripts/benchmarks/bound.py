@@ -8,7 +8,7 @@ from fp8.builder.dtypes import BYTES
 from fp8.builder.engine import Plan
 from fp8.scripts.benchmarks.ceilings import H200
 
-LINEARS = ("gemm", "gemm_swiglu")
+LINEARS = ("gemm", "gemm_send", "gemm_swiglu")
 
 
 def bound(plan: Plan, batch: int, input_len: int, output_len: int) -> float:

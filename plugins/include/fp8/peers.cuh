@@ -25,11 +25,20 @@ DEVICE u32 load_word_system(const void* p) {
   return v;
 }
 DEVICE void store_release_system(void* p, u32 v) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// Seen by this GPU.
+DEVICE u32 load_acquire_gpu(const void* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 DEVICE u32 load_acquire_system(const void* p) {
   u32 v;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+// A word that is its own flag: zero is "not there yet", so words travel complemented, and the one whose complement is zero, a
+// NaN in every type, goes as another NaN.
+DEVICE u32 to_wire(u32 word) { return word == ~0u ? ~0x7FFF7FFFu : ~word; }
 DEVICE u64 global_nanoseconds() {
   u64 r;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(r));
