@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 from fp8.plugins.all_reduce.region import SENT_ROWS, sent_area, sent_constants
 from fp8.plugins.base import Communicator, Kernel, Launcher, PluginError, StepShape, Tensor
@@ -82,5 +82,5 @@ class GemmSend(Gemm):
         return few_tokens.bind(self, tactic, functions[:1], tensors, workspace, early, sent)
 
 
-def _sends(tactic: Tactic) -> bool:
+def _sends(tactic: Tactic) -> TypeGuard[FewTokens]:
     return isinstance(tactic, FewTokens) and tactic.TOKENS <= SENT_ROWS
