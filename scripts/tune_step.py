@@ -126,8 +126,13 @@ class InPlace:
         return value if ranks is None else max(map(float, ranks.world.exchange(repr(value))))
 
     def launches(self, site: Site, tactic: Any, in_place: bool = True) -> list[Launcher]:
-        found, executor = self.functions.of(site.kernels(tactic)), self.session.executor
-        return [executor.rebound(i, tactic, found, in_place) for i in self.sites[site]]  # type: ignore[union-attr]
+        found = []
+        for i in self.sites[site]:
+            step = self.session.plan.steps[i]  # one of them may send its rows where another does not
+            kernels = load(step.plugin)(**step.attributes).kernels(tactic, site.types)
+            functions = self.functions.of(kernels)
+            found.append(self.session.executor.rebound(i, tactic, functions, in_place))  # type: ignore[union-attr]
+        return found
 
     def graph(self, state: Mapping[Site, Any]) -> torch.cuda.CUDAGraph:
         """Of the whole steps."""

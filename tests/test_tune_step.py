@@ -59,6 +59,21 @@ def test_linears_of_one_shape_change_together(place: InPlace) -> None:
         assert all(site.plugin.legal(t, site.types, 8) for t in offered)
 
 
+def test_linears_that_send_and_one_that_does_not_change_together(tmp_path: Path) -> None:
+    """The last down_proj's sum is no norm's: each is bound with the kernels of its own plugin."""
+    source = tiny.source(tmp_path, tiny.qformat("fp8"), **WIDE)
+    plan = build.compile(source, Request(16, 128, 64, "sm_90a", tp_size=2), Reporter()).plan
+    bound: list[tuple] = []
+    executor = types.SimpleNamespace(rebound=lambda i, tactic, functions, _: bound.append((i, functions)))
+    session = types.SimpleNamespace(plan=plan, ranks=None, executor=executor)
+    shape = StepShape(3, 3, 3, 0, 128, 3)
+    place = InPlace(session, (shape,), types.SimpleNamespace(of=list))  # type: ignore[arg-type]
+    site = next(s for s in place.sites if s.module.endswith("down_proj"))
+    place.launches(site, place.chosen(site))
+    assert [plan.steps[i].plugin for i, _ in bound] == ["gemm_send", "gemm"]
+    assert [["SEND" in dict(k.constants) for k in kernels] for _, kernels in bound] == [[True, False], [False]]
+
+
 def test_choices_go_into_the_table_for_their_rows(place: InPlace, tmp_path: Path, capsys) -> None:
     site = next(iter(place.sites))
     tactic = next(t for t in place.offers(site) if isinstance(t, FewTokens) and t != place.chosen(site))
