@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from fp8.builder import engine, measure, memory, pipeline, plan, report, taps, tune, weights
+from fp8.builder import engine, joins, measure, memory, pipeline, plan, report, taps, tune, weights
 from fp8.builder.checkpoint import Checkpoint, read_json
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
@@ -277,6 +277,7 @@ def compile(
     found = plan.buffers(graph)
     steps = plan.steps(nodes)
     cubins: dict[str, tune.Cubin] = {}
+    joined: tuple[engine.Join, ...] = ()
     workspace = 0
     if request.target != "cpu":
         plan.check(nodes)
@@ -290,6 +291,9 @@ def compile(
             tactics.choose(measured, _stage(reporter, "kernels"), reporter.warn)
         steps, cubins = tactics.steps(), tactics.cubins()
         workspace = tactics.workspace_bytes
+        if not dry_run:
+            joined, more = joins.join(nodes, steps, _stage(reporter, "kernels"), reporter.warn)
+            cubins |= more
     buffers, arena = plan.place(found, steps, limits)
     constants = plan.constants(graph)
     if request.hollow:
@@ -301,7 +305,7 @@ def compile(
     built = Plan(
         compatibility, source.info(request.dtype), limits, buffers, tuple(steps), arena, workspace, "",
         {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())}, report.report(pairs, journal),
-        tuple(tapped.taken), _share(source, graph, place),
+        tuple(tapped.taken), _share(source, graph, place), joined,
     )  # fmt: skip
     return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, constants, journal, tapped)
 

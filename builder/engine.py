@@ -76,6 +76,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Join:
+    """A linear layer in whose kernels the first part of the attention behind it is done, for the rows of prompts."""
+
+    linear: int  # places among the plan's steps
+    attention: int
+    kernels: tuple[str, ...]  # for the linear's tactics in turn: a content hash, or "" where the two stay apart
+
+
+@dataclass(frozen=True)
 class Limits:
     max_batch_size: int
     max_seq_len: int
@@ -140,6 +149,7 @@ class Plan:
     fusion_report: list[dict[str, Any]] = field(default_factory=list)  # one entry per Q/DQ pair
     taps: tuple[Tap, ...] = ()
     share: Share | None = None  # what of the model it is; None: all of it
+    joins: tuple[Join, ...] = ()
 
     def buffer(self, name: str) -> Buffer:
         return self._index[name]
@@ -173,10 +183,11 @@ class Plan:
         share = d.get("share") and Share(
             tuple(d["share"]["layers"]), {axis: tuple(part) for axis, part in d["share"]["axes"].items()}
         )
+        joins = tuple(Join(j["linear"], j["attention"], tuple(j["kernels"])) for j in d.get("joins", ()))
         model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
         return Plan(
             Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
-            d["workspace_bytes"], d["weights_digest"], d["kernels"], d["fusion_report"], taps, share,
+            d["workspace_bytes"], d["weights_digest"], d["kernels"], d["fusion_report"], taps, share, joins,
         )  # fmt: skip
 
 

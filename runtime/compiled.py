@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.timing import seconds_of_each
-from fp8.runtime import tail
+from fp8.runtime import joins, tail
 from fp8.runtime.links import INPUT
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
 from fp8.runtime.step_inputs import StepInputs
@@ -133,6 +133,7 @@ class CompiledExecutor:
         self._allocate(plan, self._plugins, num_blocks, device)
         functions, steps = load_functions(engine), range(len(plan.steps))
         self._steps = [self._bind(i, functions, self._tensors) for i in steps]
+        self._joined = joins.bind(plan, self._plugins, functions, self._tensors, self._workspace)
         self._tail: list[Bound] = []  # launches of the steps behind the last attention, for the rows wanted
         found = tail.find(plan)
         if found is not None:
@@ -183,12 +184,18 @@ class CompiledExecutor:
         return [statistics.median(times) for times in zip(*passes, strict=True)]
 
     def launches(self, shape: StepShape, whole: bool = False) -> list[tuple[Launcher, StepShape]]:
-        """The launch of every plan step that fits the step's size, and what it is for. `whole`: all rows to the end."""
+        """The launch of every plan step that fits the step's size, and what it is for. `whole`: every step writes all
+        that it does in the plan, for all rows."""
         if whole or not self._tail or shape.tokens - shape.logits_rows < tail.LEAST:
-            return [(_launcher(step, shape), shape) for step in self._steps]
-        few = replace(shape, tokens=shape.logits_rows)
-        first = [(_launcher(step, shape), shape) for step in self._steps[: self._first_of_tail]]
-        return first + [(_launcher(step, few), few) for step in self._tail]
+            found = [(_launcher(step, shape), shape) for step in self._steps]
+        else:
+            few = replace(shape, tokens=shape.logits_rows)
+            found = [(_launcher(step, shape), shape) for step in self._steps[: self._first_of_tail]]
+            found += [(_launcher(step, few), few) for step in self._tail]
+        if not whole:
+            for place, launcher in joins.launchers(self._joined, shape):
+                found[place] = launcher, shape
+        return found
 
     def _allocate(self, plan: Plan, plugins: list[Plugin], num_blocks: int, device: torch.device) -> None:
         import torch

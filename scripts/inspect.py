@@ -140,12 +140,27 @@ def tactics(plan: Plan, console: Console) -> None:
         for i, row in enumerate(_tactics(step)):
             table.add_row(_joined(names) if i == 0 else "", *row)
     console.print(table)
+    if plan.joins:
+        console.print(_joins(plan))
     table = _table("kernels", "kernel", "plugin", "source", "registers", "spilled bytes", "constants")
     for key, kernel in sorted(plan.kernels.items(), key=lambda item: (item[1]["plugin"], item[0])):
         constants = " ".join(f"{k}={v}" for k, v in kernel["constants"].items())
         numbers = str(kernel["registers"]), str(kernel["spill_bytes"])
         table.add_row(key[:8], kernel["plugin"], kernel["source"], *numbers, constants)
     console.print(table)
+
+
+def _joins(plan: Plan) -> Table:
+    """Where steps with prompts run another kernel."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for join in plan.joins:
+        step = plan.steps[join.linear]
+        ends = (f"<= {t.max_tokens} {k[:8]}" for t, k in zip(step.tactics, join.kernels, strict=True) if k)
+        groups.setdefault((_shape(step.name)[0], ", ".join(ends)), []).append(step.name)
+    table = _table("with the first part of attention, for prompts", "step", "rows, kernels")
+    for (_, kernels), names in groups.items():
+        table.add_row(_joined(names), kernels)
+    return table
 
 
 def _tactics(step: Step) -> list[tuple[str, ...]]:

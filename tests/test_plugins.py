@@ -41,7 +41,7 @@ def input_types(case: Case) -> list[Tensor | None]:
 def test_every_plugin_has_cases_of_its_own() -> None:
     assert {name for name, _ in CASES} == set(base.names())
     for name, case in CASES:
-        assert type(case.plugin) is base.load(name) and case.why and case.tolerance < 0.1
+        assert isinstance(case.plugin, base.load(name)) and case.why and case.tolerance < 0.1
     assert len({by_name(pair) for pair in CASES}) == len(CASES)
 
 

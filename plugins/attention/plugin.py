@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.attention import decode, layout, prefill, rope_kv_write
+from fp8.plugins.attention import decode, joined, layout, prefill, rope_kv_write
 from fp8.plugins.attention.decode import Decode
 from fp8.plugins.attention.prefill import Prefill
 from fp8.plugins.base import BLOCK_SIZE, Dim, Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp8.plugins.cuda import Function
+    from fp8.plugins.gemm.linear import Linear
 
 E4M3 = "float8_e4m3fn"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -192,17 +193,43 @@ class Attention(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-        write, decode_rows, prefill_rows = self.bind_parts(tactic, functions, tensors, workspace)
+        write, *rest = self.bind_parts(tactic, functions, tensors, workspace)
+        behind = self._both(*rest)
 
         def run(step: StepShape) -> None:
             if step.tokens > step.decode_sequences:
                 write(step)
+            behind(step)
+
+        return run
+
+    @staticmethod
+    def _both(decode_rows: Launcher, prefill_rows: Launcher) -> Launcher:
+        def run(step: StepShape) -> None:
             if step.decode_sequences:
                 decode_rows(step)
             if step.sequences > step.decode_sequences:
                 prefill_rows(step)
 
         return run
+
+    def bind_joined(
+        self,
+        tactic: AttentionTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        workspace: torch.Tensor | None,
+        linear: Linear,
+        choices: Sequence[tuple[Any, Function | None]],
+        operands: Sequence[torch.Tensor | None],
+    ) -> tuple[list[Launcher | None], Launcher]:
+        """The linear in front with the first part in its epilogue, for each of its tactics that has a kernel for that
+        (`joined.kernel`), and what is left of this; for steps with prompts, whose rows all belong to sequences.
+        operands: the linear's inputs and output."""
+        _, *rest = self.bind_parts(tactic, functions, tensors, workspace)
+        q, _, tiles = self._scratch(tensors, tactic, workspace)
+        fronts = [joined.bind(linear, t, f, operands, q, tensors, tiles) if f else None for t, f in choices]
+        return fronts, self._both(*rest)
 
     def bind_parts(
         self,
@@ -212,15 +239,26 @@ class Attention(Plugin):
         workspace: torch.Tensor | None,
     ) -> tuple[Launcher, Launcher, Launcher]:
         """Rotary embedding, quantization and cache write of what is no decode row; decode rows; prefill rows."""
-        types = [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors[:14]]
-        qkv, lengths, key = tensors[0], tensors[4], tensors[8]
-        assert qkv is not None and lengths is not None and key is not None and workspace is not None
-        sizes = self._regions(tactic, types, len(qkv), len(lengths))
-        for_decode, for_prefill, for_q = workspace[: sum(sizes)].split(sizes)
-        q_bytes = for_q[: len(qkv) * self.num_heads * prefill.row_bytes(self, types)]
-        q = q_bytes.view(key.dtype).view(len(qkv), self.num_heads, self.head_dim)
-        prefill_functions = len(prefill.kernels(self, tactic, types))
+        q, for_decode, for_prefill = self._scratch(tensors, tactic, workspace)
+        prefill_functions = len(prefill.kernels(self, tactic, _types(tensors)))
         decode_functions, of_prefill = functions[1:-prefill_functions], functions[-prefill_functions:]
         write = rope_kv_write.bind(self, functions[0], q, tensors, for_prefill)
         decode_rows = decode.bind(self, tactic, decode_functions, tensors, for_decode)
         return write, decode_rows, prefill.bind(self, tactic, of_prefill, q, tensors, for_prefill)
+
+    def _scratch(
+        self, tensors: Sequence[torch.Tensor | None], tactic: AttentionTactic, workspace: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The workspace's parts: the queries [max_tokens, H, D] of the cache's dtype, and bytes of the decode part and
+        of the prefill part."""
+        qkv, lengths, key = tensors[0], tensors[4], tensors[8]
+        assert qkv is not None and lengths is not None and key is not None and workspace is not None
+        sizes = self._regions(tactic, _types(tensors), len(qkv), len(lengths))
+        for_decode, for_prefill, for_q = workspace[: sum(sizes)].split(sizes)
+        size = len(qkv) * self.num_heads * self.head_dim * key.element_size()
+        return for_q[:size].view(key.dtype).view(len(qkv), self.num_heads, self.head_dim), for_decode, for_prefill
+
+
+def _types(tensors: Sequence[torch.Tensor | None]) -> list[Tensor | None]:
+    """Of the inputs."""
+    return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors[:14]]

@@ -13,17 +13,17 @@ plugin.py joins two parts of one interface, this module for the prefill rows and
         Bytes of zero-initialised scratch, left zero where it must be zero at the next launch.
     bind(plugin, tactic, functions, [q,] tensors, workspace) -> Launcher
         q: the rotated and quantized (or rounded) queries [max_tokens, H, D], e4m3 or 16 bits like the cache, which
-        rope_kv_write.cu has put into the workspace; decode rows make their own, and write the cache too. tensors: the
-        plugin's inputs, then its output. workspace: this part's uint8 slice, 1024-byte aligned, or None where it asked
-        for 0 bytes. The launcher enqueues the decode rows [0, step.decode_sequences), row i of sequence i, or here the
-        sequences [step.decode_sequences, step.sequences); it is not called where there are none. It must not trust
-        step.max_context to be exact (under a CUDA graph it is an upper bound), and writes every row of its sequences:
-        zeros where sequence_lengths is 0.
+        rope_kv_write.cu, or the linear in front (joined.py), has put into the workspace; decode rows make their own,
+        and write the cache too. tensors: the plugin's inputs, then its output. workspace: this part's uint8 slice,
+        1024-byte aligned, or None where it asked for 0 bytes. The launcher enqueues the decode rows
+        [0, step.decode_sequences), row i of sequence i, or here the sequences [step.decode_sequences, step.sequences);
+        it is not called where there are none. It must not trust step.max_context to be exact (under a CUDA graph it is
+        an upper bound), and writes every row of its sequences: zeros where sequence_lengths is 0.
 
-rope_kv_write comes first in the stream, if there are other than decode rows, and is launched with programmatic
-dependent launch like the rest: both parts run `griddepcontrol.wait` before they read what a kernel of the step writes,
-that is qkv, q, and the step's own tokens in the caches; the step's inputs are uploaded before its first kernel. The
-prefill part runs after the decode part and depends on nothing that it wrote.
+rope_kv_write, or that linear, comes first in the stream, if there are other than decode rows, and is launched with
+programmatic dependent launch like the rest: both parts run `griddepcontrol.wait` before they read what a kernel of the
+step writes, that is qkv, q, and the step's own tokens in the caches; the step's inputs are uploaded before its first
+kernel. The prefill part runs after the decode part and depends on nothing that it wrote.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def most_tiles(tokens: int, sequences: int) -> int:
 def workspace(
     plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
 ) -> int:
-    """The work list, which rope_kv_write writes: its length, then its tiles."""
+    """The work list, which the first part writes: its length, then its tiles."""
     return TILE_ENTRY * (1 + most_tiles(max_tokens, max_sequences))
 
 

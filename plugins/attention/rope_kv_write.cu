@@ -2,7 +2,8 @@
 // rounding to the cache's 16-bit type), and the write of k and v into the paged cache by slot. One thread takes VEC
 // rotation pairs of HEADS heads of one token. e4m3 values go through threads that take VALUE_DIMS dimensions of one token,
 // so that a warp of consecutive tokens writes the transposed, permuted page rows in whole 32-byte sectors. All loads of a
-// thread are in flight at once. The first block writes the work list of the prefill kernel. Decode rows do it themselves.
+// thread are in flight at once. The first block writes the work list of the prefill kernel. Decode rows do it themselves. Where
+// the linear in front can, it does all of this in its epilogue (gemm_heads.cuh).
 //
 // us on an H200 (e4m3, 32/8 heads at 1024 and 4096 tokens, 32/32 at 4096 and 16384): 7.0, 23.2, 46.0, 183; with 4 heads and 32
 // dimensions a thread 8.4, 26.3, 45.9, 173; with values stored four tokens in a word 7.5, 23.6, 44.5, 180.
@@ -100,8 +101,10 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
   const int pair_blocks = ((u64)rows * GROUPS * PIECES + 255) / 256;
   const int block = blockIdx.x - (sequences > decode_sequences);
   if (block < 0) {
-    write_tiles(tiles, query_start, sequence_lengths, decode_sequences, sequences, 2 * HEAD_DIM * CACHE_BYTES, NUM_KV_HEADS,
-                NUM_HEADS / NUM_KV_HEADS);
+    __shared__ int bins[TILE_BINS];
+    if (threadIdx.x < 32)
+      write_tiles(bins, tiles, query_start, sequence_lengths, decode_sequences, sequences, 2 * HEAD_DIM * CACHE_BYTES, NUM_KV_HEADS,
+                  NUM_HEADS / NUM_KV_HEADS);
   } else if (block < pair_blocks) {
     const u32 unit = block * 256 + threadIdx.x;
     const u32 token = decode_sequences + unit / (GROUPS * PIECES);

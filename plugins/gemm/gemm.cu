@@ -53,6 +53,9 @@
 #include "fp8/wgmma.cuh"
 #include "gemm_epilogue.cuh"
 #include "gemm_shape.cuh"
+#if HEADS
+#include "gemm_heads.cuh"
+#endif
 
 // Tile `unit` of the raster: groups of GROUP row blocks, row blocks fastest, keep a wave's operands in L2.
 struct Tile {
@@ -125,7 +128,11 @@ DEVICE void pass_turn(int warpgroup) {
 
 extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap y_map,
-     const float* x_scale, const float* w_scale, const float* bias, const float* out_scale, void* y, int rows) {
+     const float* x_scale, const float* w_scale, const float* bias, const float* out_scale, void* y, int rows
+#if HEADS
+     , const __grid_constant__ Cache cache
+#endif
+     ) {
   griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
   u8* buffers = shared + STAGES * STAGE_BYTES;
@@ -210,6 +217,14 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         }
       }
     }
+#if HEADS
+    else if (blockIdx.x == 0 && threadIdx.x / 32 % 4 == 2 && cache.sequences > cache.decode_rows) {
+      __shared__ int bins[TILE_BINS];
+      griddepcontrol_wait();
+      write_tiles(bins, cache.tiles, cache.query_start, cache.lengths, cache.decode_rows, cache.sequences, 2 * HEAD_DIM * CACHE_BYTES,
+                  KV_HEADS, HEADS / KV_HEADS);
+    }
+#endif
     __syncwarp();
     if (SPLIT > 1) cluster_arrive(), cluster_wait();
   } else {
@@ -292,6 +307,10 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
           row_scale[m][i] = X_SCALE == 2 && r < rows ? x_scale[r] : 1.f;
         }
+#if HEADS
+      Kind kind = kind_of(t.n);
+      if (FP8_CACHE) quantum = *(kind == QUERIES ? cache.q_scale : kind == KEYS ? cache.k_scale : cache.v_scale);
+#endif
       if constexpr (PROMOTE) {
 #pragma unroll
         for (int m = 0; m < MMAS; m++)
@@ -342,9 +361,14 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         warpgroup_sync(warpgroup);
       }
 #pragma unroll
-      for (int m = 0; m < MMAS; m++)
+      for (int m = 0; m < MMAS; m++) {
+#if HEADS
+        if (t.n < GEMM_N) write_heads(sum[m], cache, &y_map, buffers, scales, biases, row + m * 64, t.n, rows, row_scale[m], quantum);
+#else
         write(m, sum[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
               partials + m * 64 * BLOCK_N * 4);
+#endif
+      }
     }
     if (PROMOTE) wgmma_wait_group<0>();
     if (TMA_STORE && leader) bulk_wait_group<0>();

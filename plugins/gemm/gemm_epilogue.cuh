@@ -89,6 +89,21 @@ DEVICE void take(float (&v)[4], const float (&d)[BLOCK_N / 2], int column, u32 p
   }
 }
 
+// A chunk's columns from `column` on of 64 rows to shared memory, in the 16-bit type.
+DEVICE void stage(u8* buffer, const float (&d)[BLOCK_N / 2], const float* scale, const float* bias, int column, const float (&x_scale)[2],
+                  u32 partials) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, pair = lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < CHUNK_N / 8; i += 2) {
+    int at = column + i * 8;
+    float u[4], v[4];
+    take(u, d, at, partials), take(v, d, at + 8, partials);
+    finish(u, scale, bias, at + pair, x_scale), finish(v, scale, bias, at + 8 + pair, x_scale);
+    stmatrix_x4(shared_address(buffer) + swizzled(warp * 16 + lane % 16, i + lane / 16), from_float2<OUT == 1>(u[0], u[1]),
+                from_float2<OUT == 1>(u[2], u[3]), from_float2<OUT == 1>(v[0], v[1]), from_float2<OUT == 1>(v[2], v[3]));
+  }
+}
+
 // 64 rows of one warpgroup, its `m`-th: chunk by chunk, to shared memory and out.
 DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, const TensorMap* map, u8* buffers, const float* scale,
                   const float* bias, int row, int column, const float (&x_scale)[2], float quantum, u32 rank, u32 partials) {
@@ -106,6 +121,8 @@ DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, c
       }
       warpgroup_sync(warpgroup);
     }
+    if constexpr (TMA_STORE && !SWIGLU) stage(buffer, d, scale, bias, c * CHUNK_N, x_scale, partials);
+    else
 #pragma unroll
     for (int i = 0; i < CHUNK_N / 8; i += 2) {
       int at = c * CHUNK_N + i * 8, pair = lane % 4 * 2;
@@ -129,15 +146,11 @@ DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, c
           *(u32*)(buffer + swizzled(r, i / 2) + pair * 2) = from_float2<OUT == 1>(u[0], u[1]);
           *(u32*)(buffer + swizzled(r + 8, i / 2) + pair * 2) = from_float2<OUT == 1>(u[2], u[3]);
         }
-      } else if constexpr (!TMA_STORE) {
+      } else {
         store_pair(args.y, args.rows, row + r, column + at + pair, u[0], u[1]);
         store_pair(args.y, args.rows, row + r + 8, column + at + pair, u[2], u[3]);
         store_pair(args.y, args.rows, row + r, column + at + 8 + pair, v[0], v[1]);
         store_pair(args.y, args.rows, row + r + 8, column + at + 8 + pair, v[2], v[3]);
-      } else {
-        u32 to = shared_address(buffer) + swizzled(warp * 16 + lane % 16, i + lane / 16);
-        stmatrix_x4(to, from_float2<OUT == 1>(u[0], u[1]), from_float2<OUT == 1>(u[2], u[3]), from_float2<OUT == 1>(v[0], v[1]),
-                    from_float2<OUT == 1>(v[2], v[3]));
       }
     }
     if (TMA_STORE) {

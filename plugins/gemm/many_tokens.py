@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8.plugins.base import SCALE_BLOCK, Kernel, Launcher, Plugin, StepShape, Tensor
 from fp8.plugins.gemm.types import BYTES, blockwise, group_rows, operands
@@ -256,8 +256,10 @@ def bind(
     tactic: ManyTokens,
     functions: Sequence[Function],
     tensors: Sequence[torch.Tensor | None],
+    further: Sequence[Any] = (),
 ) -> Launcher:
-    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale) and y; a call sets the rows and the grid."""
+    """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale) and y; a call sets the rows and the grid.
+    `further`: arguments of a kernel with more in its epilogue."""
     import torch
 
     from fp8.plugins.cuda import Launch, matrix_map
@@ -273,7 +275,7 @@ def bind(
     chunk = p.chunk(tactic.BLOCK_N)
     y_map = matrix_map(y, chunk // y.element_size(), 64, chunk) if p["TMA_STORE"] else x_map
     count = ctypes.c_int(0)
-    args = [x_map, w_map, y_map, x_scale, w_scale, bias, out_scale, y, count]
+    args = [x_map, w_map, y_map, x_scale, w_scale, bias, out_scale, y, count, *further]
     threads = 128 * (tactic.warpgroups + 1)
     launch = Launch(functions[0], threads, args, p.shared(tactic), cluster=tactic.cluster)
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count
