@@ -26,6 +26,7 @@ constexpr int TILE_HEADS = BLOCK_N / HEAD_DIM;  // whole heads of one kind
 constexpr int VEC = 4;                          // rotation pairs that a thread takes at once: eight lanes read a line of angles
 constexpr int PIECES = Pairs<VEC>::COUNT;       // of a head
 constexpr int STEPS = 4;                        // of a warp through its 16 rows
+constexpr int TOGETHER = FP8_CACHE ? 2 : 1;     // of them, their angles are loaded at once; 16-bit rows need the registers
 static_assert(BLOCK_N == 128 && PINGPONG && TMA_STORE && !SWIGLU && !QUANT && BUFFERS == 2 && CHUNK == 128);
 static_assert(HEADS % TILE_HEADS == 0 && KV_HEADS % TILE_HEADS == 0);
 
@@ -57,12 +58,12 @@ struct Place {
   bool valid;
 };
 
-// Of two of a thread's rows and its two pieces, lane % 8 and that plus 8 of the tile's 16.
+// Of TOGETHER of a thread's rows and its two pieces, lane % 8 and that plus 8 of the tile's 16.
 struct Angles {
-  float c[2][2][VEC], s[2][2][VEC];
+  float c[TOGETHER][2][VEC], s[TOGETHER][2][VEC];
   METHOD void load(const Cache& cache, const Place (&places)[STEPS], int first) {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
         Pairs<VEC>((threadIdx.x % 8 + 8 * h) % PIECES).load_angles(c[i][h], s[i][h], cache.cos, cache.sin, places[first + i].position);
@@ -74,7 +75,7 @@ DEVICE void move_rows(const u8* buffers, u8* to, const Cache& cache, const Place
   const bool rotates = ROTARY_DIM && (FP8_CACHE || kind != VALUES);
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
-    if (rotates && i == 2) angles.load(cache, places, 2);
+    if (rotates && i > 0 && i % TOGETHER == 0) angles.load(cache, places, i);
     const Place& at = places[i];
     const int r = row_of(i);
     const u32 in_cache = (at.slot / 64 * KV_HEADS + head) * 64 + at.slot % 64;
@@ -87,7 +88,7 @@ DEVICE void move_rows(const u8* buffers, u8* to, const Cache& cache, const Place
       float a[VEC], b[VEC];
       left.load(staged(buffers, r, in * HEAD_DIM + pairs.first)), right.load(staged(buffers, r, in * HEAD_DIM + pairs.second));
       left.convert(a), right.convert(b);
-      if (rotates) pairs.rotate(a, b, angles.c[i % 2][h], angles.s[i % 2][h]);
+      if (rotates) pairs.rotate(a, b, angles.c[i % TOGETHER][h], angles.s[i % TOGETHER][h]);
       u8* place = row + in * (kind == QUERIES ? 1 : 64) * (HEAD_DIM * CACHE_BYTES);
       const auto divided = [&](float x) { return divide(x, by); };
       if (at.valid) {
