@@ -20,7 +20,11 @@
 // The first tiles are sent for before griddepcontrol.wait: a layer of llama-7B's decode step takes 67.8 instead of 70.1 us at
 // 1 x 1024, 77.5 (79.3) at 8, 99.1 (100.4) at 16.
 // One sequence: a unit is padded to whole runs, for a block with parts of two units goes through everything twice: a layer at
-// 1 x 1088 takes 63.7 instead of 69.1 us, 61.0 (65.7) at 1 x 300.
+// 1 x 1088 takes 63.7 instead of 69.1 us, 61.0 (65.7) at 1 x 300. The step's facts are loaded all at once, before lengths are
+// counted, and a unit of many is cut evenly, into runs of 5 tiles or more, instead of runs of 8 and what is left: 8 layers of
+// llama-7B take 552.2 (facts) and 544.4 us (and even runs) instead of 558.8 at 1 x 1024, 544.4, 543.6 (546.9) at 1 x 1088, 551.8,
+// 546.8 (556.4) at 1 x 1500, 550.7, 551.6 (557.5) at 1 x 2040, 527.8 (530.0) at 1 x 300. With the 8 units of llama-3.1-8B even
+// runs are slower, 745.4 instead of 737.5 at 1 x 1088, of 3 tiles 751.6; blocks of 5, 6 or 4 warps there: 743.5, 743.1, 734.0.
 //
 // What brought reading near the memory's rate, us at 64 x 1024 and 1024 x 192 with 8 KV heads, and at 64 x 4096 with 32:
 // 37.3, 167, 544 at first; tokens instead of heads as rows of the products, half of them, and values in boxes of 128 bytes
@@ -41,7 +45,8 @@
 // L2 hints to evict keys and values first (nothing but what a benchmark's sets in turn leave).
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of qkv and the output, and of the cache if not FP8), ROTARY_DIM
-// (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM.
+// (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM, LEAST (tiles of a run of
+// one sequence).
 #include "decode_merge.cuh"
 #include "decode_newest.cuh"
 
@@ -69,19 +74,27 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     for (int i = 0; i < WARPS * SLOTS; i++) mbarrier_init(shared_address(&shared.full[i]), 1);
     fence_mbarrier_init();
   }
+  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, position_ids, cos, sin, q_scale, k_scale, v_scale};
+  Incoming incoming;
+  if (sequences == 1) incoming.load_facts(inputs, 0);  // all at once: nothing has to be found before
   const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (FP8_CACHE ? *q_scale * *k_scale : 1.0f);
 
   // What a step takes in and the cache's older tokens were there before the step's first kernel: the tiles that hold them
   // are sent for while the kernel before is still at work.
-  // One sequence: its units end where a block's run ends, for a block with parts of two takes twice as long.
-  const bool even = sequences == 1 && unit_cost == 0;
-  const int nothing = even ? (WARPS - (sequence_lengths[0] + TILE - 1) / TILE % WARPS) % WARPS : unit_cost;
+  // One sequence: its units end where a block's run ends, for a block with parts of two takes twice as long, and are cut
+  // evenly.
+  int nothing = unit_cost, least = WARPS;  // tiles of a run
+  if (sequences == 1 && unit_cost == 0) {
+    const int tiles = (sequence_lengths[0] + TILE - 1) / TILE, parts = max(1, (int)gridDim.x / UNITS);
+    least = max(LEAST, (tiles + parts - 1) / parts);
+    nothing = (least - tiles % least) % least;
+  }
   int places;  // in a unit of each sequence
   const Share share = count_places(shared, sequence_lengths, sequences, nothing, places);
   const int total = places * UNITS;
   // Later blocks have earlier runs: who waits for a result waits for a block that was started before.
   const int mine = gridDim.x - 1 - blockIdx.x;
-  int run = max(WARPS, (total + (int)gridDim.x - 1) / (int)gridDim.x);
+  int run = max(least, (total + (int)gridDim.x - 1) / (int)gridDim.x);
   const int unit = shared.counts[0], whole = unit ? (run + unit - 1) / unit * unit : run;
   // Contexts of one length: no unit is cut, if little is lost by it.
   if (unit * sequences == places && whole - run <= run / 8) run = whole;
@@ -101,9 +114,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
 #pragma unroll
   for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring(slot + i), full(slot + i), i % 2);
   at.skip_nothing(p, 1);
-  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, position_ids, cos, sin, q_scale, k_scale, v_scale};
-  Incoming incoming;
-  if (at.index < p.end) incoming.load_facts(inputs, at);
+  if (sequences > 1 && at.index < p.end) incoming.load_facts(inputs, at.sequence);
   const Output output = {y, FP8_CACHE ? *v_scale : 1.0f, QUANT_OUT ? *out_scale : 1.0f};
   griddepcontrol_wait();
   if (at.index < p.end) incoming.load_row(inputs, at);
@@ -128,7 +139,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     const int stop = min(at.tiles(p), at.tile + p.end - at.index);
     int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS;
     at.advance(p, min(at.places - at.tile, p.end - at.index));
-    if (AHEAD && at.index < p.end) incoming.load_facts(inputs, at), incoming.load_row(inputs, at);
+    if (AHEAD && at.index < p.end) incoming.load_facts(inputs, at.sequence), incoming.load_row(inputs, at);
     state.clear();
     for (; tile < stop; tile += WARPS) {
       float s[S_TILES][COLUMN_TILES][4];
@@ -145,7 +156,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
       release(SLOTS % 2 == 0);
     }
     const Cursor done = shared.fresh.at;
-    if (!AHEAD && at.index < p.end) incoming.load_facts(inputs, at), incoming.load_row(inputs, at);
+    if (!AHEAD && at.index < p.end) incoming.load_facts(inputs, at.sequence), incoming.load_row(inputs, at);
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
     const int origin = done.index - done.tile;  // of the unit, in the line of tiles
     const int last = (origin + done.tiles(p) - 1) / shared.run;  // run that has tiles of it

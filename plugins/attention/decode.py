@@ -91,6 +91,11 @@ class Shape:
     def partial_bytes(self) -> int:
         return 6 * self.rows * self.head_dim
 
+    def least(self, tactic: Decode) -> int:
+        """Tiles that a block takes of one sequence's unit, if there are as many: with many units reading is what takes
+        time, with few of them joining."""
+        return min(5, tactic.decode_warps) if self.units >= 16 else tactic.decode_warps
+
     def check_context(self, tokens: int) -> None:
         """Raises PluginError for block tables of more tokens than the kernel counts."""
         most = MOST_TILES * self.tile
@@ -163,6 +168,7 @@ def kernel(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -
         ("WARPS", tactic.decode_warps),
         ("SLOTS", tactic.decode_slots),
         ("BLOCKS_PER_SM", tactic.decode_blocks),
+        ("LEAST", of.least(tactic)),
     )
     return Kernel("attention", "decode.cu", "decode", constants)
 
@@ -215,7 +221,8 @@ def bind(
         grid = MULTIPROCESSORS * of.blocks(used, step.decode_sequences)
         if units < MANY:
             tiles = -(-step.max_context // of.tile)  # of a unit, at most
-            grid = max(1, min(grid, units * -(-tiles // used.decode_warps)))
+            cut = of.least(used) if step.decode_sequences == 1 and tiles > used.decode_warps else used.decode_warps
+            grid = max(1, min(grid, units * -(-tiles // cut)))
         launches[which](grid, of.shared_bytes(used, step.decode_sequences))
 
     return run

@@ -23,13 +23,14 @@ struct Incoming {
   int length, slot;
 
   // What does not come from the kernel before.
-  __device__ __forceinline__ void load_facts(const Inputs& in, const Cursor& at) {
+  __device__ __forceinline__ void load_facts(const Inputs& in, int sequence) {
     const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
-    if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, in.positions[at.sequence]);
+    const int position = ROTARY_DIM ? in.positions[sequence] : 0;
+    length = in.lengths[sequence], slot = in.slots[sequence];
     scales[0] = FP8_CACHE ? *in.q_scale : 1.0f;
     scales[1] = FP8_CACHE ? *in.k_scale : 1.0f;
     scales[2] = FP8_CACHE ? *in.v_scale : 1.0f;
-    length = in.lengths[at.sequence], slot = in.slots[at.sequence];
+    if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, position);
   }
   __device__ __forceinline__ void load_row(const Inputs& in, const Cursor& at) {
     const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
