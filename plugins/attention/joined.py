@@ -26,7 +26,7 @@ E4M3 = "float8_e4m3fn"
 COLUMNS = 128  # of a tile: whole heads, of one kind
 PAIRS = 4  # of a rotation, that a thread takes at once
 BINS_BYTES = 512  # of shared memory, for the work list
-TILES = 384  # of 128 x 128: three for each multiprocessor, so that most epilogues run under products
+TILES = 384  # of 128 x 128: about three for each multiprocessor, so that most epilogues run under products
 Types = Sequence[Tensor | None]
 
 
