@@ -131,14 +131,19 @@ def case(
     quant_out: bool | None = None,
     rotary_dim: int | None = None,
     padding_rows: int = 0,
+    steep: float = 1.0,
 ) -> Case:
-    """quant_out: as `fp8` if not given; rotary_dim: head_dim if not given, 0 for none."""
+    """quant_out: as `fp8` if not given; rotary_dim: head_dim if not given, 0 for none; steep: a factor of q and of the
+    new k, whose square is the standard deviation of the scores."""
     batch, quant_out = Batch(tuple(sequences), padding_rows), fp8 if quant_out is None else quant_out
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     plugin = Attention(*heads, head_dim, head_dim**-0.5, rotary_dim > 0, quant_out, dtype)
 
     def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
-        return inputs(plugin, batch, dtype, fp8, rotary_dim, generator, device)
+        given = inputs(plugin, batch, dtype, fp8, rotary_dim, generator, device)
+        assert given[0] is not None
+        given[0][:, : (heads[0] + heads[1]) * head_dim] *= steep
+        return given
 
     cache = f"{'e4m3' if fp8 else dtype} cache to {'e4m3' if quant_out else dtype}"
     tolerance, why = fp8_tolerance(batch.codes * heads[0], quant_out) if fp8 else TOLERANCES[False, quant_out]
@@ -176,6 +181,11 @@ def cases() -> list[Case]:
             case("empty sequence", [(9, 0), (70, 70)], fp8=fp8),
             case("heads of 3", CHUNKS, (9, 3), 64, fp8=fp8),
         ]
+    for steep in (2, 6):  # a row's maximum rises by much after its first tokens; by more than float32's range
+        found += [
+            case(f"steep {steep}", whole(300, 1024), dtype=d, fp8=False, steep=steep) for d in ("bfloat16", "float16")
+        ]
+        found += [case(f"steep {steep}", [(65, 700), (300, 301)], (4, 1), 64, fp8=False, steep=steep)]
     found += [case("to e4m3", CHUNKS, fp8=False, quant_out=True), case("many", whole(*range(1, 200)), (4, 1), 64)]
     for heads in ((32, 8), (32, 32)):
         found += [case(f"prompt {n}", whole(n), heads) for n in (4096, 16384)]

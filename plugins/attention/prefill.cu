@@ -5,7 +5,9 @@
 //
 // The running maximum is an integer in the log2 domain, so that rescaling is exact and P is quantized to the same codes in
 // whatever order tiles come. e4m3: P * 256 becomes e4m3 in registers; the cache's token permutation (layout.py) makes an
-// accumulator fragment an operand fragment. 16 bits: P is rounded to the model's type, V is read transposed by wgmma.
+// accumulator fragment an operand fragment. 16 bits: P is rounded to the model's type, V is read transposed by wgmma; the
+// maximum is that of a row's first tile, and P may be above 1: only when a thread's sum of P in a tile passes P_LIMIT, its warp
+// computes the tile's scores once more (scores.cuh) and raises the maxima. So no exponential waits for a maximum.
 // e4m3 products are summed by wgmma with about 14 bits of fraction, so every tile's P V is added up in float32.
 //
 // A tile of 128 x 128 took, on an H200 in clocks (e4m3, D 128), 1015 for its products alone, 1680 for the rest alone, and
@@ -18,13 +20,19 @@
 // fourth tile (-1 to -2 %), warpgroups that take turns at the products (-6 %) or at the exponentials (-12 %), or that start
 // apart (-2 %), P V issued after the maxima (-6 %), maxima reduced only when one rises (-11 %), scores computed one tile
 // ahead into a second set of registers with the sums in shared memory (-22 %), the next item's Q K^T before an item's end (0),
-// and at 4 x 1024 tokens, where the power limit does not count yet: the waits for the next K and V under the exponentials
-// (-2 %), products in turn by a named barrier (-3 %), five or six tiles of K and V in place of four (+1 %, -2 %). Q rotated and
-// quantized here saves rope_kv_write.cu 15 us at 4096 tokens of 32 heads, but takes the consumers 20 us, and the producer's
-// three idle warps, an item ahead, 18 to 30 us; at 16384 tokens these hide it, and nothing is gained.
+// maxima raised only when a code of P reaches 448 (-5 to -9 %: the check costs as much, and what waits for exponentials among
+// them holds them up), sums and codes taken among the exponentials (-1 to -6 %), tiles in halves of 64 tokens, Q K^T of one and
+// P V of the other under the softmax between them (-7 to -11 %; there, without the exponentials 12 % more, without adding up
+// 10, without sums 6, without packing 4), and at 4 x 1024 tokens, where the power limit does not count yet: the waits for the
+// next K and V under the exponentials (-2 %), products in turn by a named barrier (-3 %), five or six tiles of K and V in place
+// of four (+1 %, -2 %). ex2 of two float16 takes twice the clocks of one float32. Q rotated and quantized here saves
+// rope_kv_write.cu 15 us at 4096 tokens of 32 heads, but takes the consumers 20 us, and the producer's three idle warps, an item
+// ahead, 18 to 30 us; at 16384 tokens these hide it, and nothing is gained.
 // 16 bits: a third tile of K and V in place of a second one of Q is worth 6 % (4096 tokens) to 15 % (16384 tokens); with it,
 // products in turn by a named barrier cost 0 to 2 % (without it they gain 2 to 3 %), and Q sent for after the item's first tiles
-// of K and V costs 0 to 5 %. (Times of contestants in turn: under the power limit the place in the turn is worth up to 3 %.)
+// of K and V costs 0 to 5 %. No wait for maxima: 10 to 16 % (4 % at 1024 tokens), of which 0 to 2 % by the additions of P behind
+// the exponentials; in halves of 64 tokens it is 3 %, with Q in registers 2 to 6 %.
+// (Times of contestants in turn: under the power limit the place in the turn is worth up to 3 %.)
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), Q_STAGES (tiles of
 // Q), STAGES (tiles of K and of V).
@@ -33,6 +41,7 @@
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
 #include "fp8/wgmma.cuh"
+#include "scores.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
 
@@ -47,6 +56,7 @@ constexpr int TILE_BYTES = 128 * ROW;                    // of Q, K and V alike
 constexpr int ATOM_BYTES = 128 * SWIZZLE;                // one atom column of a tile
 constexpr int PV_STEPS = TILE_KV * (FP8_CACHE ? 1 : 2) / 32;
 constexpr int OUT_BYTES = QUANT_OUT ? 1 : 2;
+constexpr float P_LIMIT = 32768;                         // 16 bits: of a thread's sum of P of a tile, that float16 holds each
 static_assert(SWIZZLE == 64 || SWIZZLE == 128);
 
 struct Item {
@@ -57,6 +67,7 @@ struct Item {
 struct Shared {
   u64 q_full[Q_STAGES], q_empty[Q_STAGES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
   Item items[Q_STAGES];  // beside each Q tile
+  float zero;            // 0; 16 bits
 };
 
 // The item of some rank in the list (tiles.cuh), of which `list` is the first entry.
@@ -231,6 +242,13 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
   }
 }
 
+// Read here and not earlier, so that ptxas cannot move what needs it up.
+DEVICE float load_late(const float& shared) {
+  float x;
+  asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(&shared)) : "memory");
+  return x;
+}
+
 struct Consumer {
   Shared& b;
   u32 k_smem, v_smem;
@@ -257,10 +275,22 @@ struct Consumer {
     if (state.changed) scale_rows(FP8_CACHE ? total : o, state.rescale);  // seldom after the first tiles
   }
 
-  // One step of the main loop: S of this tile and O of the tile before.
+  // P of a tile and its sums once more, with maxima that the tile has raised.
+  template <bool MASKED>
+  METHOD void weigh_again(float (&s)[TILE_KV / 2], float (&l)[2], u32 (&p)[PV_STEPS][4], Softmax& state, u32 q_tile, int first,
+                          const int (&visible)[2]) {
+    scores<ROW, ATOM_BYTES>(s, q_tile, first, k_smem + k.stage * TILE_BYTES, lane);
+    if constexpr (MASKED) mask(s, visible);
+    raise(s, state, scale);
+    exponentials(s, state, scale);
+    sums(s, l, 0.f);
+    pack(s, p);
+  }
+
+  // One step of the main loop: S of this tile and O of the tile before. q_tile, first: where the warp's rows of Q are.
   template <bool MASKED>
   METHOD void step(float (&s)[TILE_KV / 2], float (&o)[HEAD_DIM / 2], float (&total)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state,
-                   u64 q, const int (&visible)[2]) {
+                   u64 q, u32 q_tile, int first, const int (&visible)[2]) {
     wait_k();
     wgmma_fence();
     issue_qk(s, q, row_descriptor(k_smem + k.stage * TILE_BYTES));
@@ -272,16 +302,29 @@ struct Consumer {
     wgmma_commit_group();
     wgmma_wait_group<1>();
     pin_scores(s);
-    release_k();
+    if constexpr (FP8_CACHE) release_k();
     if constexpr (MASKED) mask(s, visible);
-    raise(s, state, scale);
+    if constexpr (FP8_CACHE) raise(s, state, scale);
     exponentials(s, state, scale);
     // Already complete; its loop ends the basic block, without which ptxas moves what follows up, over the exponentials.
     wait_v();
     wgmma_wait_group<0>();
-    release_v();
-    add_sums(s, state);
-    pack(s, p);
+    float l[2];
+    if constexpr (FP8_CACHE) {
+      release_v();
+      sums(s, l, 0.f);
+      state.sum[0] += l[0], state.sum[1] += l[1];
+      pack(s, p);
+    } else {
+      const float zero = load_late(b.zero);
+      release_v();
+      pack(s, p);
+      sums(s, l, zero);
+      state.changed = false;
+      if (__any_sync(~0u, fmaxf(l[0], l[1]) > P_LIMIT)) weigh_again<MASKED>(s, l, p, state, q_tile, first, visible);
+      release_k();
+      state.sum[0] += l[0], state.sum[1] += l[1];
+    }
   }
 };
 
@@ -306,7 +349,9 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     const int mine = item.rows > group * 64 ? max(item.position + my_rows + TILE_KV - 1, 0) / TILE_KV : 0;
     const int whole = (item.position + group * 64 + 1) / TILE_KV;  // tiles that every row sees wholly
     const int last = item.position + row_of_tile - 2 * c;
-    const u64 q = row_descriptor(q_smem + q_ring.stage * TILE_BYTES + group * 64 * SWIZZLE);
+    const u32 q_tile = q_smem + q_ring.stage * TILE_BYTES;
+    const int first = row_of_tile - lane / 4;
+    const u64 q = row_descriptor(q_tile + group * 64 * SWIZZLE);
     if (mine > 0) {
       my.wait_k();
       wgmma_fence();
@@ -322,18 +367,22 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
       raise(s, state, my.scale);
       state.changed = false;  // there is nothing to rescale yet
       exponentials(s, state, my.scale);
-      add_sums(s, state);
+      if constexpr (FP8_CACHE) {
+        float l[2];
+        sums(s, l, 0.f);
+        state.sum[0] += l[0], state.sum[1] += l[1];
+      } else sums(s, state.sum, 0.f);
       pack(s, p);
       int j = 1;
 #pragma unroll 1
       for (; j < whole; j++) {
         const int visible[2] = {0, 0};
-        my.step<false>(s, o, total, p, state, q, visible);
+        my.step<false>(s, o, total, p, state, q, q_tile, first, visible);
       }
 #pragma unroll 1
       for (; j < mine; j++) {
         const int visible[2] = {last - j * TILE_KV, last + 8 - j * TILE_KV};
-        my.step<true>(s, o, total, p, state, q, visible);
+        my.step<true>(s, o, total, p, state, q, q_tile, first, visible);
       }
       if (state.changed) {
         scale_rows(o, state.rescale);
@@ -389,6 +438,7 @@ prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorM
   __shared__ Shared b;
   const u32 q_smem = shared_address(smem), k_smem = q_smem + Q_STAGES * TILE_BYTES, v_smem = k_smem + STAGES * TILE_BYTES;
   if (threadIdx.x == 0) {
+    if constexpr (!FP8_CACHE) b.zero = 0.f;
     for (int i = 0; i < Q_STAGES; i++) mbarrier_init(shared_address(&b.q_full[i]), 1), mbarrier_init(shared_address(&b.q_empty[i]), 8);
     for (int i = 0; i < STAGES; i++) {
       mbarrier_init(shared_address(&b.k_full[i]), 1), mbarrier_init(shared_address(&b.k_empty[i]), 8);

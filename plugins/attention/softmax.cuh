@@ -81,13 +81,13 @@ DEVICE void exponentials(float (&s)[TILE_KV / 2], const Softmax& state, float sc
   }
 }
 
-// Adds P to the sums: not among the exponentials, where each addition would wait for one just begun.
-DEVICE void add_sums(const float (&s)[TILE_KV / 2], Softmax& state) {
+// A tile's sums of P, onto `zero`: not among the exponentials, where each addition would wait for one just begun.
+DEVICE void sums(const float (&s)[TILE_KV / 2], float (&l)[2], float zero) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float l0 = 0, l1 = 0;
+    float l0 = zero, l1 = zero;
 #pragma unroll
     for (int i = 0; i < TILE_KV / 2; i += 4) l0 += s[i + 2 * r], l1 += s[i + 2 * r + 1];
-    state.sum[r] += l0 + l1;
+    l[r] = l0 + l1;
   }
 }
