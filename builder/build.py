@@ -278,10 +278,11 @@ def compile(
     steps = plan.steps(nodes)
     cubins: dict[str, tune.Cubin] = {}
     joined: tuple[engine.Join, ...] = ()
-    workspace = 0
+    workspace, merged, unmerged = 0, None, ""
     if request.target != "cpu":
         plan.check(nodes)
-        tactics = plan.Tactics(nodes, limits)
+        merged, unmerged = plan.merge(nodes, found)
+        tactics = plan.Tactics(nodes, limits, merged)
         if dry_run:
             tactics.assume()
         else:
@@ -289,7 +290,7 @@ def compile(
             if request.tune:
                 measured = measure.measure(tactics, _stage(reporter, "candidates"), reporter.remark, reporter.warn)
             tactics.choose(measured, _stage(reporter, "kernels"), reporter.warn)
-        steps, cubins = tactics.steps(), tactics.cubins()
+        steps, merged, cubins = tactics.steps(), tactics.merged(), tactics.cubins()
         workspace = tactics.workspace_bytes
         if not dry_run:
             joined, more = joins.join(nodes, steps, _stage(reporter, "kernels"), reporter.warn)
@@ -305,7 +306,7 @@ def compile(
     built = Plan(
         compatibility, source.info(request.dtype), limits, buffers, tuple(steps), arena, workspace, "",
         {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())}, report.report(pairs, journal),
-        tuple(tapped.taken), _share(source, graph, place), joined,
+        tuple(tapped.taken), _share(source, graph, place), joined, merged, unmerged,
     )  # fmt: skip
     return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, constants, journal, tapped)
 

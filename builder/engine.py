@@ -85,6 +85,17 @@ class Join:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """One launch in place of `count` steps from `first` on, where a step has one token, of a context of at most
+    `max_context`."""
+
+    first: int
+    count: int
+    max_context: int
+    step: Step
+
+
+@dataclass(frozen=True)
 class Limits:
     max_batch_size: int
     max_seq_len: int
@@ -150,6 +161,8 @@ class Plan:
     taps: tuple[Tap, ...] = ()
     share: Share | None = None  # what of the model it is; None: all of it
     joins: tuple[Join, ...] = ()
+    merged: Merged | None = None
+    unmerged: str = ""  # why there is none, in an engine for a GPU
 
     def buffer(self, name: str) -> Buffer:
         return self._index[name]
@@ -164,20 +177,16 @@ class Plan:
 
     def to_json(self) -> str:
         facts = dataclasses.asdict(self)
-        if self.share is None:
-            del facts["share"]
+        for name in ("share", "merged", "unmerged"):
+            if not facts[name]:
+                del facts[name]
         return json.dumps(facts, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Plan:
         d = json.loads(text)
-        steps = tuple(
-            Step(
-                s["name"], s["plugin"], s["attributes"], tuple(s["inputs"]), tuple(s["outputs"]),
-                tuple(TacticChoice(**{**t, "kernels": tuple(t["kernels"])}) for t in s["tactics"]),
-            )
-            for s in d["steps"]
-        )  # fmt: skip
+        steps = tuple(map(_step, d["steps"]))
+        merged = d.get("merged") and Merged(**{**d["merged"], "step": _step(d["merged"]["step"])})
         buffers = tuple(Buffer(b["name"], b["dtype"], tuple(b["shape"]), b["kind"], b["offset"]) for b in d["buffers"])
         taps = tuple(Tap(t["name"], t["buffer"], t["columns"] and tuple(t["columns"])) for t in d.get("taps", ()))
         share = d.get("share") and Share(
@@ -187,8 +196,16 @@ class Plan:
         model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
         return Plan(
             Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
-            d["workspace_bytes"], d["weights_digest"], d["kernels"], d["fusion_report"], taps, share, joins,
+            d["workspace_bytes"], d["weights_digest"], d["kernels"], d["fusion_report"], taps, share, joins, merged,
+            d.get("unmerged", ""),
         )  # fmt: skip
+
+
+def _step(facts: dict[str, Any]) -> Step:
+    return Step(
+        facts["name"], facts["plugin"], facts["attributes"], tuple(facts["inputs"]), tuple(facts["outputs"]),
+        tuple(TacticChoice(**{**t, "kernels": tuple(t["kernels"])}) for t in facts["tactics"]),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

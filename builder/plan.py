@@ -9,11 +9,13 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from fp8.builder import memory, tune
+from fp8.builder import merge as merging
 from fp8.builder.dtypes import dtype_name
-from fp8.builder.engine import Buffer, Limits, Step, TacticChoice
+from fp8.builder.engine import Buffer, Limits, Merged, Step, TacticChoice
 from fp8.builder.interpret import plugin_of
 from fp8.builder.rewrite import DOMAIN, tensor_type
 from fp8.plugins.base import Plugin, PluginError, Tensor, load
+from fp8.plugins.decode_layers.sizes import MOST_CONTEXT
 
 REGION = 256  # alignment of a workspace region in bytes
 
@@ -110,13 +112,32 @@ def steps(found: list[Node]) -> list[Step]:
     return [Step(n.name, n.plugin.name, n.plugin.attributes(), n.inputs, n.outputs) for n in found]
 
 
+def merge(found: list[Node], known: dict[str, Buffer]) -> tuple[Merged | None, str]:
+    """What one launch can stand for where a step has one token, or why nothing can."""
+    try:
+        first, count, step = merging.find(steps(found), known)
+    except merging.Refused as refused:
+        return None, str(refused)
+    return Merged(first, count, MOST_CONTEXT, step), ""
+
+
+def merged_node(merged: Merged, found: list[Node]) -> Node:
+    """The node of a step that stands for several of `found`."""
+    step = merged.step
+    types = {name: t for n in found for name, t in zip(n.inputs, n.types, strict=True)}
+    given = tuple(types[name] if name else None for name in step.inputs)
+    return Node(step.name, load(step.plugin)(**step.attributes), given, step.inputs, step.outputs)
+
+
 class Tactics:
     """The tactics of all nodes for a GPU target: compiled, and their workspace regions assigned."""
 
-    def __init__(self, found: list[Node], limits: Limits) -> None:
+    def __init__(self, found: list[Node], limits: Limits, merged: Merged | None = None) -> None:
         self.nodes = found
         self.limits = limits
-        self.sites = {n.name: [tune.Site(n.plugin, n.types, rows, n.name) for rows in self._buckets(n)] for n in found}
+        self._merged = merged
+        every = found if merged is None else [*found, merged_node(merged, found)]
+        self.sites = {n.name: [tune.Site(n.plugin, n.types, rows, n.name) for rows in self._buckets(n)] for n in every}
         self.samplers = self._samplers()
         self.choices: dict[tune.Site, tune.Choice] = {}
         self._regions: dict[Any, int] = {}
@@ -135,8 +156,13 @@ class Tactics:
         self.choices = {site: tune.Choice(site.candidates()[0], ()) for site in every}
 
     def steps(self) -> list[Step]:
-        plain = steps(self.nodes)
-        return [dataclasses.replace(s, tactics=tuple(map(self._choice, self.sites[s.name]))) for s in plain]
+        return list(map(self._with_tactics, steps(self.nodes)))
+
+    def merged(self) -> Merged | None:
+        return self._merged and dataclasses.replace(self._merged, step=self._with_tactics(self._merged.step))
+
+    def _with_tactics(self, step: Step) -> Step:
+        return dataclasses.replace(step, tactics=tuple(map(self._choice, self.sites[step.name])))
 
     def cubins(self) -> dict[str, tune.Cubin]:
         return {c.key: c for choice in self.choices.values() for c in choice.cubins}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fp8.builder.engine import Buffer, Engine, EngineError, Plan
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.timing import seconds_of_each
-from fp8.runtime import joins, tail
+from fp8.runtime import joins, merged, tail
 from fp8.runtime.links import INPUT
 from fp8.runtime.reference import Observer, kv_block_bytes, kv_buffers, load_plugins
 from fp8.runtime.step_inputs import StepInputs
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fp8.runtime.links import GpuLinks
 
 Bound = tuple[str, list[int], list[Launcher]]  # a plan step's rows ("T", "L"), the ends of its ranges, their launches
+
 RESERVE = 1 << 30  # bytes left to the driver: graphs, kernels' local memory, the allocator's rounding
 
 
@@ -134,6 +135,7 @@ class CompiledExecutor:
         functions, steps = load_functions(engine), range(len(plan.steps))
         self._steps = [self._bind(i, functions, self._tensors) for i in steps]
         self._joined = joins.bind(plan, self._plugins, functions, self._tensors, self._workspace)
+        self._merged = merged.bind(plan, functions, self._tensors, self._workspace)
         self._tail: list[Bound] = []  # launches of the steps behind the last attention, for the rows wanted
         found = tail.find(plan)
         if found is not None:
@@ -146,6 +148,9 @@ class CompiledExecutor:
         self, shape: StepShape, observe: Observer | None = None, hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`hidden_states`, if any, lie where the launches are bound to."""
+        if observe is None and self._merged is not None and self._merged.fits(shape):
+            self._run_merged(self._merged, shape)
+            return self.result[: shape.logits_rows if self._rows == "L" else shape.tokens]
         for i, (launcher, live) in enumerate(self.launches(shape, whole=observe is not None)):
             if live is not shape and i == self._first_of_tail:
                 self._wanted.gather(live.tokens)
@@ -156,6 +161,13 @@ class CompiledExecutor:
                     rows = shape.logits_rows if self.plan.buffer(name).shape[0] == "L" else shape.tokens
                     observe(name, self._tensors[name][:rows])
         return self.result[: shape.logits_rows if self._rows == "L" else shape.tokens]
+
+    def _run_merged(self, one: merged.Bound, shape: StepShape) -> None:
+        for step in self._steps[: one.first]:
+            _launcher(step, shape)(shape)
+        one.launcher(shape)
+        for step in self._steps[one.first + one.count :]:
+            _launcher(step, shape)(shape)
 
     def shapes(self, shape: StepShape) -> list[StepShape]:
         """What every plan step of a step is launched for: behind the last attention, often fewer rows."""

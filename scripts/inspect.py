@@ -59,6 +59,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "target": f"{c.target}, format version {c.format_version}, package {c.package_version}",
         **_rank(plan),
         "steps": ", ".join(f"{n} {p}" for p, n in Counter(s.plugin for s in plan.steps).most_common()),
+        **_merged(plan),
         "Q/DQ pairs": f"{len(pairs)}, {sum(not p['folded'] for p in pairs)} left unfolded",
         "kernels": f"{len(plan.kernels)}, {sum(map(len, loaded.cubins.values())) / 1024:.0f} KiB",
         "arena": f"{plan.arena_bytes / 2**20:.2f} MiB, workspace {plan.workspace_bytes / 2**20:.2f} MiB",
@@ -80,6 +81,14 @@ def _rank(plan: Plan) -> dict[str, str]:
         f"{axis} {start}-{stop - 1}" for axis, (start, stop) in {"layers": share.layers, **share.axes}.items()
     )
     return {f"rank {c.rank} of {c.world_size}": f"{parts} (tp_size {c.tp_size}, pp_size {c.pp_size})"}
+
+
+def _merged(plan: Plan) -> dict[str, str]:
+    """What a step of one token launches, in an engine for a GPU."""
+    if plan.merged is not None:
+        m = plan.merged
+        return {"a step of one token": f"one launch for {m.count} steps, in contexts of up to {m.max_context}"}
+    return {"a step of one token": f"a launch for each step: {plan.unmerged}"} if plan.unmerged else {}
 
 
 def _sums(plan: Plan) -> dict[str, str]:

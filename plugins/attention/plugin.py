@@ -57,6 +57,10 @@ class Attention(Plugin):
     pack_cache = staticmethod(layout.pack_cache)
     unpack_cache = staticmethod(layout.unpack_cache)
 
+    def cache_places(self) -> list[tuple[int, int]]:
+        """Of the key and the value cache among the inputs."""
+        return [(INPUTS.index("key_cache"), INPUTS.index("value_cache"))]
+
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise PluginError(

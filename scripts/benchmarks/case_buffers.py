@@ -38,12 +38,9 @@ def types(tensors: Sequence[torch.Tensor | None]) -> list[Tensor | None]:
     return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors]
 
 
-def caches(plugin: Plugin) -> tuple[int, int] | None:
-    """Places of the key and value cache among the inputs of a plugin that has them in a layout of its own."""
-    if not hasattr(plugin, "pack_cache"):
-        return None
-    names = importlib.import_module(type(plugin).__module__).INPUTS
-    return names.index("key_cache"), names.index("value_cache")
+def caches(plugin: Plugin) -> list[tuple[int, int]]:
+    """Places of the key and value caches among the inputs of a plugin that has them in a layout of its own."""
+    return plugin.cache_places() if hasattr(plugin, "cache_places") else []
 
 
 class Functions:
@@ -80,8 +77,7 @@ class CaseBuffers:
 
     def _packed(self) -> list[torch.Tensor | None]:
         inputs = list(self.given)
-        if self.places:
-            key, value = self.places
+        for key, value in self.places:
             inputs[key], inputs[value] = self.plugin.pack_cache(self.given[key], self.given[value])
         return inputs
 
@@ -90,7 +86,8 @@ class CaseBuffers:
         """The reference's outputs, and what it writes in place as it leaves it."""
         copies = [t if t is None else t.clone() for t in self.given]
         found = list(self.plugin.reference(*copies, step=self.case.step))
-        return found + [copies[i] for i in self.places or self.plugin.updates]
+        caches = [i for pair in self.places for i in pair]
+        return found + [copies[i] for i in caches or self.plugin.updates]
 
     def fresh_inputs(self) -> list[torch.Tensor | None]:
         return [t if t is None else t.clone() for t in self.inputs]

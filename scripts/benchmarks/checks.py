@@ -71,8 +71,8 @@ class CheckedCase(CaseBuffers):
             self.plugin.bind(tactic, functions, [*inputs, *outputs], workspace)(self.case.step)
             torch.cuda.synchronize()
             assert all(bool((g == 255).all()) for g in guards), "memory behind an output was written"
-            if self.places:
-                outputs += self.plugin.unpack_cache(*(inputs[i] for i in self.places))
+            for pair in self.places:
+                outputs += self.plugin.unpack_cache(*(inputs[i] for i in pair))
             outputs += [inputs[i] for i in self.plugin.updates]
             runs.append(outputs)
         for i, (first, second) in enumerate(zip(*runs, strict=True)):

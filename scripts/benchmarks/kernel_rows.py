@@ -198,6 +198,6 @@ def _symbolic(x: Tensor | None) -> Tensor | None:
 
 def _factor_dtype(buffers: CaseBuffers) -> str:
     """Of what the tensor cores multiply: a linear's x, attention's keys."""
-    factor = buffers.inputs[buffers.places[0] if buffers.places else 0]
+    factor = buffers.inputs[buffers.places[0][0] if buffers.places else 0]
     assert factor is not None
     return str(factor.dtype).removeprefix("torch.")

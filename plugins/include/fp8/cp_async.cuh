@@ -7,3 +7,4 @@ DEVICE void cp_async_4(u32 dst, const void* src) { asm volatile("cp.async.ca.sha
 DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Into the L2 cache, where all writes meet: harmless, whatever is written there afterwards. `from`, `bytes`: multiples of 16.
 DEVICE void prefetch_l2(const void* from, u32 bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory"); }
+DEVICE void prefetch_l2_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }

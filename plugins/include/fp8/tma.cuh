@@ -12,6 +12,9 @@ DEVICE void tma_load_2d_evict_first(u32 dst, const TensorMap* map, u32 bar, int 
 DEVICE void tma_load_3d(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
 }
+DEVICE void tma_load_3d_evict_first(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(0x12F0000000000000ull) : "memory");
+}
 DEVICE void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, int w) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
