@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -34,6 +36,7 @@ from fp8.scripts.benchmarks import (
     isolated,
     kernel,
     kernel_rows,
+    peers,
     roofline,
     startup,
     work,
@@ -284,6 +287,32 @@ def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> 
         pytest.skip("there is a Hopper GPU")
     assert bench.main(["kernel"]) == 1
     assert "needs a Hopper GPU" in capsys.readouterr().err
+
+
+def test_deep_gemm_is_a_peer_of_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the layouts that it documents: matrices, scales beside them, those of x in columns padded to 16 bytes."""
+    outputs = []
+
+    def fp8_gemm_nt(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], d: torch.Tensor) -> None:
+        (x, x_scale), (w, w_scale) = a, b
+        assert x_scale.stride() == (1, -(-x.shape[0] // 4) * 4)
+        x = x.float() * x_scale.repeat_interleave(128, 1)
+        w = w.float() * w_scale.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)
+        outputs.append(d.copy_(x @ w.t()))
+
+    package = ModuleType("deep_gemm")
+    package.__spec__ = ModuleSpec("deep_gemm", None)
+    package.fp8_gemm_nt = fp8_gemm_nt  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deep_gemm", package)
+    case = gemm_cases.case(7, 200, 384, "block")
+    inputs = case.make(torch.Generator().manual_seed(0), "cpu")
+    (expected,) = case.plugin.reference(*inputs, step=case.step)
+    found = peers.peers_of(case.plugin, case.step, inputs)
+    assert list(found) == ["DeepGEMM"]
+    found["DeepGEMM"](inputs)()
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-2, atol=1e-2)
+    for other in (gemm_cases.case(7, 200, 384, "block8"), gemm_cases.case(7, 200, 384, "block", out="float32")):
+        assert not peers.peers_of(other.plugin, other.step, other.make(torch.Generator().manual_seed(0), "cpu"))
 
 
 def test_startup_measures_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

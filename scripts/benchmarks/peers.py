@@ -1,4 +1,4 @@
-"""What a plugin is timed against in the same run: cuBLASLt and cuDNN, or what torch has for the purpose.
+"""What a plugin is timed against in the same run: cuBLASLt, DeepGEMM and cuDNN, or what torch has for the purpose.
 
 A peer does the same work on the same inputs, or less of it where none does all of it: attention peers leave out the
 rotary embedding and the write of K and V, norm peers the residual sum and the quantization.
@@ -6,10 +6,11 @@ rotary embedding and the write of K and V, norm peers the residual sum and the q
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fp8.plugins.base import Plugin, StepShape
+from fp8.plugins.base import SCALE_BLOCK, Plugin, StepShape
 from fp8.scripts.benchmarks import cudnn_attention
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def peers_of(plugin: Plugin, step: StepShape, tensors: Tensors) -> dict[str, Pee
     """Peers by name, the one that counts first; none where torch has nothing like it."""
     fp8 = tensors[0] is not None and tensors[0].element_size() == 1
     if plugin.name in ("gemm", "gemm_swiglu"):
-        if fp8 and tensors[2] is not None and tensors[2].dim() == 2:  # scaled in blocks
-            return {}
+        if fp8 and tensors[2] is not None and tensors[2].dim() == 2:
+            return _blockwise_peers(plugin, tensors)
         return {"cuBLASLt": _scaled_product} if fp8 else {"cuBLAS": _product}
     if plugin.name == "attention" and not step.decode_sequences:
         return cudnn_attention.peers(plugin, step, tensors)
@@ -54,6 +55,29 @@ def _scaled_product(tensors: Tensors) -> Launch:
         both = (x_scale.reshape(()), w_scale[0].clone().reshape(()))
     out = torch.empty(rows, n, dtype=torch.bfloat16, device=x.device)
     return lambda: torch._scaled_mm(padded, w.t(), *both, out_dtype=out.dtype, use_fast_accum=True, out=out)
+
+
+def _blockwise_peers(plugin: Plugin, tensors: Tensors) -> dict[str, Peer]:
+    """Scaled in blocks of 128 x 128, with bfloat16 results: DeepGEMM's, where a package of it is installed."""
+    w, w_scale = tensors[1], tensors[3]
+    assert w is not None and w_scale is not None
+    square = w_scale.shape[0] == -(-w.shape[0] // SCALE_BLOCK)
+    plain = plugin.name == "gemm" and plugin.attributes()["out_dtype"] == "bfloat16"
+    return {"DeepGEMM": _deep_gemm} if square and plain and importlib.util.find_spec("deep_gemm") else {}
+
+
+def _deep_gemm(tensors: Tensors) -> Launch:
+    """The scales of x lie as its own kernels leave them: per 128 of K a column, padded to 16 bytes."""
+    import deep_gemm
+    import torch
+
+    x, w, x_scale, w_scale = tensors[:4]
+    assert x is not None and w is not None and x_scale is not None and w_scale is not None
+    rows, blocks = x_scale.shape
+    columns = torch.zeros(blocks, -(-rows // 4) * 4, device=x.device)[:, :rows].t()
+    columns.copy_(x_scale)
+    out = torch.empty(rows, w.shape[0], dtype=torch.bfloat16, device=x.device)
+    return lambda: deep_gemm.fp8_gemm_nt((x, columns), (w, w_scale), out)
 
 
 def _product(tensors: Tensors) -> Launch:
