@@ -40,6 +40,18 @@
 //   128 x 256 in four such parts, x in registers                                           1218   1025
 //   three warpgroups, 192 x 128                                                            1222
 //   a cluster of two that shares w (alone 1343)                                            1230   1040
+// Since then, two sizes under the power limit, 20 ms each in turn with 25 others      2048 x 12288 x 4096   4096 x 7168 x 16384
+//   cuBLASLt, per-tensor; DeepGEMM's kernel, 256 x 128                                     1198  1187      1287  1216
+//   as above: 128 x 192; 128 x 128                                                         1096  1063      1106  1011
+//   descriptors' low words, stage and scales counted on, not computed anew where products
+//     wait for them (per k block 160 instructions, not 173)                                1191  1145      1185  1184
+//   + warpgroups take turns by named barriers (+ the turn passed on when one, two or
+//     three of four wgmmas are through: 3 to 9% slower)                                    1149            1117
+//   + store buffers for a whole tile, one stage less                                       1172  1106      1142  1112
+//   + scales fetched right before wgmma, as DeepGEMM does                                   964  1005       941  1030
+//   256 x 128, products of 64 rows after those of the other 64                             1051            1187
+//     + turns, buffers for a whole tile, rasters of 1024 rows                              1131            1190
+//     + a cluster of two that shares x, buffers for a whole tile                           1104            1147
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
@@ -92,9 +104,10 @@ DEVICE void release(u32 empty) {
   } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
 }
 
-// BLOCKWISE scales of a k block: of this thread's two rows, of its columns, and where these are in shared memory.
+// BLOCKWISE scales of a k block, for this thread's two rows: times those of its columns (COLUMNS), or alone beside where the
+// columns' are in shared memory.
 struct Scales {
-  float row[2], column[COLUMNS ? COLUMNS : 1];
+  float row[COLUMNS ? COLUMNS : 1][2];
   const float* columns;
 };
 
@@ -104,9 +117,12 @@ DEVICE void promote(float (&sum)[BLOCK_N / 2], const float (&d)[BLOCK_N / 2], co
   pin(one);  // known only here: no addition comes before the products that follow are under way
 #pragma unroll
   for (int g = 0; g < BLOCK_N / 8; g++) {
-    float column = !BLOCKWISE ? one : COLUMNS ? scale.column[g * 8 / SHARED_N] : scale.columns[g * SCALE_VECTOR];
+    float column = BLOCKWISE && !COLUMNS ? scale.columns[g * SCALE_VECTOR] : one;
 #pragma unroll
-    for (int i = 0; i < 4; i++) sum[4 * g + i] = fmaf(d[4 * g + i], BLOCKWISE ? scale.row[i / 2] * column : column, sum[4 * g + i]);
+    for (int i = 0; i < 4; i++) {
+      float row = scale.row[COLUMNS ? g * 8 / SHARED_N : 0][i / 2];
+      sum[4 * g + i] = fmaf(d[4 * g + i], COLUMNS ? row : BLOCKWISE ? row * column : column, sum[4 * g + i]);
+    }
   }
 }
 
@@ -244,31 +260,56 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       first += step;
       pass_turn(warpgroup);
     }
-    int last = 0, taken = 0;  // `taken`: the next k block's place in the ring of scales
+    int last = 0, slot = 0, place = 0;  // the next k block's slot in the ring of scales, and its place there
+    // Shuffled to itself, lest ptxas computes it anew where products wait for it. So are the low words of descriptors.
+    int row_scales = BLOCKWISE ? __shfl_sync(~0u, (warpgroup * TILE_ROWS + thread / 32 * 16 + lane / 4) * SCALE_VECTOR, lane) : 0;
+    u32 a_first = PROMOTE ? __shfl_sync(~0u, (u32)wgmma_descriptor(stages + warpgroup * TILE_ROWS * ROW), 0) : 0;
+    u32 b_first = PROMOTE ? __shfl_sync(~0u, (u32)wgmma_descriptor(stages + X_BYTES), 0) : 0;
+    u32 a_low = a_first + stage * (STAGE_BYTES / 16), b_low = b_first + stage * (STAGE_BYTES / 16);  // of this stage
+    u64 high = wgmma_descriptor(0) >> 32 << 32;  // of every stage
     Scales scale;
-    auto multiply = [&](float (&to)[MMAS][BLOCK_N / 2], int sofar) {  // this stage, added to what `to` holds `sofar`
+    auto multiply_promoted = [&] {  // this stage
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; j++) mma(d[0], high | (a_low + 2 * j), high | (b_low + 2 * j), j);
+      wgmma_commit_group();
+    };
+    auto multiply = [&](int sofar) {  // this stage, added to what `d` holds `sofar`
       wgmma_fence();
       u32 at = stages + stage * STAGE_BYTES;
       u64 a = wgmma_descriptor(at + (PINGPONG ? 0 : warpgroup * TILE_ROWS * ROW)), b = wgmma_descriptor(at + X_BYTES);
 #pragma unroll
       for (int j = 0; j < 4; j++)
 #pragma unroll
-        for (int m = 0; m < MMAS; m++) mma(to[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, sofar | j);
+        for (int m = 0; m < MMAS; m++) mma(d[m], a + 2 * j + m * (64 * ROW >> 4), b + 2 * j, sofar | j);
       wgmma_commit_group();
     };
     auto advance = [&] {
       last = stage;
       if (++stage == STAGES) stage = 0, parity ^= 1;
+      if (PROMOTE) a_low = a_first + stage * (STAGE_BYTES / 16), b_low = b_first + stage * (STAGE_BYTES / 16);
     };
     auto load_scales = [&] {
-      const float* at = block_scales + taken / SCALE_VECTOR * SLOT + taken % SCALE_VECTOR;
+      const float* at = block_scales + slot + place;
       scale.columns = at + BLOCK_M * SCALE_VECTOR;
+      if constexpr (BLOCKWISE) {
+        float columns[COLUMNS ? COLUMNS : 1] = {1.f};
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        scale.row[i] = BLOCKWISE ? at[(warpgroup * TILE_ROWS + thread / 32 * 16 + lane / 4 + i * 8) * SCALE_VECTOR] : 1.f;
+        for (int c = 0; c < COLUMNS; c++) columns[c] = scale.columns[c * SCALE_VECTOR];
 #pragma unroll
-      for (int c = 0; c < COLUMNS; c++) scale.column[c] = scale.columns[c * SCALE_VECTOR];
-      if (++taken == SLOTS * SCALE_VECTOR) taken = 0;
+        for (int i = 0; i < 2; i++) {
+          float row = at[row_scales + i * 8 * SCALE_VECTOR];
+#pragma unroll
+          for (int c = 0; c < (COLUMNS ? COLUMNS : 1); c++) {
+            scale.row[c][i] = row * columns[c];
+            pin(scale.row[c][i]);
+          }
+        }
+      }
+      if (++place == SCALE_VECTOR) {
+        place = 0;
+        slot = slot == (SLOTS - 1) * SLOT ? 0 : slot + SLOT;
+      }
     };
     // PROMOTE: adds the products under way and starts those of the next stage; where there is none (there always is, as ptxas
     // sees it), those of what lies there. All other work stands here, not between the stage's four wgmmas: there the
@@ -282,12 +323,12 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       release(empty_bar + stage * 8);
       advance();
       if (more) mbarrier_wait(full_bar + stage * 8, parity);
-      multiply(d, 0);
+      multiply_promoted();
     };
     if (PROMOTE && K_BLOCKS < 4) pin(k_end);  // a loop that is unrolled away lets ptxas wait too early
     if (PROMOTE) {
       mbarrier_wait(full_bar + stage * 8, parity);
-      multiply(d, 0);
+      multiply_promoted();
     }
     for (int unit = first; unit < units; unit += PINGPONG ? 2 * step : step) {
       Tile t = tile_of(unit, m_units, rank);
@@ -326,7 +367,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll 1
         for (int k = k_begin; k < k_end; k++) {
           mbarrier_wait(full_bar + stage * 8, parity);
-          multiply(d, k - k_begin);
+          multiply(k - k_begin);
           wgmma_wait_group<1>();  // the stage before is read
           if (k > k_begin) release(empty_bar + last * 8);
           advance();
