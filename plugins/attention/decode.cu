@@ -63,10 +63,10 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
        const int* position_ids, const int* slot_mapping, const int* block_tables, const int* sequence_lengths,
        const float* cos, const float* sin, u8* key_cache, u8* value_cache, const float* q_scale, const float* k_scale,
        const float* v_scale, const float* out_scale, void* y, Partial* partials, int sequences,
-       int max_blocks, int unit_cost) {
+       int max_blocks, int unit_cost, int prompts) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
-  griddepcontrol_launch_dependents();
+  if (!prompts) griddepcontrol_launch_dependents();
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
     prefetch_tensormap(&k_map);
@@ -117,6 +117,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   if (sequences > 1 && at.index < p.end) incoming.load_facts(inputs, at.sequence);
   const Output output = {y, FP8_CACHE ? *v_scale : 1.0f, QUANT_OUT ? *out_scale : 1.0f};
   griddepcontrol_wait();
+  // Attention of prompts takes this as the end of the kernels before: it starts where blocks leave a multiprocessor.
+  if (prompts) griddepcontrol_launch_dependents();
   if (at.index < p.end) incoming.load_row(inputs, at);
   clear_empty(shared.counts, sequences, y);
 

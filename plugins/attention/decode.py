@@ -199,12 +199,12 @@ def bind(
         maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 128, of.head_dim // 2)]
     else:
         maps = [matrix_map(t.view(-1, of.head_dim), 64, of.tile) for t in (key, value)]
-    sequences, unit_cost = ctypes.c_int(), ctypes.c_int()
+    sequences, unit_cost, prompts = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     scales = tensors[10:14]  # q, k, v, out
     width = ctypes.c_int(tables.shape[1])
     steps = [qkv, positions, slots, tables, lengths]
     outputs = [tensors[14], workspace]
-    args = [*maps, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost]
+    args = [*maps, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost, prompts]
     variants = tactic.variants()
     launches = [
         Launch(function, 32 * t.decode_warps, args, of.shared_bytes(t, len(lengths)))
@@ -215,6 +215,7 @@ def bind(
         units = step.decode_sequences * of.units
         sequences.value = step.decode_sequences
         unit_cost.value = UNIT_COST if units >= MANY else 0
+        prompts.value = step.sequences > step.decode_sequences
         which = 0 if units >= MANY else 1 if units > MULTIPROCESSORS else 2
         used = variants[which]
         # All blocks run at once: one that came later would have as much to do as the others, and nobody beside it.

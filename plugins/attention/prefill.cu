@@ -75,7 +75,7 @@ DEVICE bool get_item(Item& item, const int4* tiles, int4 list, int rank) {
   if (rank >= list.x * NUM_HEADS) return false;
   const int section = rank / (list.x * list.z), inside = rank - section * list.x * list.z;
   const int heads = min(list.z, NUM_HEADS - section * list.z);
-  const int4 tile = tiles[1 + inside / heads];
+  const int4 tile = __ldcg(tiles + 1 + inside / heads);
   item = {tile.x, tile.y, tile.z, tile.w, section * list.z + inside % heads};
   return true;
 }
@@ -178,13 +178,14 @@ DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, bo
 }
 
 DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const TensorMap* v_map, int4* tiles, const int* block_tables,
-                    int max_blocks, Shared& b, u32 q_smem, u32 k_smem, u32 v_smem) {
+                    int max_blocks, int beside, Shared& b, u32 q_smem, u32 k_smem, u32 v_smem) {
   const int lane = threadIdx.x % 32;
-  const int4 list = tiles[0];
+  const int4 list = __ldcg(tiles);
   Ring<Q_STAGES> q;
   Ring<STAGES> ring;
   Item item;
   int rank = blockIdx.x;
+  if (beside) rank = __shfl_sync(~0u, lane == 0 ? atomicAdd(&tiles[0].y, 1) : 0, 0);  // who starts first, takes the longest
 #pragma unroll 1
   while (get_item(item, tiles, list, rank)) {
     int taken;  // arrives during this item
@@ -233,7 +234,7 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
       }
       ring.next();
     }
-    rank = gridDim.x + __shfl_sync(~0u, taken, 0);
+    rank = (beside ? 0 : gridDim.x) + __shfl_sync(~0u, taken, 0);
   }
   if (lane == 0) {
     mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
@@ -433,7 +434,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
 extern "C" __global__ void __launch_bounds__(384, 1)
 prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
         int4* tiles, const int* block_tables, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale,
-        u8* y, int max_blocks) {
+        u8* y, int max_blocks, int beside) {
   extern __shared__ __align__(1024) u8 smem[];
   __shared__ Shared b;
   const u32 q_smem = shared_address(smem), k_smem = q_smem + Q_STAGES * TILE_BYTES, v_smem = k_smem + STAGES * TILE_BYTES;
@@ -448,13 +449,14 @@ prefill(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorM
   }
   __syncthreads();
   griddepcontrol_launch_dependents();
-  griddepcontrol_wait();
+  if (!beside) griddepcontrol_wait();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (group == 2) {
     setmaxnreg_dec<40>();
-    if (threadIdx.x < 288) produce(&q_map, &k_map, &v_map, tiles, block_tables, max_blocks, b, q_smem, k_smem, v_smem);
+    if (threadIdx.x < 288) produce(&q_map, &k_map, &v_map, tiles, block_tables, max_blocks, beside, b, q_smem, k_smem, v_smem);
   } else {
     setmaxnreg_inc<232>();
     consume(y, q_scale, k_scale, v_scale, out_scale, b, q_smem, k_smem, v_smem, group);
   }
+  if (beside) griddepcontrol_wait();  // who waits for this kernel waits for decode attention too
 }

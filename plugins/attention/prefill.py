@@ -120,12 +120,14 @@ def bind(
     assert tables is not None and key is not None and y is not None and workspace is not None
     row = plugin.head_dim * key.element_size()
     maps = [_query_map(q), *_cache_maps(plugin, tensors)]
-    args = [*maps, workspace, tables, *tensors[10:14], y, ctypes.c_int(tables.shape[1])]
+    beside = ctypes.c_int()
+    args = [*maps, workspace, tables, *tensors[10:14], y, ctypes.c_int(tables.shape[1]), beside]
     launch = Launch(functions[0], 384, args, shared_bytes(row, tactic))
     multiprocessors = torch.cuda.get_device_properties(y.device).multi_processor_count
 
     def run(step: StepShape) -> None:
         tiles = most_tiles(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences)
+        beside.value = step.decode_sequences > 0
         launch(min(multiprocessors, tiles * plugin.num_heads))
 
     return run
