@@ -59,11 +59,11 @@ DEVICE void clear_empty(const u16* counts, int sequences, void* y) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const u16* qkv,
-       const int* position_ids, const int* slot_mapping, const int* block_tables, const int* sequence_lengths,
-       const float* cos, const float* sin, u8* key_cache, u8* value_cache, const float* q_scale, const float* k_scale,
-       const float* v_scale, const float* out_scale, void* y, Partial* partials, int sequences,
-       int max_blocks, int unit_cost, int prompts) {
+decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+       const __grid_constant__ TensorMap k_end_map, const u16* qkv, const int* position_ids, const int* slot_mapping,
+       const int* block_tables, const int* sequence_lengths, const float* cos, const float* sin, u8* key_cache,
+       u8* value_cache, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale, void* y,
+       Partial* partials, int sequences, int max_blocks, int unit_cost, int prompts) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
   if (!prompts) griddepcontrol_launch_dependents();
@@ -71,6 +71,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   if (threadIdx.x == 0) {
     prefetch_tensormap(&k_map);
     prefetch_tensormap(&v_map);
+    prefetch_tensormap(&k_end_map);
     for (int i = 0; i < WARPS * SLOTS; i++) mbarrier_init(shared_address(&shared.full[i]), 1);
     fence_mbarrier_init();
   }
@@ -99,7 +100,8 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // Contexts of one length: no unit is cut, if little is lost by it.
   if (unit * sequences == places && whole - run <= run / 8) run = whole;
   const int begin = min(total, mine * run);
-  const Problem p = {block_tables, shared.counts, max_blocks, nothing, min(total, begin + run)};
+  const Maps maps = {&k_map, &v_map, &k_end_map};
+  const Problem p = {block_tables, sequence_lengths, shared.counts, max_blocks, nothing, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
   locate(shared, share, begin);
   __syncthreads();
@@ -112,7 +114,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   at.seek(p, begin, shared.first, shared.before);
   producer.start(p, at, (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
 #pragma unroll
-  for (int i = 0; i < SLOTS; i++) producer.fill(p, &k_map, &v_map, ring(slot + i), full(slot + i), i % 2);
+  for (int i = 0; i < SLOTS; i++) producer.fill(p, maps, ring(slot + i), full(slot + i), i % 2);
   at.skip_nothing(p, 1);
   if (sequences > 1 && at.index < p.end) incoming.load_facts(inputs, at.sequence);
   const Output output = {y, FP8_CACHE ? *v_scale : 1.0f, QUANT_OUT ? *out_scale : 1.0f};
@@ -128,7 +130,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   };
   auto release = [&](bool values) {  // all lanes have read the slot: fill it again
     __syncwarp();
-    producer.fill(p, &k_map, &v_map, ring(slot), full(slot), values);
+    producer.fill(p, maps, ring(slot), full(slot), values);
     if (++slot % SLOTS == 0) slot -= SLOTS, parity ^= 1;
   };
 

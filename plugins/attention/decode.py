@@ -22,6 +22,7 @@ E4M3 = "float8_e4m3fn"
 MULTIPROCESSORS = 132
 SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and keeps 1 KB of each block's
 MOST_HEADS = 16  # of a unit: two tiles of columns of a product
+END = 16  # tokens: where a context ends, keys come in boxes of so many
 UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
 MOST_TILES = 2**16 - 16  # of a context: places are counted in 16 bits, a few of them behind the tiles
 MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
@@ -194,17 +195,18 @@ def bind(
     assert workspace is not None
     of = Shape(plugin.head_dim, plugin.num_kv_heads, plugin.num_heads // plugin.num_kv_heads, key.element_size() == 1)
     of.check_context(tables.shape[1] * BLOCK_SIZE)
+    span, keys = min(of.head_dim, 128 // key.element_size()), key.view(-1, of.head_dim)
+    whole, end = (matrix_map(keys, span, tokens, span * key.element_size()) for tokens in (of.tile, END))
     if of.fp8:  # a page's values as rows of 128 bytes, two dimensions in each
-        keys, values = key.view(-1, of.head_dim), value.view(-1, 128)
-        maps = [matrix_map(keys, of.head_dim, of.tile, of.head_dim), matrix_map(values, 128, of.head_dim // 2)]
+        values = matrix_map(value.view(-1, 128), 128, of.head_dim // 2)
     else:
-        maps = [matrix_map(t.view(-1, of.head_dim), 64, of.tile) for t in (key, value)]
+        values = matrix_map(value.view(-1, of.head_dim), 64, of.tile)
     sequences, unit_cost, prompts = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     scales = tensors[10:14]  # q, k, v, out
     width = ctypes.c_int(tables.shape[1])
     steps = [qkv, positions, slots, tables, lengths]
     outputs = [tensors[14], workspace]
-    args = [*maps, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost, prompts]
+    args = [whole, values, end, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost, prompts]
     variants = tactic.variants()
     launches = [
         Launch(function, 32 * t.decode_warps, args, of.shared_bytes(t, len(lengths)))

@@ -5,7 +5,7 @@
 #include "decode_shape.cuh"
 
 struct Problem {
-  const int* block_tables;
+  const int *block_tables, *lengths;
   const u16* counts;  // of each sequence: places in one of its units
   int max_blocks;
   int nothing;  // places behind the tiles of a unit
@@ -46,6 +46,12 @@ struct Cursor {
   }
 };
 
+// Boxes of a whole tile, and of END tokens for the keys that a context has in its last one. Values come whole: where P is 0
+// they must be finite, as what lies in the cache is.
+struct Maps {
+  const TensorMap *k, *v, *k_end;
+};
+
 // Fills a warp's slots, in order: keys and values of its first tile, of its second, ... All lanes keep it, one sends.
 struct Producer {
   Cursor at;
@@ -60,20 +66,31 @@ struct Producer {
   __device__ __forceinline__ void look_up(const Problem& p) {
     if (at.index < p.end) page = __ldg(p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
   }
-  __device__ __forceinline__ void fill(const Problem& p, const TensorMap* k_map, const TensorMap* v_map, u32 slot,
-                                       u32 full, bool values) {
+  // Of END tokens, for the tile's keys. Looked up here and now, once a unit: registers are short. Larger blocks are for few
+  // units, of which nobody shall wait for that.
+  __device__ __forceinline__ int boxes(const Problem& p) const {
+    if (WARPS >= 4 || at.tile + 1 < at.tiles(p)) return TILE / END;
+    return (__ldg(p.lengths + at.sequence) - at.tile * TILE + END - 1) / END;
+  }
+  __device__ __forceinline__ void fill(const Problem& p, const Maps& maps, u32 slot, u32 full, bool values) {
     if (at.index >= p.end) return;
     const int head = page * KV_HEADS + at.unit / PARTS;
     const int row = head * PAGE + at.tile * TILE % PAGE;
     if (threadIdx.x % 32 == 0) {
-      mbarrier_arrive_expect_tx(full, SLOT_BYTES);
-      if (FP8_CACHE) {
-        if (values) tma_load_2d(slot, v_map, full, 0, head * (HEAD_DIM / 2));
-        else tma_load_2d(slot, k_map, full, 0, row);
+      const int parts = values ? TILE / END : boxes(p);
+      mbarrier_arrive_expect_tx(full, parts * END * HEAD_DIM * BYTES);
+      if (FP8_CACHE && values) {
+        tma_load_2d(slot, maps.v, full, 0, head * (HEAD_DIM / 2));
       } else {
 #pragma unroll
-        for (int half = 0; half < HEAD_DIM / 64; half++)
-          tma_load_2d(slot + half * TILE * 128, values ? v_map : k_map, full, half * 64, row);
+        for (int column = 0; column < HEAD_DIM; column += SPAN / BYTES) {
+          const u32 to = slot + column * BYTES * TILE;
+          if (parts == TILE / END) tma_load_2d(to, values ? maps.v : maps.k, full, column, row);
+          else
+#pragma unroll
+            for (int i = 0; i < TILE / END - 1; i++)
+              if (i < parts) tma_load_2d(to + i * END * SPAN, maps.k_end, full, column, row + i * END);
+        }
       }
     }
     if (values) {

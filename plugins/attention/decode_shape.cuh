@@ -5,6 +5,7 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int PAGE = 64;                       // tokens
 constexpr int TILE = FP8_CACHE ? 64 : 32;      // tokens: 8 KB of keys or values for a head of 128
+constexpr int END = 16;                        // tokens: where a context ends, keys come in boxes of so many
 constexpr int BYTES = CACHE_BYTES;
 constexpr int SLOT_BYTES = TILE * HEAD_DIM * BYTES;
 constexpr int PARTS = (GROUP + 15) / 16;       // units for one KV head
