@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -21,10 +22,14 @@ import torch
 from fp8.builder import build as builder
 from fp8.builder import engine as engine_format
 from fp8.builder.checkpoint import Checkpoint
+from fp8.builder.engine import Limits
 from fp8.models.config import load as load_model
 from fp8.plugins.base import StepShape
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.plugins.timing import Graph, Pace
+from fp8.runtime.kv_cache import BlockPool
+from fp8.runtime.request import Request, SamplingParams
+from fp8.runtime.scheduler import Scheduler
 from fp8.runtime.session import Session
 from fp8.scripts import bench, build, random_checkpoint, random_engine, run
 from fp8.scripts.benchmarks import (
@@ -41,6 +46,7 @@ from fp8.scripts.benchmarks import (
     startup,
     work,
 )
+from fp8.scripts.benchmarks import throughput as throughput_mode
 from fp8.scripts.benchmarks.kernel_cases import Timed
 
 
@@ -273,6 +279,26 @@ def test_the_steady_state_keeps_the_batch_full_from_the_window_s_first_step(engi
     for row in json.loads(output.read_text())["results"]:
         assert row["measured"] == "steady" and row["requests"] is None
         assert 0.4 <= row["seconds"] < 1 and row["rows_per_step"] > 7.5, "the engine takes 8 sequences"
+
+
+@pytest.mark.parametrize(("input_len", "output_len"), [(2048, 128), (128, 128), (5000, 500)])
+def test_the_steady_state_starts_with_the_sequences_that_a_long_queue_ends_up_with(
+    input_len: int, output_len: int
+) -> None:
+    """Prompts of 2048 tokens for 128 each do not come fast enough to fill the batch, whatever the pool holds."""
+    limits = Limits(max_batch_size=256, max_seq_len=8192, max_num_tokens=2048)
+    scheduler = Scheduler(BlockPool(8192, 64), limits.max_batch_size, limits.max_num_tokens, reuse_prefixes=False)
+    load, session = SimpleNamespace(input_len=input_len, output_len=output_len), SimpleNamespace(limits=limits)
+    begun = len(list(throughput_mode._ages(load, session, scheduler.pool)))  # type: ignore[arg-type]
+    tokens, params, made, decoding = [1] * input_len, SamplingParams(ignore_eos=True), itertools.count(), []
+    for _ in range(4 * output_len):
+        while len(scheduler.waiting) < 64:
+            scheduler.add(Request(next(made), tokens, params, output_len))
+        rows = scheduler.schedule()
+        scheduler.update(rows, [0] * sum(row.samples for row in rows))
+        decoding.append(sum(row.count == 1 for row in rows))
+    settled = decoding[2 * output_len :]
+    assert begun == pytest.approx(sum(settled) / len(settled), rel=0.05)
 
 
 def test_throughput_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

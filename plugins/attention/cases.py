@@ -162,6 +162,12 @@ def whole(*lengths: int) -> list[tuple[int, int]]:
 
 
 CHUNKS = [(65, 130), (64, 64), (7, 700), (128, 1000), (300, 301), (2, 3)]
+BESIDE = [
+    *((1, 100 + 13 * i) for i in range(150)),
+    (300, 900),
+    (129, 129),
+    (500, 500),
+]  # prompts beside many decode rows
 MIXED = [(1, 1), (1, 300), (1, 64), (1, 65), (130, 195), (5, 5), (63, 129)]
 
 
@@ -190,5 +196,5 @@ def cases() -> list[Case]:
     for heads in ((32, 8), (32, 32)):
         found += [case(f"prompt {n}", whole(n), heads) for n in (4096, 16384)]
         found += [case("8 x 1024", whole(*[1024] * 8), heads)]
-    found += [case("64 x 1024", whole(*[1024] * 64), (32, 8))]
+    found += [case("64 x 1024", whole(*[1024] * 64), (32, 8)), case("beside many", BESIDE, (32, 8))]
     return [*found, case("prompt 4096", whole(4096), (32, 8), fp8=False)]

@@ -184,10 +184,11 @@ def _start_midway(load: Load) -> list[Request]:
 
 
 def _ages(load: Load, session: Session, pool: BlockPool) -> Iterator[int]:
-    """Tokens that each of the first sequences has generated: as many as the batch takes and the pool holds with
-    a block to spare for each."""
-    size, out = pool.block_size, load.output_len
-    count = min(session.limits.max_batch_size, pool.free_blocks)
+    """Tokens that each of the first sequences has generated: as many as the batch takes, as the pool holds with
+    a block to spare for each, and as the prompts that a step has room for keep up. Of n sequences n / output_len end in
+    a step, so n + n / output_len * input_len tokens of max_num_tokens are for them and for those that follow."""
+    size, out, most = pool.block_size, load.output_len, session.limits.max_num_tokens
+    count = min(session.limits.max_batch_size, pool.free_blocks, max(1, most * out // (load.input_len + out)))
     while count > 1:
         ages = [out * (2 * i + 1) // (2 * count) for i in reversed(range(count))]
         need = sum(blocks_for(load.input_len + age + 1, size) + 1 for age in ages)
