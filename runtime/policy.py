@@ -22,9 +22,9 @@ class Policy(Protocol):
     def shares(self, pending: Sequence[int], budget: int) -> list[int]:
         """How `budget` tokens of a step go to prompts of which `pending` tokens are to be computed, in order."""
 
-    def room(self, singles: int, ready: int, most: int) -> int:
+    def room(self, singles: int, prompts: int, ready: int, most: int) -> int:
         """While more requests wait than fit: how many tokens of prompts, `most` at most, a step takes beside `singles`
-        rows of one token. `ready`: tokens of prompts that could run in it."""
+        rows of one token. `ready`: tokens of the `prompts` that could run in it."""
 
     def served(self, request: Request, tokens: int) -> None:
         """`tokens` of a request are computed."""
@@ -34,26 +34,41 @@ class Policy(Protocol):
 # tokens keep all of these busy to the end. A few more begin a wave that is mostly empty: one prompt beside 1023 decode
 # rows of Llama-3.1-8B's shape made a step of 37.6 ms one of 43.1, eight prompts one of 51.4.
 WAVE = 1024
-MANY = 256  # single tokens from which on a step is worth filling up
+MANY = 256  # single tokens from which on prompts wait for others to fill up a wave
 LITTLE = 128  # tokens of prompts that are not worth the kernels of a mixed step
-PATIENCE = 16  # steps that prompts wait for others, at most
+WAITING = 20  # sequences that decode, for each prompt that may be spread over several steps; one always may
+PATIENCE = 16  # steps that prompts wait for others, or are spread over, at most
 
 
 class Throughput:
     """First come, first served, one prompt after the other: the fewest prompts are half done at any time. While more
-    wait than fit, prompts beside many single tokens are gathered until the step's tokens fill whole waves."""
+    wait than fit, prompts are spread over the steps, in whole waves, as far as few sequences wait for that; beside many
+    single tokens they are gathered until there is a wave.
+
+    A step of single tokens has memory to wait for and little to multiply, a step of prompts the reverse, up to the
+    card's power limit; and who decodes beside a long prompt waits for all that a step takes of it.
+    """
 
     def __init__(self) -> None:
         self._held = 0  # steps
+        self._pace = 0.0  # tokens of prompts a step, in the mean of the last steps
 
-    def room(self, singles: int, ready: int, most: int) -> int:
+    def room(self, singles: int, prompts: int, ready: int, most: int) -> int:
+        few = prompts == 1 or prompts * WAITING <= singles
+        taken = self._waves(singles, ready, most, max(self._pace, ready / PATIENCE) if few else ready)
+        self._pace += (min(taken, ready) - self._pace) / PATIENCE
+        return taken
+
+    def _waves(self, singles: int, ready: int, most: int, wanted: float) -> int:
+        """The tokens nearest to `wanted` that fill whole waves, if that many are ready."""
+        least = -(-(singles + LITTLE) // WAVE) * WAVE - singles
         whole, top = ((singles + tokens) // WAVE * WAVE - singles for tokens in (min(ready, most), most))
-        if singles < MANY or top < LITTLE or not ready:
+        if not ready or top < LITTLE:
             return most
         held, self._held = self._held, 0
         if whole >= LITTLE:
-            return whole
-        if held == PATIENCE:
+            return min(whole, max(least, round((singles + wanted) / WAVE) * WAVE - singles))
+        if singles < MANY or held == PATIENCE:
             return most
         self._held = held + 1
         return 0
@@ -94,7 +109,7 @@ class Fair:
             self.service = Counter({u: s for u, s in self.service.items() if s > least or u in active})
             self.service[request.user] = max(self.service[request.user], least)
 
-    def room(self, singles: int, ready: int, most: int) -> int:
+    def room(self, singles: int, prompts: int, ready: int, most: int) -> int:
         return most
 
     def next(self, waiting: Sequence[Request]) -> Request:

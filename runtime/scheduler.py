@@ -123,7 +123,7 @@ class Scheduler:
     def _room(self, singles: int, prompts: Sequence[Request]) -> int:
         """Tokens of prompts that the next step may take. Nobody waits for others where all could start, or where the
         first to start has priority over one that runs."""
-        most, ready = self.max_num_tokens - singles, sum(r.pending for r in prompts)
+        most, ready, count = self.max_num_tokens - singles, sum(r.pending for r in prompts), len(prompts)
         if not self.waiting or (self.running and self.waiting[0].priority > self.running[-1].priority):
             return most
         slots, free = len(self._slots), self.pool.free_blocks - len(self.running)
@@ -131,8 +131,9 @@ class Scheduler:
             slots -= len(request.beams)
             free -= blocks_for(request.length + 1, self.pool.block_size)
             if slots < 0 or free < 0:
-                return self.policy.room(singles, ready, most)
+                return self.policy.room(singles, count, ready, most)
             ready += request.length
+            count += 1
         return most
 
     def _review(self) -> tuple[list[Request], list[Request]]:

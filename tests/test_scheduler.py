@@ -424,10 +424,37 @@ def test_nobody_waits_for_a_whole_wave_where(policy: str, waiting: int, prompt: 
     assert sum(row.count for row in rows) == 300 + 20 * 7
 
 
+@pytest.mark.parametrize(
+    ("every", "tokens", "singles", "most"),
+    [(22, 20000, 88, 1024), (3, 5000, 330, 2048), (1, 1024, 1016, 2048), (40, 20000, 0, 1024)],
+    ids=["seldom", "more often", "every step", "beside nothing"],
+)
+def test_prompts_are_spread_over_the_steps_until_the_next_may_start(
+    every: int, tokens: int, singles: int, most: int
+) -> None:
+    """Prompts of so many tokens, one every so many steps, while more wait: no step is larger than it takes to keep up,
+    and none waits longer than the policy has patience for."""
+    policy, ready, steps = Throughput(), 0, []
+    for step in range(12 * every + 60):
+        if step % every == 0:
+            assert ready <= PATIENCE * tokens / every
+            ready += tokens
+        steps.append(min(policy.room(singles, -(-ready // tokens), ready, 8192 - singles), ready))
+        ready -= steps[-1]
+    settled = [singles + taken for taken in steps[8 * every + 40 :]]
+    assert max(settled) == most and all(total % 1024 in (0, singles) or total < 1024 for total in settled)
+
+
+def test_many_prompts_beside_few_that_decode_are_not_spread() -> None:
+    assert Throughput().room(88, 5, 20000, 8104) == 7 * 1024 + 936
+    assert Throughput().room(88, 4, 20000, 8104) == 936
+    assert Throughput().room(0, 1, 20000, 8192) == 1024
+
+
 def test_a_wave_that_no_step_can_hold_is_not_waited_for() -> None:
     policy = Throughput()
-    assert [policy.room(300, 50, most) for most in (400, 723)] == [400, 723]
-    assert [policy.room(900, ready, 4000) for ready in (0, 124 + 4, 4000, 5000)] == [4000, 0, 3196, 3196]
+    assert [policy.room(300, 1, 50, most) for most in (400, 723)] == [400, 723]
+    assert [policy.room(900, 99, ready, 4000) for ready in (0, 124 + 4, 4000, 5000)] == [4000, 0, 3196, 3196]
 
 
 def test_pipeline_stages_share_the_sequences() -> None:
