@@ -34,6 +34,12 @@
 // the exponentials; in halves of 64 tokens it is 3 %, with Q in registers 2 to 6 %.
 // (Times of contestants in turn: under the power limit the place in the turn is worth up to 3 %.)
 //
+// Beside decode rows (`beside`) blocks do not wait for decode attention to end: they start where its blocks have left a
+// multiprocessor, which happens up to 5 % apart, and take items in turn from the first on. It lets them start once what comes
+// before it is done, so q, K, V and the list are there; they wait for it before they end, so that whoever waits for them
+// waits for both. A step of 590 contexts of 2049 to 4096 and 434 tokens of a prompt takes 42.6 instead of 43.2 ms, one of 88 of
+// 20000 to 22000 and 910 tokens at 10000 47.8 instead of 48.2.
+//
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE, SCALE_LOG2 (softmax scale * log2 e), Q_STAGES (tiles of
 // Q), STAGES (tiles of K and of V).
 #include "fp8/convert.cuh"

@@ -20,10 +20,11 @@ plugin.py joins two parts of one interface, this module for the prefill rows and
         it is not called where there are none. It must not trust step.max_context to be exact (under a CUDA graph it is
         an upper bound), and writes every row of its sequences: zeros where sequence_lengths is 0.
 
-rope_kv_write, or that linear, comes first in the stream, if there are other than decode rows, and is launched with
-programmatic dependent launch like the rest: both parts run `griddepcontrol.wait` before they read what a kernel of the
-step writes, that is qkv, q, and the step's own tokens in the caches; the step's inputs are uploaded before its first
-kernel. The prefill part runs after the decode part and depends on nothing that it wrote.
+rope_kv_write, or that linear, comes first in the stream, if there are other than decode rows, then the decode part,
+then the prefill part. All are launched with programmatic dependent launch and run `griddepcontrol.wait` before they
+read what a kernel of the step writes, that is qkv, q, and the step's own tokens in the caches; the step's inputs are
+uploaded before its first kernel. The prefill part depends on nothing that the decode part writes: beside decode rows it
+starts after their wait and waits for their end before its own.
 """
 
 from __future__ import annotations
