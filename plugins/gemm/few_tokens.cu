@@ -34,8 +34,18 @@
 // 811.6, 804.8, 799.8 at 8, 846.1, 841.2, 838.7 at 16, 928.5, 930.5, 933.1 at 32, 1139.3, 1145.2, 1141.4 at 64; llama-7B 558.1,
 // 558.7, 556.8 at 1, 670.7, 676.4, 677.2 at 8, 823.2, 823.9, 821.2 at 16, 1137.7, 1137.6, 1136.0 at 32, 1757.7, 1756.3, 1747.3
 // at 64. Behind the first fill instead of at once: +8.3 us at 1 token (8B), +2.1 (7B), else within 6 us to either side.
+// Then outputs of four groups of tokens at once, without branches between them, SwiGLU without those of division, and a warp of
+// its own that asks for x. Before -> after in one run, at 64 tokens: 6144x4096 7.93 -> 7.50, 12288x4096 14.48 -> 14.15, 22016x4096
+// 23.85 -> 23.59, with SwiGLU 25.37 -> 23.73, 28672x4096 with SwiGLU 32.87 -> 31.87 (31.44 -> 30.05 in another run), 4096x11008
+// 13.30 -> 12.85, 4096x14336 16.48 -> 16.02; 4096x4096 at 16 tokens 5.15 -> 4.90; at 96 4096x14336 17.84 -> 17.45, at 128
+// 4096x11008 15.42 -> 14.89; at one token +-1%. A layer of llama-3.1-8B with 64 sequences at 1088 tokens takes 106.0 instead of
+// 108.0 us; down_proj in stages of two columns, which alone are as fast, makes it 0.5 to 0.7 less, o_proj in 64 blocks, whose
+// rings hold 14 of 32 columns before its x is there, 2.2 less than in 128 that hold 6 of 16.
+// There x of the first fill, the same for all blocks, comes at 5.3 TB/s, a stage of 8 KB to 128 blocks in 0.19 us: by then w comes
+// at the memory's rate again. From the end of the kernel before to the first product it is 0.8 to 1.3 us, 0.4 of them x.
 // Without gain: a ring of x of its own, so that w's is deeper (+2 to 30%: x comes as fast as its ring is deep, and a
-// stage then waits for two barriers); x by multicast to two neighbours along N (+5 to 60%); at most 32 KB of the first
+// stage then waits for two barriers; with one barrier for both and a warp for each, of 26 stages of 8 KB 16 for w +2%, 18 +6%, 20
+// +12%); blocks that begin with different columns, not all with the same x (+2 to 5% at 64 tokens, +12% at 96, +20% at 128); x by multicast to two neighbours along N (+5 to 60%); at most 32 KB of the first
 // fill in flight (between the early and the late start); two or four independent accumulators in turn (+-0.5%); x of
 // the first fill by ordinary loads instead of TMA (+1 to 5% at one token, +30% at eight) and, on top of that, releasing
 // a stage at once while the ring is empty (+0 to 5%), L2 prefetch past the ring, before the wait or after it (+10 to
@@ -50,6 +60,7 @@
 #include "fp8/convert.cuh"
 #include "fp8/exchange.cuh"
 #include "fp8/mbarrier.cuh"
+#include "fp8/swiglu.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
 #include "fp8/wgmma.cuh"
@@ -77,8 +88,9 @@ constexpr int GROUPS = TOKENS / 8;                            // of accumulator 
 constexpr int UNITS = TILES * GROUPS;                         // 64 rows x 8 tokens: what a rank of the cluster reduces at a time
 constexpr int OWNED = (UNITS + SPLIT - 1) / SPLIT;            // units per rank
 constexpr int UNIT_BYTES = 64 * 8 * 4;
+constexpr int TOGETHER = GROUPS < 4 ? GROUPS : 4;             // groups whose outputs are computed at once
 // The last tile of a stage may reach past its rows; what it reads there only feeds rows that are never stored.
-constexpr bool BLOCKWISE = X_SCALE == 3, TOKEN_SCALE = X_SCALE == 1 || X_SCALE == 2;
+constexpr bool BLOCKWISE = X_SCALE == 3;
 constexpr int ATOM_SCALES = TOKENS + ROWS / 8, STAGE_SCALES = BLOCKWISE ? ATOMS * ATOM_SCALES : 0;  // floats
 constexpr int APART = 4 * WARPGROUPS / FOLD;  // warps between two folds of the same rows
 constexpr int VALUES = TILES_EACH * TOKENS * FOLD / 2;
@@ -179,7 +191,7 @@ DEVICE void unfold(float (&sum)[TILES_EACH][TOKENS / 2], float* scratch) {
     for (int t = 0; t < TILES_EACH; t++)
 #pragma unroll
       for (int i = 0; i < TOKENS / 2; i++) scratch[(warp * SUMS + t * TOKENS / 2 + i) * 32 + lane] = sum[t][i];
-  if (FOLD > 1 || TOKEN_SCALE) named_barrier_sync<1, CONSUMERS>();  // token_scale is written, too
+  if (FOLD > 1 || X_SCALE == 2) named_barrier_sync<1, CONSUMERS>();  // token_scale is written, too
   if (FOLD == 1 || fold) return;
 #pragma unroll
   for (int f = 1; f < FOLD; f++)
@@ -189,8 +201,8 @@ DEVICE void unfold(float (&sum)[TILES_EACH][TOKENS / 2], float* scratch) {
       for (int i = 0; i < TOKENS / 2; i++) sum[t][i] += scratch[((warp + f * APART) * SUMS + t * TOKENS / 2 + i) * 32 + lane];
 }
 
-// Sends each unit of partial sums to the rank that owns it, and adds what the peers sent of this rank's own.
-DEVICE void reduce(float (&d)[TILES_EACH][TOKENS / 2], u32 partials, u32 bar, int first_tile, u32 rank) {
+// Sends each unit of partial sums to the rank that owns it. `rank` is a constant after unrolling.
+DEVICE void send(const float (&d)[TILES_EACH][TOKENS / 2], u32 partials, u32 bar, int first_tile, u32 rank) {
   u32 lane = threadIdx.x % 128 * 16;
 #pragma unroll
   for (int t = 0; t < TILES_EACH; t++)
@@ -202,19 +214,13 @@ DEVICE void reduce(float (&d)[TILES_EACH][TOKENS / 2], u32 partials, u32 bar, in
         store_cluster_v4(map_shared_rank(partials + slot * UNIT_BYTES + lane, owner), map_shared_rank(bar, owner), d[t][4 * g], d[t][4 * g + 1], d[t][4 * g + 2], d[t][4 * g + 3]);
     }
 }
-DEVICE void collect(float (&d)[TILES_EACH][TOKENS / 2], const u8* partials, int first_tile, u32 rank) {
+// Adds what the peers sent of a unit of this rank's own.
+DEVICE void collect(float (&v)[4], const u8* partials, u32 unit) {
 #pragma unroll
-  for (int t = 0; t < TILES_EACH; t++)
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
-      u32 unit = (first_tile + t) * GROUPS + g;
-      if (unit % SPLIT != rank) continue;
-#pragma unroll
-      for (int i = 0; i < SPLIT - 1; i++) {
-        float4 v = *(const float4*)(partials + (unit / SPLIT * (SPLIT - 1) + i) * UNIT_BYTES + threadIdx.x % 128 * 16);
-        d[t][4 * g] += v.x, d[t][4 * g + 1] += v.y, d[t][4 * g + 2] += v.z, d[t][4 * g + 3] += v.w;
-      }
-    }
+  for (int i = 0; i < SPLIT - 1; i++) {
+    float4 more = *(const float4*)(partials + (unit / SPLIT * (SPLIT - 1) + i) * UNIT_BYTES + threadIdx.x % 128 * 16);
+    v[0] += more.x, v[1] += more.y, v[2] += more.z, v[3] += more.w;
+  }
 }
 
 // Rows n = base + lane / 4 and n + 8, tokens first + 2 (lane % 4) and the next: v[0], v[1] of row n, v[2], v[3] of row n + 8.
@@ -246,17 +252,13 @@ DEVICE void store_f32(float* y, const float (&v)[4], int base, int first, int to
   }
 }
 // Row n is a gate, row n + 8 its up; gate and up round to 16 bits first, as two linears would.
-DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int tokens, float out_scale) {
+DEVICE void store_swiglu(void* y, float (&v)[4], int base, int first, int tokens, float out_scale, float reciprocal) {
   int lane = threadIdx.x % 32, token = first + lane / 4, feature = base / 2 + 2 * (lane % 4);
-  float h[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float gate = round_float<ROUND>(v[i]), up = round_float<ROUND>(v[2 + i]);
-    h[i] = gate * __fdiv_rn(1.f, 1.f + expf(-gate)) * up;
-  }
+  round_pair<ROUND>(v[0], v[1]), round_pair<ROUND>(v[2], v[3]);
+  float h[2] = {swiglu(v[0], v[2]), swiglu(v[1], v[3])};
   u32 packed;
   if constexpr (OUT == 3) {
-    u32 codes = e4m3x2(__fdiv_rn(h[0], out_scale), __fdiv_rn(h[1], out_scale));
+    u32 codes = e4m3x2(quotient(h[0], out_scale, reciprocal), quotient(h[1], out_scale, reciprocal));
     packed = movmatrix_trans((codes & 0xff) | (codes & 0xff00) << 8);
   } else packed = movmatrix_trans(from_float2<OUT == 1>(h[0], h[1]));
   if (token >= tokens || base >= GEMM_N) return;
@@ -265,7 +267,7 @@ DEVICE void store_swiglu(void* y, const float (&v)[4], int base, int first, int 
   else *(u32*)((u16*)y + at) = packed;
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
            const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens, int early SEND_PARAMETERS) {
   if (early) griddepcontrol_launch_dependents();
@@ -282,12 +284,12 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   int filled = count < STAGES ? count : STAGES;
   // The next kernel may start once little of w is left to ask for: its own first fill would come before the rest.
   int start = count - 1 - count * 5 / 32;
-  bool producer = warp == CONSUMERS / 32;
+  bool w_producer = warp == CONSUMERS / 32, x_producer = warp == CONSUMERS / 32 + 1;
 
-  if (producer && lane == 0) {
+  if (w_producer && lane == 0) {
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
-    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), BLOCKWISE ? 33 : 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
+    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), BLOCKWISE ? 65 : 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
     if (SPLIT > 1) mbarrier_init(shared_address(&sums), 1);
     fence_mbarrier_init();
     if (SPLIT > 1) mbarrier_arrive_expect_tx(shared_address(&sums), (UNITS - rank + SPLIT - 1) / SPLIT * (SPLIT - 1) * UNIT_BYTES);
@@ -303,37 +305,41 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
 
   int first_tile = WARPGROUPS == 1 ? 0 : warp / 4 * TILES_EACH;
-  float sum[TILES_EACH][TOKENS / 2], scale[TILES_EACH][2], offset[TILES_EACH][2];
-  if (producer) {
-    auto scales_at = [&](int stage) { return shared_address(stage_scales) + stage * STAGE_SCALES * 4; };
-    if (BLOCKWISE)
-      for (int i = 0; i < filled; i++) load_w_scales(scales_at(i), w_scale, begin + i, row);
-    griddepcontrol_wait();
-#pragma unroll 1
-    for (int i = 0; i < filled; i++) {
-      if (lane == 0) load_x(stage_at(ring, i), &x_map, shared_address(full + i), begin + i);
-      if (BLOCKWISE) load_x_scales(scales_at(i), x_scale, begin + i, tokens), copy_async_arrive(shared_address(full + i));
-    }
+  float sum[TILES_EACH][TOKENS / 2], scale[TILES_EACH][2], offset[TILES_EACH][2], tensor_scale = 1.f, quantum = 1.f, reciprocal = 1.f;
+  auto scales_at = [&](int stage) { return shared_address(stage_scales) + stage * STAGE_SCALES * 4; };
+  // Calls load(stage, bar, k) for what does not fit into the first fill, as stages are read.
+  auto refill = [&](auto load) {
     int stage = 0, parity = 0;
     if (BLOCKWISE || lane == 0) {
 #pragma unroll 1
       for (int k = filled; k < count; k++) {
-        u32 bar = shared_address(full + stage);
         mbarrier_wait(shared_address(empty + stage), parity);
-        if (lane == 0) {
-          mbarrier_arrive_expect_tx(bar, STAGE);
-          load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
-          load_x(stage_at(ring, stage), &x_map, bar, begin + k);
-          if (k == start) griddepcontrol_launch_dependents();
-        }
-        if (BLOCKWISE) {
-          load_w_scales(scales_at(stage), w_scale, begin + k, row), load_x_scales(scales_at(stage), x_scale, begin + k, tokens);
-          copy_async_arrive(bar);
-        }
+        load(stage, shared_address(full + stage), k);
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }
     }
     __syncwarp();
+  };
+  if (w_producer) {
+    if (BLOCKWISE)
+      for (int i = 0; i < filled; i++) load_w_scales(scales_at(i), w_scale, begin + i, row), copy_async_arrive(shared_address(full + i));
+    refill([&](int stage, u32 bar, int k) {
+      if (lane == 0) {
+        mbarrier_arrive_expect_tx(bar, STAGE);
+        load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
+        if (k == start) griddepcontrol_launch_dependents();
+      }
+      if (BLOCKWISE) load_w_scales(scales_at(stage), w_scale, begin + k, row), copy_async_arrive(bar);
+    });
+  } else if (x_producer) {
+    auto load = [&](int stage, u32 bar, int k) {
+      if (lane == 0) load_x(stage_at(ring, stage), &x_map, bar, begin + k);
+      if (BLOCKWISE) load_x_scales(scales_at(stage), x_scale, begin + k, tokens), copy_async_arrive(bar);
+    };
+    griddepcontrol_wait();
+#pragma unroll 1
+    for (int i = 0; i < filled; i++) load(i, shared_address(full + i), i);
+    refill(load);
   } else {
 #pragma unroll
     for (int t = 0; t < TILES_EACH; t++)
@@ -343,10 +349,11 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         scale[t][i] = W_SCALE == 1 && n < GEMM_N ? w_scale[n] : 1.f;
         offset[t][i] = BIAS && n < GEMM_N ? bias[n] : 0.f;
       }
+    if (SWIGLU && OUT == 3) quantum = out_scale[0], reciprocal = __frcp_rn(quantum), pin(reciprocal);
     griddepcontrol_wait();
     SENDING(if (blockIdx.x == 0 && (int)threadIdx.x < tokens) store_system(begun_of(peers.region[me], area, threadIdx.x, me), 1u));
-    if (TOKEN_SCALE && threadIdx.x < TOKENS)
-      token_scale[threadIdx.x] = X_SCALE == 1 ? x_scale[0] : (int)threadIdx.x < tokens ? x_scale[threadIdx.x] : 0.f;
+    if (X_SCALE == 1) tensor_scale = x_scale[0];
+    if (X_SCALE == 2 && threadIdx.x < TOKENS) token_scale[threadIdx.x] = (int)threadIdx.x < tokens ? x_scale[threadIdx.x] : 0.f;
     u32 w = wgmma_descriptor(ring + first_tile * 64 * ATOM), x = wgmma_descriptor(stage_at(ring, 0).x);
     int stage = 0, parity = 0;
     float d[AT_ONCE][TILES_EACH][TOKENS * FOLD / 2];
@@ -401,31 +408,38 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   }
 
   if (SPLIT > 1) cluster_wait();
-  if (!producer) {
-    unfold(sum, scratch);
-    if (SPLIT > 1) reduce(sum, shared_address(partials), shared_address(&sums), first_tile, rank);
-  }
-  if (producer) return;
-  if (SPLIT > 1) mbarrier_wait(shared_address(&sums), 0);
-  if (SPLIT > 1) collect(sum, partials, first_tile, rank);
-  float quantum = SWIGLU && OUT == 3 ? out_scale[0] : 1.f;
+  if (w_producer || x_producer) return;
+  unfold(sum, scratch);
+  // No branches but one for all units of a rank, and those past the last token: the units' latencies overlap.
 #pragma unroll
-  for (int t = 0; t < TILES_EACH; t++) {
-    int base = (first_tile + t) * 64 + warp % 4 * 16;
-    if (base >= ROWS) break;
+  for (u32 r = 0; r < SPLIT; r++) {
+    if (SPLIT > 1 && r != rank) continue;
+    if (SPLIT > 1) send(sum, shared_address(partials), shared_address(&sums), first_tile, r), mbarrier_wait(shared_address(&sums), 0);
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
-      if (SPLIT > 1 && ((first_tile + t) * GROUPS + g) % SPLIT != rank) continue;
-      if (8 * g >= tokens) break;
-      float v[4];
+    for (int t = 0; t < TILES_EACH; t++) {
+      int base = (first_tile + t) * 64 + warp % 4 * 16;
+      if (base >= ROWS) break;
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        float x = TOKEN_SCALE ? token_scale[8 * g + 2 * (lane % 4) + e % 2] : 1.f;
-        v[e] = sum[t][4 * g + e] * x * scale[t][e / 2] + offset[t][e / 2];
+      for (int from = 0; from < GROUPS; from += TOGETHER) {
+        if (8 * from >= tokens) break;
+#pragma unroll
+        for (int g = from; g < from + TOGETHER && g < GROUPS; g++) {
+          u32 unit = (first_tile + t) * GROUPS + g;
+          if (unit % SPLIT != r) continue;
+          float v[4];
+#pragma unroll
+          for (int e = 0; e < 4; e++) v[e] = sum[t][4 * g + e];
+          collect(v, partials, unit);
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            float x = X_SCALE == 1 ? tensor_scale : X_SCALE == 2 ? token_scale[8 * g + 2 * (lane % 4) + e % 2] : 1.f;
+            v[e] = v[e] * x * scale[t][e / 2] + offset[t][e / 2];
+          }
+          if constexpr (SWIGLU) store_swiglu(y, v, row + base, 8 * g, tokens, quantum, reciprocal);
+          else if constexpr (OUT == 2) store_f32((float*)y, v, row + base, 8 * g, tokens);
+          else store_16bit((u16*)y, v, row + base, 8 * g, tokens SENDING(, peers, me, area));
+        }
       }
-      if constexpr (SWIGLU) store_swiglu(y, v, row + base, 8 * g, tokens, quantum);
-      else if constexpr (OUT == 2) store_f32((float*)y, v, row + base, 8 * g, tokens);
-      else store_16bit((u16*)y, v, row + base, 8 * g, tokens SENDING(, peers, me, area));
     }
   }
 }

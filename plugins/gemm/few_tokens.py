@@ -52,7 +52,7 @@ class FewTokens:
 
     @property
     def threads(self) -> int:
-        return 128 * self.WARPGROUPS + 32
+        return 128 * self.WARPGROUPS + 64
 
     @property
     def shared(self) -> int:

@@ -2,6 +2,7 @@
 // From accumulators to the output: scales, bias, SwiGLU, quantization, and the store.
 #include "fp8/convert.cuh"
 #include "fp8/matrix.cuh"
+#include "fp8/swiglu.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
 #include "gemm_shape.cuh"
@@ -24,26 +25,12 @@ DEVICE void finish(float (&v)[4], const float* scale, const float* bias, int col
   }
 }
 
-// Rounds two neighbours to the 16-bit type, as a linear of its own would.
-DEVICE void round_pair(float& a, float& b) {
-  u32 packed = from_float2<OUT == 1>(a, b);
-  a = to_float<OUT == 1>((u16)packed), b = to_float<OUT == 1>((u16)(packed >> 16));
-}
-// gate becomes silu(gate) * up.
+// gate becomes silu(gate) * up; both round to the 16-bit type first, as a linear of its own would.
 DEVICE void swiglu(float (&gate)[4], float (&up)[4]) {
-  round_pair(gate[0], gate[1]), round_pair(gate[2], gate[3]);
-  round_pair(up[0], up[1]), round_pair(up[2], up[3]);
+  round_pair<OUT == 1>(gate[0], gate[1]), round_pair<OUT == 1>(gate[2], gate[3]);
+  round_pair<OUT == 1>(up[0], up[1]), round_pair<OUT == 1>(up[2], up[3]);
 #pragma unroll
-  for (int i = 0; i < 4; i++) gate[i] = __fdividef(gate[i], 1.f + __expf(-gate[i])) * up[i];
-}
-
-// h / scale rounded to nearest as __fdiv_rn does, by Markstein's two corrections of h * (1 / scale), a third of its
-// instructions. Past the range of e4m3 (and for inf, where the residual is NaN) the uncorrected quotient saturates as well.
-DEVICE float quotient(float h, float scale, float reciprocal) {
-  float q = h * reciprocal;
-  float better = __fmaf_rn(__fmaf_rn(-q, scale, h), reciprocal, q);
-  better = __fmaf_rn(__fmaf_rn(-better, scale, h), reciprocal, better);
-  return fabsf(q) < 512.f ? better : q;
+  for (int i = 0; i < 4; i++) gate[i] = swiglu(gate[i], up[i]);
 }
 
 // Columns `column` and the next of one output row, from registers.

@@ -31,6 +31,10 @@ template <int Dtype> DEVICE u32 from_float2(float low, float high) {
   return r;
 }
 template <int Dtype> DEVICE float round_float(float x) { return to_float<Dtype>(from_float<Dtype>(x)); }
+template <int Dtype> DEVICE void round_pair(float& a, float& b) {
+  u32 packed = from_float2<Dtype>(a, b);
+  a = to_float<Dtype>((u16)packed), b = to_float<Dtype>((u16)(packed >> 16));
+}
 
 // e4m3 codes to f16, the lowest byte first; exact.
 DEVICE u32 e4m3x2_to_f16(u16 codes) {
