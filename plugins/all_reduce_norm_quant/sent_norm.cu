@@ -39,7 +39,6 @@ DEVICE uint4 take_sum(u64 own, u64 area, int i, Patience& patience) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 sent_norm(const uint4* residual, const uint4* weight, const uint4* bias, const float* scale, void* y, float* y_scale,
           uint4* residual_out, const __grid_constant__ Peers peers, u32 rank, u64 area) {
-  griddepcontrol_launch_dependents();
   const Stored stored(weight, bias, scale);
   const u64 own = peers.region[rank], source = (u64)blockIdx.x * VECTORS;
   u32* const begun = begun_of(own, area, blockIdx.x, rank);
@@ -48,6 +47,8 @@ sent_norm(const uint4* residual, const uint4* weight, const uint4* bias, const f
   if (threadIdx.x == 0)
     while (!load_acquire_gpu(begun)) patience.poll();
   __syncthreads();  // the kernels before the linear have ended
+  // Not before: else the next exchange but one, whose rows come to the same place, could have its norm here, too.
+  griddepcontrol_launch_dependents();
 #pragma unroll
   for (int i = 0; i < HELD; i++)
     if (inside(i)) added[i] = load_system(residual + source + column(i));
