@@ -208,3 +208,13 @@ def test_the_cache_has_the_references_bits(case: Case) -> None:
         plugin.reference(*expected, step=case.step)
         for found, place in zip(layout.unpack_cache(*(packed[i] for i in places)), places, strict=True):
             assert torch.equal(found.view(torch.uint8), expected[place].view(torch.uint8)), tactic
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.flops < 10**10], ids=lambda c: c.name)
+def test_a_case_s_caches_are_laid_out_for_the_kernels(case: Case) -> None:
+    """They stand elsewhere among its inputs than among attention's."""
+    buffers = case_buffers.CaseBuffers(case, 1, "cpu")
+    ((key, value),) = buffers.places
+    unpacked = case.plugin.unpack_cache(buffers.inputs[key], buffers.inputs[value])  # type: ignore[attr-defined]
+    for found, given in zip(unpacked, (buffers.given[key], buffers.given[value]), strict=True):
+        assert given is not None and torch.equal(found.view(torch.uint8), given.view(torch.uint8))

@@ -41,6 +41,9 @@ class LinearAttention(Attention):
     name: ClassVar[str] = "linear_attention"
     linear: Gemm = field(default_factory=Gemm)
 
+    def cache_places(self) -> list[tuple[int, int]]:
+        return [(INPUTS.index("key_cache"), INPUTS.index("value_cache"))]
+
     def _apart(self, inputs: Types) -> tuple[Types, Types]:
         """Of the linear's inputs, of attention's."""
         operands = inputs[:OPERANDS]
