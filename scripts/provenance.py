@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -40,13 +41,15 @@ def _telling(arguments: list[str]) -> list[str]:
 
 
 def card() -> dict[str, str | None]:
-    """Of the first GPU; clocks and power as they are right now."""
+    """Of the first GPU that CUDA sees; clocks and power as they are right now."""
     fields = {
         "driver": "driver_version", "max_sm_clock": "clocks.max.sm", "sm_clock": "clocks.sm",
         "memory_clock": "clocks.mem", "power_limit": "power.limit", "power_draw": "power.draw",
         "temperature": "temperature.gpu",
     }  # fmt: skip
-    line = _output("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    which = ["-i", seen] if seen else []
+    line = _output("nvidia-smi", *which, f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader")
     found = [text.strip() for text in line.split(",")] if line else []
     return dict(zip(fields, found, strict=True)) if len(found) == len(fields) else dict.fromkeys(fields)
 
