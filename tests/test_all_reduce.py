@@ -251,6 +251,35 @@ def test_no_linear_sends_into_rows_that_are_not_read(exchanges: int) -> None:
             explore(sent(exchanges, lambda e, _: e % 2), 2, region.SENT_AREAS)
 
 
+ABSENT, HERE, LET_GO, ENDED = range(4)  # a linear lets the next kernel start at once, a norm when its linear has begun
+
+
+def resident_norms(places: Sequence[int], early: bool) -> set[tuple[int, ...]]:
+    """The places of norms that can be on the GPU at a time, where linear and norm take turns, one of each for every
+    place, and a linear begins when the norm before it has ended. `early`: norms let the next kernel start at once."""
+    start = (ABSENT,) * 2 * len(places)
+    seen, waiting, found = {start}, [start], set()
+    while waiting:
+        state = waiting.pop()
+        found.add(tuple(places[k // 2] for k in range(1, len(state), 2) if state[k] in (HERE, LET_GO)))
+        for k, now in enumerate(state):
+            before = state[k - 1] if k else ENDED
+            follows = before >= (HERE if (k - 1) % 2 == 0 or early else LET_GO)
+            ready = (follows, before == ENDED if k % 2 == 0 else before >= LET_GO, True, False)[now]
+            following = (*state[:k], now + 1, *state[k + 1 :])
+            if ready and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def test_no_two_norms_wait_for_rows_of_one_place() -> None:
+    """However early kernels start: each would take the other's."""
+    places = [region.sent_slot(e, 3) for e in range(3)] * 2
+    assert all(len(set(norms)) == len(norms) for norms in resident_norms(places, early=False))
+    assert any(len(set(norms)) < len(norms) for norms in resident_norms([0, 1, 0, 1], early=True))
+
+
 @pytest.mark.parametrize(
     ("block", "slots", "kinds", "tiles", "world"),
     [
