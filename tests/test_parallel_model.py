@@ -131,7 +131,10 @@ def test_the_model_is_near_what_was_measured() -> None:
     made = measured.load(RESULTS.with_suffix(".json"))
     found = list(parallel_model.check(parallel_model.calibrated(made), made))
     assert len(found) == 6
-    assert all(abs(modelled / value - 1) < 0.15 for *_, value, modelled in found)
+    # One GPU's step of one token, of which the model is made, is one persistent kernel; at tp 2 it is not.
+    assert all(
+        abs(modelled / value - 1) < (0.2 if "tp 2, batch 1" in what else 0.1) for what, _, value, modelled in found
+    )
 
 
 def test_the_tables_of_a_page_are_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
