@@ -4,11 +4,11 @@
     python -m fp8.scripts.parallel_model --model llama-2-70b --gpus 8        every way to divide one model
     python -m fp8.scripts.parallel_model --page docs/parallel.md             writes the page's tables
 
-The model is made from eight figures of the record of two GPUs (docs/performance/h200x2.json): Llama-7B's decode steps
-on one GPU at batch 1 and 64 (the rate at which the cache is read) and its prompts; with the former, Llama-2-70B's
-decode steps at tp 2 (the rate at which weights are read, and the time of a layer that no byte explains); an all-reduce
-and a message of 8 KB and of 8 MB (latency and rate). What else has several ranks is predicted; the record's other
-figures check it. The network between hosts is assumed: HOSTS.
+The model is made from nine figures of the record of two GPUs (docs/performance/h200x2.json): decode steps of Llama-7B
+and Llama-2-70B at tp 2, batch 1, and of Llama-7B on one GPU at batch 64 (the rates at which weights and cache are
+read, and the time of a layer that no byte explains); Llama-7B's on one GPU at batch 1 (that time where one launch
+computes a step) and its prompts; an all-reduce and a message of 8 KB and of 8 MB (latency and rate). What else has
+several ranks is predicted; the record's other figures check it. The network between hosts is assumed: HOSTS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,16 @@ class Machine:
     cache_rate: float  # and of the cache
     flops: float  # of linears, in prompts
     layer: float  # seconds of a decode step's layer beside its bytes: launches, tails, small kernels
+    merged: float  # and where one launch computes all layers: of one token, on one rank of a stage
     reduce: Link  # one exchange of an all-reduce: what one GPU sends to another
     message: Link  # from stage to stage
     network: Link = HOSTS
     per_host: int = 8
     memory: float = 0.9 * 141e9
+
+    def own(self, rows: int, tp: int) -> float:
+        """Seconds of a layer of a decode step of so many rows that neither bytes nor other ranks explain."""
+        return self.merged if rows == tp == 1 else self.layer
 
     def all_reduce(self, size: float, ranks: int) -> float:
         """One exchange of everything with everyone, or two of an n-th each, whatever is faster; among hosts a ring."""
@@ -155,7 +160,7 @@ class Engine:
         cache = self.layers * rows * context * shape.kv(tp)
         reduce = self.machine.all_reduce(rows * shape.hidden * ACTIVATION, tp)
         bytes_read = weights / self.machine.weight_rate + cache / self.machine.cache_rate
-        return self.layers * (self.machine.layer + 2 * reduce) + bytes_read
+        return self.layers * (self.machine.own(rows, tp) + 2 * reduce) + bytes_read
 
     def prompt_seconds(self, batch: int, length: int, step_tokens: int) -> float:
         """Of all prompts: chunks follow each other through the stages, which are all busy but at both ends."""
@@ -190,31 +195,40 @@ def calibrated(record: Mapping[str, Any]) -> Machine:
             raise EngineError(f"the record has no figure {name!r}; bash scripts/gpu_ranks.sh OUT_DIR measures it")
         return float(figures[name])
 
-    one, large = "llama-7b fp8 + fp8 kv, 1024 in, 128 out", "llama-2-70b fp8 + fp8 kv tp 2, 1024 in, 128 out"
+    length = "1024 in, 128 out, batch"
+    one, two = f"llama-7b fp8 + fp8 kv, {length}", f"llama-7b fp8 + fp8 kv tp 2, {length}"
+    large, time = f"llama-2-70b fp8 + fp8 kv tp 2, {length}", "time per token ms"
     shape, context = Shape.of(PRESETS["llama-7b"]), INPUT + OUTPUT / 2
-    alone, many = (figure(f"{one}, batch {b}: time per token ms") / 1e3 for b in (1, 64))
-    cache = 63 * context * shape.layers * shape.kv(1) / (many - alone)
-    prompts = 64 * INPUT * 2 * shape.layers * shape.layer_weights / (figure(f"{one}, batch 64: first token ms") / 1e3)
+    prompts = 64 * INPUT * 2 * shape.layers * shape.layer_weights / (figure(f"{one} 64: first token ms") / 1e3)
     reduce = _link({8: figure("all_reduce 8 KB: us"), 8192: figure("all_reduce 8 MB: us")})
     message = _link({8: figure("send 8 KB: us"), 8192: figure("send 8 MB: us")})
-    nothing = Machine(math.inf, cache, prompts, 0.0, reduce, message)
-    engines = Engine(shape, Layout(), nothing), Engine(Shape.of(PRESETS["llama-2-70b"]), Layout(2), nothing)
-    rate, layer = _bytes_and_layers(engines, (alone, figure(f"{large}, batch 1: time per token ms") / 1e3))
-    return Machine(rate, cache, prompts, layer, reduce, message)
+    nothing = Machine(math.inf, math.inf, prompts, 0.0, 0.0, reduce, message)
+    steps = [
+        (Engine(shape, Layout(), nothing), 64, figure(f"{one} 64: {time}") / 1e3),
+        (Engine(shape, Layout(2), nothing), 1, figure(f"{two} 1: {time}") / 1e3),
+        (Engine(Shape.of(PRESETS["llama-2-70b"]), Layout(2), nothing), 1, figure(f"{large} 1: {time}") / 1e3),
+    ]
+    per_weight, per_cache, layer = _solved(steps)
+    apart = Machine(1 / per_weight, 1 / per_cache, prompts, layer, 0.0, reduce, message)
+    alone = figure(f"{one} 1: {time}") / 1e3 - Engine(shape, Layout(), apart).token_seconds(1, context)
+    return replace(apart, merged=max(0.0, alone / shape.layers))
 
 
-def _bytes_and_layers(engines: Sequence[Engine], seconds: Sequence[float]) -> tuple[float, float]:
-    """The rate of weights and a layer's own time with which both engines take so long for a token of one sequence; the
-    engines' own machine takes no time for either. Raises EngineError if there are no such."""
-    left = [s - e.token_seconds(1, INPUT + OUTPUT / 2) for e, s in zip(engines, seconds, strict=True)]
-    size = [(e.shape.layers * e.shape.layer_weights + e.shape.lm_head) / e.layout.tp for e in engines]
-    layers = [e.shape.layers for e in engines]
-    determinant = size[0] * layers[1] - size[1] * layers[0]
-    per_byte = (left[0] * layers[1] - left[1] * layers[0]) / determinant
-    layer = (size[0] * left[1] - size[1] * left[0]) / determinant
-    if per_byte <= 0 or layer < 0:
-        raise EngineError("the record's times of Llama-7B and Llama-2-70B are not of one card: no rate fits both")
-    return 1 / per_byte, layer
+def _solved(steps: Sequence[tuple[Engine, int, float]]) -> list[float]:
+    """Seconds per byte of weights, per byte of the cache and per layer with which a decode step of each engine and
+    batch takes so many seconds; the engines' own machine takes none for these. Raises EngineError if there are none."""
+    import numpy as np
+
+    context, sizes, left = INPUT + OUTPUT / 2, [], []
+    for engine, batch, seconds in steps:
+        shape, tp = engine.shape, engine.layout.tp
+        weights = (shape.layers * shape.layer_weights + shape.lm_head) / tp
+        sizes.append([weights, shape.layers * batch * context * shape.kv(tp), shape.layers])
+        left.append(seconds - engine.token_seconds(batch, context))
+    found: list[float] = np.linalg.solve(sizes, left).tolist()
+    if min(found[:2]) <= 0 or found[2] < 0:
+        raise EngineError("the record's times of Llama-7B and Llama-2-70B are not of one card: no rates fit all")
+    return found
 
 
 def _link(us: Mapping[int, float]) -> Link:
@@ -228,8 +242,7 @@ def check(machine: Machine, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     """(what, unit, measured, modelled) of every figure of the record that the model was not made from."""
     figures = {row["name"]: row["figure"] for row in record["rows"]}
     for model, layout, batch, step_tokens in (
-        ("llama-7b", Layout(2), 1, CHUNK), ("llama-7b", Layout(2), 64, CHUNK), ("llama-7b", Layout(1, 2), 1, 4096),
-        ("llama-7b", Layout(1, 2), 64, 4096),
+        ("llama-7b", Layout(2), 64, CHUNK), ("llama-7b", Layout(1, 2), 1, 2048), ("llama-7b", Layout(1, 2), 64, 2048),
     ):  # fmt: skip
         engine = Engine(Shape.of(PRESETS[model]), layout, machine)
         place = f"tp {layout.tp}" if layout.tp > 1 else f"pp {layout.pp}"
@@ -286,6 +299,7 @@ def _machine(m: Machine) -> str:
         ["weights in decode steps", f"{m.weight_rate / 1e12:.2f} TB/s"],
         ["the cache in decode steps", f"{m.cache_rate / 1e12:.2f} TB/s"],
         ["a decode step's layer beside its bytes", f"{m.layer * 1e6:.1f} us"],
+        ["and of one token on one GPU, in one launch", f"{m.merged * 1e6:.1f} us"],
         ["linears of prompts, attention included", f"{m.flops / 1e12:.0f} TFLOP/s"],
         ["an exchange of an all-reduce", f"{m.reduce.latency * 1e6:.1f} us + {m.reduce.rate / 1e9:.0f} GB/s"],
         ["a message from stage to stage", f"{m.message.latency * 1e6:.1f} us + {m.message.rate / 1e9:.0f} GB/s"],
@@ -303,7 +317,11 @@ def _layer(machine: Machine) -> str:
             row = [model, str(tp)]
             for tokens in (1, 64):
                 cache = tokens * (INPUT + OUTPUT / 2) * shape.kv(tp)
-                own = machine.layer + shape.layer_weights / tp / machine.weight_rate + cache / machine.cache_rate
+                own = (
+                    machine.own(tokens, tp)
+                    + shape.layer_weights / tp / machine.weight_rate
+                    + cache / machine.cache_rate
+                )
                 row += _parts(own, 2 * machine.all_reduce(tokens * shape.hidden * ACTIVATION, tp))
             own = CHUNK * 2 * shape.layer_weights / tp / machine.flops
             row += _parts(own, 2 * machine.all_reduce(CHUNK * shape.hidden * ACTIVATION, tp))
