@@ -85,13 +85,15 @@ reachable() {
 }
 
 # `import fp8...` from the checkout without installing it: a namespace folder whose entries point at the sources, and the
-# record by which a package knows its own version.
+# record by which a package knows its own version. What others that run from this checkout use stays as it is.
 link_sources() {
-  local here=build/namespace folder version
+  local here=build/namespace folder version info found
   version=$("$PYTHON" -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')
-  rm -rf "$here"/*.dist-info
-  mkdir -p "$here/fp8" "$here/fp8_engine-$version.dist-info"
+  info=$here/fp8_engine-$version.dist-info
+  mkdir -p "$here/fp8" "$info"
+  for found in "$here"/*.dist-info; do [ "$found" = "$info" ] || rm -rf "$found"; done
   for folder in builder plugins runtime models scripts; do ln -sfn "$PWD/$folder" "$here/fp8/$folder"; done
-  printf 'Metadata-Version: 2.1\nName: fp8-engine\nVersion: %s\n' "$version" >"$here/fp8_engine-$version.dist-info/METADATA"
+  printf 'Metadata-Version: 2.1\nName: fp8-engine\nVersion: %s\n' "$version" >"$info/METADATA.$$"
+  mv "$info/METADATA.$$" "$info/METADATA"
   export PYTHONPATH="$PWD/$here${PYTHONPATH:+:$PYTHONPATH}"
 }
