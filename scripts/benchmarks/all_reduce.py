@@ -28,6 +28,7 @@ from fp8.scripts.benchmarks.exchanges import (
     HIDDEN,
     LOGITS_ROWS,
     SEED,
+    SENT_FEW,
     Ranks,
     Work,
     label,
@@ -35,6 +36,7 @@ from fp8.scripts.benchmarks.exchanges import (
     makers,
     norms,
     open_ranks,
+    sent,
     sums,
 )
 
@@ -126,7 +128,7 @@ def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
 
     works = [sums(ranks, kib) for kib in sizes if kib <= 8192]
     works += [sums(ranks, kib, fp8=True) for kib in sizes if FP8_FROM <= kib <= 8192]
-    works += [norms(ranks, rows) for rows in FEW_ROWS]
+    works += [norms(ranks, rows) for rows in FEW_ROWS] + [sent(ranks, rows) for rows in SENT_FEW]
     works += [logits(ranks, rows) for rows in LOGITS_ROWS]
     launches = [(w, w.launcher(t)) for w in works for t in w.tactics() if label(t) != "nccl" and expected_bits(w, t)]
     order, late = random.Random(SEED), random.Random(1000 + ranks.world.rank)

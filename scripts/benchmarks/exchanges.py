@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8.plugins.all_gather.plugin import AllGather, AllGatherTactic
 from fp8.plugins.all_reduce.plugin import AllReduce
+from fp8.plugins.all_reduce.region import SENT_ROWS
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
@@ -20,6 +21,7 @@ from fp8.runtime.peer_memory import share
 from fp8.scripts.benchmarks.case_buffers import Functions, types
 from fp8.scripts.benchmarks.checks import error
 from fp8.scripts.benchmarks.one_gpu import NORM_ERROR
+from fp8.scripts.benchmarks.sent import DEPTH, SentSum, whole
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ HIDDEN = 4096  # values of a row
 FP8_FROM = 512  # KiB
 FEW_ROWS = (1, 3, 16, 64, 256)
 LOGITS_ROWS = (1, 16, 64)
+SENT_FEW = (1, 3, SENT_ROWS)  # rows
 SEED = 1
 
 
@@ -142,7 +145,7 @@ class Work:
 
     @property
     def _normed(self) -> bool:
-        return isinstance(self.plugin, AllReduceNormQuant)
+        return isinstance(self.plugin, AllReduceNormQuant | SentSum)
 
 
 def generator(rank: int, seed: int) -> torch.Generator:
@@ -184,6 +187,18 @@ def norms(ranks: Ranks, rows: int, quant: str = "static", hidden: int = HIDDEN, 
     return Work(f"fused {quant} {rows}x{hidden} {dtype}", plugin, rows, [x, residual, weight, None, scale], ranks)
 
 
+def sent(ranks: Ranks, rows: int, quant: str = "static", hidden: int = HIDDEN) -> Work:
+    import torch
+
+    own, common = generator(ranks.world.rank, SEED), generator(99, SEED)
+    linear = [whole(own, rows, DEPTH), whole(own, hidden, DEPTH), None, None, None]
+    residual = (3 * torch.randn(rows, hidden, device="cuda", generator=common)).bfloat16()
+    weight = (1 + 0.2 * torch.randn(hidden, device="cuda", generator=common)).bfloat16()
+    scale = torch.tensor([0.0071], device="cuda") if quant == "static" else None
+    plugin = SentSum(ranks.world.world, quant)
+    return Work(f"sent {quant} {rows}x{hidden}", plugin, rows, [*linear, residual, weight, None, scale], ranks)
+
+
 def logits(ranks: Ranks, rows: int, uneven: bool = False, seed: int = SEED) -> Work:
     """Of a vocabulary of 32000, in parts."""
     import torch
@@ -202,6 +217,8 @@ def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
         *(partial(sums, ranks, kib, dtype) for kib in sizes[:4] for dtype in ("float16", "float32")),
         *(partial(amax, ranks, rows) for rows in (1, 7, 1000, 8192)),
         *(partial(norms, ranks, rows, quant) for rows in FEW_ROWS for quant in QUANTS),
+        *(partial(sent, ranks, rows, quant) for rows in SENT_FEW for quant in QUANTS),
+        *(partial(sent, ranks, 2, "static", hidden) for hidden in (264, 16384)),
         *(partial(norms, ranks, 5, "static", hidden, "float16") for hidden in (264, 8192, 16384)),
         *(partial(logits, ranks, rows, uneven) for rows in LOGITS_ROWS for uneven in (False, True)),
     ]
@@ -210,6 +227,8 @@ def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
 def label(tactic: Any) -> str:
     if isinstance(tactic, AllReduceNormQuantTactic):
         row = f"row {tactic.row.threads}x{tactic.row.held}"
+        if tactic.sent:
+            return f"sent, {row}"
         return f"fused, {row}" if tactic.reduce is None else f"{label(tactic.reduce)} + norm_quant"
     if not tactic.over_peers:
         return "nccl"
