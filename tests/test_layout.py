@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,3 +99,10 @@ def test_a_plugin_has_cases() -> None:
     folders = [p.parent for p in (ROOT / "plugins").glob("*/plugin.py")]
     assert folders
     assert not [folder.name for folder in folders if not (folder / "cases.py").is_file()]
+
+
+def test_inline_ptx_stands_in_the_headers_that_name_its_instructions() -> None:
+    plugins = ROOT / "plugins"
+    sources = {path for ending in ("cu", "cuh") for path in plugins.rglob(f"*.{ending}")}
+    with_ptx = {path for path in sources if re.search(r"\basm\b", path.read_text())}
+    assert with_ptx and all(path.is_relative_to(plugins / "include" / "fp8") for path in with_ptx), with_ptx

@@ -18,7 +18,7 @@ DEVICE void send(const Peers& peers, u32 me, u64 area, int row, int n, uint2 v) 
 #pragma unroll
   for (int k = 1; k <= WORLD; k++) {
     u8* const to = sent_row(peers.region[me + k < WORLD ? me + k : me + k - WORLD], area, row, me) + 2 * n;
-    asm volatile("st.relaxed.sys.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(to_wire(v.x)), "r"(to_wire(v.y)) : "memory");
+    store_system(to, make_uint2(to_wire(v.x), to_wire(v.y)));
   }
 }
 DEVICE u32* begun_of(u64 own, u64 area, int row, u32 me) { return (u32*)(sent_row(own, area, row, me) + SENT_BEGUN); }

@@ -249,13 +249,6 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
   }
 }
 
-// Read here and not earlier, so that ptxas cannot move what needs it up.
-DEVICE float load_late(const float& shared) {
-  float x;
-  asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(&shared)) : "memory");
-  return x;
-}
-
 struct Consumer {
   Shared& b;
   u32 k_smem, v_smem;

@@ -2,6 +2,13 @@
 // Conversions: float32 <-> e4m3 (round to nearest even, saturating at 448, NaN stays NaN), bf16, f16.
 #include "fp8/types.cuh"
 
+// x, its magnitude `most` at most.
+DEVICE float clamp_magnitude(float x, float most) {
+  float r;
+  asm("min.xorsign.abs.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(most));
+  return r;
+}
+
 // Two floats to two e4m3 codes, the first in the low byte.
 DEVICE u16 e4m3x2(float low, float high) {
   u16 r;
