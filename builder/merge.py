@@ -85,10 +85,8 @@ class _Walk:
             raise Refused(f"the plan ends where {plugin} should come")
         step = self.steps[self.at]
         if step.plugin != plugin or not fits(step):
-            what = {**step.attributes}
-            raise Refused(
-                f"{step.name} is {step.plugin} {what}, which the kernel of whole layers does not compute there"
-            )
+            what = f"{step.name} is {step.plugin} {step.attributes}"
+            raise Refused(f"{what}, which the kernel of whole layers does not compute there")
         self.at += 1
         return step
 
