@@ -36,6 +36,10 @@ class Tensor:
     shape: tuple[Dim, ...]
 
 
+def types_of(tensors: Sequence[torch.Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors]
+
+
 @dataclass(frozen=True)
 class StepShape:
     """The host-known sizes of one step. Sequences with one query token (decode) come first in the packed rows."""

@@ -15,7 +15,7 @@ from fp8.plugins import compile
 from fp8.plugins.attention import cases, layout, prefill, rope_kv_write
 from fp8.plugins.attention.plugin import INPUTS, Attention
 from fp8.plugins.attention.reference import quantize, rotate
-from fp8.plugins.base import Case, Kernel, PluginError, StepShape, Tensor
+from fp8.plugins.base import Case, Kernel, PluginError, StepShape, Tensor, types_of
 
 E4M3 = torch.float8_e4m3fn
 SMALL = [c for c in cases.cases() if c.flops < 10**9]
@@ -26,8 +26,7 @@ def named(case: Case, seed: int = 0) -> dict[str, torch.Tensor | None]:
 
 
 def types(case: Case) -> list[Tensor | None]:
-    given = named(case).values()
-    return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in given]
+    return types_of([*named(case).values()])
 
 
 def run(case: Case, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor:
@@ -246,7 +245,7 @@ def test_kernels_write_the_references_bits_into_the_cache() -> None:
 
     for case in SMALL:
         given = case.make(torch.Generator("cuda").manual_seed(3), "cuda")
-        kinds = [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in given]
+        kinds = types_of(given)
         plugin: Attention = case.plugin
         tactic = plugin.tactics(kinds, case.step.tokens)[0]
         functions = [Module(compile.compile_kernel(k).code).function(k.entry) for k in plugin.kernels(tactic, kinds)]

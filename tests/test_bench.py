@@ -24,7 +24,7 @@ from fp8.builder import engine as engine_format
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.engine import Limits
 from fp8.models.config import load as load_model
-from fp8.plugins.base import StepShape
+from fp8.plugins.base import StepShape, types_of
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.plugins.timing import Graph, Pace
 from fp8.runtime.kv_cache import BlockPool
@@ -35,7 +35,6 @@ from fp8.scripts import bench, build, random_checkpoint, random_engine, run
 from fp8.scripts.benchmarks import (
     arguments,
     bound,
-    case_buffers,
     ceilings,
     device_clock,
     isolated,
@@ -364,7 +363,7 @@ def test_the_tactics_timed_are_those_that_an_engine_gets(
     n, k = (int(d) for d in plan.buffer(step.inputs[1]).shape)
     for m in (1, 16, 64, 128, 4096):
         case = gemm_cases.case(m, n, k, mode)
-        types = case_buffers.types(case.make(torch.Generator(), "cpu"))
+        types = types_of(case.make(torch.Generator(), "cpu"))
         (tactic,), _ = kernel_rows.tactics_of(Timed("", "gemm", case, rows), types, 1)
         held = next(choice for choice in step.tactics if choice.max_tokens >= m)
         assert dataclasses.asdict(tactic) == held.tactic

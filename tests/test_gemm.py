@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp8.plugins.base import Case, PluginError, StepShape, Tensor, load
+from fp8.plugins.base import Case, PluginError, StepShape, Tensor, load, types_of
 from fp8.plugins.compile import compile_kernel
 from fp8.plugins.gemm import many_tokens
 from fp8.plugins.gemm.cases import CASES
@@ -25,10 +25,6 @@ E4M3 = "float8_e4m3fn"
 
 def tensors(case: Case) -> list[torch.Tensor | None]:
     return case.make(torch.Generator().manual_seed(7), "cpu")
-
-
-def types(inputs: list[torch.Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in inputs]
 
 
 def operands(n: int = 64, k: int = 64, dtype: str = E4M3, rows: int | str = "T") -> list[Tensor | None]:
@@ -163,7 +159,7 @@ def test_swiglu_refuses_what_it_cannot_pair() -> None:
 
 def test_every_case_is_legal_and_has_tactics() -> None:
     for case in CASES + SWIGLU_CASES:
-        inputs = types(tensors(case)) if case.flops < 5e7 else None
+        inputs = types_of(tensors(case)) if case.flops < 5e7 else None
         if inputs:
             case.plugin.check(inputs)
             assert case.plugin.tactics(inputs, case.step.tokens)
@@ -297,7 +293,7 @@ def test_kernel_compiles_without_spills_and_keeps_its_wgmma_pipeline(case: Case,
     rows = case.step.tokens
     assert rows == 1
     generator = torch.Generator().manual_seed(0)
-    inputs = types(case.make(generator, "cpu"))
+    inputs = types_of(case.make(generator, "cpu"))
     (kernel,) = case.plugin.kernels(tactic, inputs)
     cubin = compile_kernel(kernel)
     assert cubin.spill_bytes == 0

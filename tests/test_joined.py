@@ -16,7 +16,7 @@ from fp8.builder.plan import Node
 from fp8.plugins.attention import joined, layout
 from fp8.plugins.attention import joined_cases as cases
 from fp8.plugins.attention.plugin import Attention
-from fp8.plugins.base import BLOCK_SIZE, Case, Launcher, StepShape, Tensor
+from fp8.plugins.base import BLOCK_SIZE, Case, Launcher, StepShape, Tensor, types_of
 from fp8.plugins.gemm import many_tokens
 from fp8.plugins.gemm.few_tokens import FewTokens
 from fp8.plugins.gemm.library import Library
@@ -192,7 +192,7 @@ def test_joins_survive_the_engine_s_file(tmp_path: Any) -> None:
 @pytest.mark.parametrize("case", [c for c in cases.CASES if c.flops < 10**10], ids=lambda c: c.name)
 def test_the_cache_has_the_references_bits(case: Case) -> None:
     given = case.make(torch.Generator("cuda").manual_seed(3), "cuda")
-    kinds = case_buffers.types(given)
+    kinds = types_of(given)
     plugin: cases.LinearAttention = case.plugin  # type: ignore[assignment]
     functions = case_buffers.Functions()
     places = case_buffers.caches(plugin)

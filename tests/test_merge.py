@@ -15,13 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fp8.builder import build, merge
 from fp8.builder.build import Reporter, Request
 from fp8.builder.engine import Plan, Step
-from fp8.plugins.base import PluginError, StepShape, Tensor, load
+from fp8.plugins.base import PluginError, StepShape, Tensor, load, types_of
 from fp8.plugins.compile import compile_kernel
 from fp8.plugins.decode_layers import launch
 from fp8.plugins.decode_layers.cases import CASES
 from fp8.plugins.decode_layers.sizes import MOST_CONTEXT, of_layer
 from fp8.runtime import compiled, merged
-from fp8.scripts.benchmarks import case_buffers
 
 SHAPE = {
     "hidden_size": 256, "intermediate_size": 1152, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
@@ -171,7 +170,7 @@ def test_the_executor_launches_it_in_place_of_its_steps_unless_someone_observes(
 
 def test_every_layer_must_be_like_the_first() -> None:
     case = CASES[1]
-    types = case_buffers.types(case.make(torch.Generator(), "cpu"))
+    types = types_of(case.make(torch.Generator(), "cpu"))
     case.plugin.check(types)
     other = list(types)
     at = [i for i, t in enumerate(types) if t and t.shape == (2 * 1152, 1024)][1]
@@ -193,7 +192,7 @@ def test_shared_memory_of_every_case_fits() -> None:
     for case in CASES:
         plugin: Any = case.plugin
         with FakeTensorMode(allow_non_fake_inputs=True):
-            types = case_buffers.types(case.make(torch.Generator(), "cpu"))
+            types = types_of(case.make(torch.Generator(), "cpu"))
         for tactic in plugin.tactics(types, 1):
             (kernel,) = plugin.kernels(tactic, types)
             log = compile_kernel(kernel).log

@@ -35,7 +35,7 @@ def input_types(case: Case) -> list[Tensor | None]:
     """Types of the inputs, without the memory that they take; only a shuffled list needs values."""
     shuffled = mock.patch("torch.randperm", lambda n, **_: np.arange(n))
     with FakeTensorMode(allow_non_fake_inputs=True), shuffled:
-        return case_buffers.types(case.make(torch.Generator(), "cpu"))
+        return base.types_of(case.make(torch.Generator(), "cpu"))
 
 
 def test_every_plugin_has_cases_of_its_own() -> None:
@@ -49,8 +49,8 @@ def test_every_plugin_has_cases_of_its_own() -> None:
 def test_reference_gives_what_infer_says(pair: tuple[str, Case]) -> None:
     case = pair[1]
     inputs = case.make(torch.Generator().manual_seed(1), "cpu")
-    inferred = case.plugin.infer(case_buffers.types(inputs))
-    assert tuple(case_buffers.types(base.run_reference(case.plugin, inputs, case.step, base.Alone()))) == inferred
+    inferred = case.plugin.infer(base.types_of(inputs))
+    assert tuple(base.types_of(base.run_reference(case.plugin, inputs, case.step, base.Alone()))) == inferred
 
 
 @pytest.mark.parametrize("name", base.names())

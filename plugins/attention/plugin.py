@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fp8.plugins.attention import decode, joined, layout, prefill, rope_kv_write
 from fp8.plugins.attention.decode import Decode
 from fp8.plugins.attention.prefill import Prefill
-from fp8.plugins.base import BLOCK_SIZE, Dim, Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import BLOCK_SIZE, Dim, Kernel, Launcher, Plugin, PluginError, StepShape, Tensor, types_of
 
 if TYPE_CHECKING:
     import torch
@@ -244,7 +244,7 @@ class Attention(Plugin):
     ) -> tuple[Launcher, Launcher, Launcher]:
         """Rotary embedding, quantization and cache write of what is no decode row; decode rows; prefill rows."""
         q, for_decode, for_prefill = self._scratch(tensors, tactic, workspace)
-        prefill_functions = len(prefill.kernels(self, tactic, _types(tensors)))
+        prefill_functions = len(prefill.kernels(self, tactic, types_of(tensors[: len(INPUTS)])))
         decode_functions, of_prefill = functions[1:-prefill_functions], functions[-prefill_functions:]
         write = rope_kv_write.bind(self, functions[0], q, tensors, for_prefill)
         decode_rows = decode.bind(self, tactic, decode_functions, tensors, for_decode)
@@ -257,12 +257,7 @@ class Attention(Plugin):
         of the prefill part."""
         qkv, lengths, key = tensors[0], tensors[4], tensors[8]
         assert qkv is not None and lengths is not None and key is not None and workspace is not None
-        sizes = self._regions(tactic, _types(tensors), len(qkv), len(lengths))
+        sizes = self._regions(tactic, types_of(tensors[: len(INPUTS)]), len(qkv), len(lengths))
         for_decode, for_prefill, for_q = workspace[: sum(sizes)].split(sizes)
         size = len(qkv) * self.num_heads * self.head_dim * key.element_size()
         return for_q[:size].view(key.dtype).view(len(qkv), self.num_heads, self.head_dim), for_decode, for_prefill
-
-
-def _types(tensors: Sequence[torch.Tensor | None]) -> list[Tensor | None]:
-    """Of the inputs."""
-    return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors[:14]]

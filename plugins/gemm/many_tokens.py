@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fp8.plugins.base import SCALE_BLOCK, Kernel, Launcher, Plugin, StepShape, Tensor
+from fp8.plugins.base import SCALE_BLOCK, Kernel, Launcher, Plugin, StepShape, Tensor, types_of
 from fp8.plugins.gemm.types import BYTES, blockwise, group_rows, operands
 
 if TYPE_CHECKING:
@@ -274,8 +274,7 @@ def bind(
     from fp8.plugins.cuda import Launch, matrix_map
 
     *inputs, y = tensors
-    types = [None if i is None else Tensor(str(i.dtype).removeprefix("torch."), tuple(i.shape)) for i in inputs]
-    p = problem(plugin, types)
+    p = problem(plugin, types_of(inputs))
     x, w, x_scale, w_scale, bias = inputs[:5]
     assert x is not None and w is not None and y is not None
     out_scale = inputs[5] if plugin.name == "gemm_swiglu" else None

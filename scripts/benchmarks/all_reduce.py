@@ -17,11 +17,11 @@ from typing import Any
 from fp8.builder.verify import sqnr
 from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce.plugin import AllReduce
+from fp8.plugins.base import types_of
 from fp8.plugins.compile import compile_all
 from fp8.plugins.timing import captured, seconds_of_each
 from fp8.runtime.launcher import RankError
 from fp8.scripts.benchmarks import one_gpu
-from fp8.scripts.benchmarks.case_buffers import types
 from fp8.scripts.benchmarks.exchanges import (
     FEW_ROWS,
     FP8_FROM,
@@ -225,7 +225,7 @@ def flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compile_ahead(ranks: Ranks, sizes: Sequence[int]) -> None:
     """All kernels, on all cores."""
     works = (make() for make in makers(ranks, sizes))
-    compile_all(k for w in works for t in w.tactics() for k in w.plugin.kernels(t, types(w.inputs)))
+    compile_all(k for w in works for t in w.tactics() for k in w.plugin.kernels(t, types_of(w.inputs)))
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8.plugins import base, compile
-from fp8.plugins.base import Case, Launcher, Plugin, Tensor
+from fp8.plugins.base import Case, Launcher, Plugin, types_of
 from fp8.plugins.timing import GRAPH_SECONDS, Graph, capture, sets_for
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ def all_cases(plugin: str = "", part: str = "") -> list[tuple[str, Case]]:
             cases = module.CASES if hasattr(module, "CASES") else module.cases()
             found += [(name, case) for case in cases if part in case.name]
     return found
-
-
-def types(tensors: Sequence[torch.Tensor | None]) -> list[Tensor | None]:
-    return [t if t is None else Tensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors]
 
 
 def caches(plugin: Plugin) -> list[tuple[int, int]]:
@@ -69,7 +65,7 @@ class CaseBuffers:
 
         self.case, self.plugin, self.device = case, case.plugin, device
         self.given = case.make(torch.Generator(device).manual_seed(seed), device)
-        self.types = types(self.given)
+        self.types = types_of(self.given)
         self.plugin.check(self.types)
         self.output_types = self.plugin.infer(self.types)
         self.places = caches(self.plugin)

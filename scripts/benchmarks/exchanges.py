@@ -13,12 +13,12 @@ from fp8.plugins.all_gather.plugin import AllGather, AllGatherTactic
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.region import SENT_ROWS
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
-from fp8.plugins.base import Launcher, Plugin, StepShape
+from fp8.plugins.base import Launcher, Plugin, StepShape, types_of
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.runtime.comm import HostGroup, World
 from fp8.runtime.launcher import RankError
 from fp8.runtime.peer_memory import share
-from fp8.scripts.benchmarks.case_buffers import Functions, types
+from fp8.scripts.benchmarks.case_buffers import Functions
 from fp8.scripts.benchmarks.checks import error
 from fp8.scripts.benchmarks.one_gpu import NORM_ERROR
 from fp8.scripts.benchmarks.sent import DEPTH, SentSum, whole
@@ -101,7 +101,7 @@ class Work:
     def outputs(self) -> list[torch.Tensor]:
         import torch
 
-        found = self.plugin.infer(types(self.inputs))
+        found = self.plugin.infer(types_of(self.inputs))
         return [torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="cuda") for t in found]
 
     @cached_property
@@ -119,7 +119,7 @@ class Work:
         return torch.cat([p[:, :n] for p, n in zip(self.ranks.group.all_gather(wide), parts, strict=True)], 1)
 
     def tactics(self) -> list[Any]:
-        return [t for t in self.plugin.tactics(types(self.inputs), self.rows) if self.ranks.offers(label(t))]
+        return [t for t in self.plugin.tactics(types_of(self.inputs), self.rows) if self.ranks.offers(label(t))]
 
     def poison(self) -> None:
         import torch
@@ -128,7 +128,7 @@ class Work:
             output.view(torch.uint8).fill_(255)
 
     def launcher(self, tactic: Any) -> Launcher:
-        found = self.ranks.functions.of(self.plugin.kernels(tactic, types(self.inputs)))
+        found = self.ranks.functions.of(self.plugin.kernels(tactic, types_of(self.inputs)))
         return self.plugin.bind(tactic, found, [*self.inputs, *self.outputs], None, comm=self.ranks.group)  # type: ignore[call-arg]
 
     def wrong(self) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 from fp8.builder.tune import Site
 from fp8.plugins import compile
-from fp8.plugins.base import Kernel, PluginError, Tensor
+from fp8.plugins.base import Kernel, PluginError, Tensor, types_of
 from fp8.plugins.timing import GRAPH_SECONDS, Graph, Pace, capture, compare
 from fp8.scripts.benchmarks import ceilings
-from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases, types
+from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases
 from fp8.scripts.benchmarks.ceilings import Ceilings
 from fp8.scripts.benchmarks.kernel_cases import Timed, timed_cases
 from fp8.scripts.benchmarks.peers import peers_of
@@ -117,12 +117,12 @@ class Measured:
         import torch
 
         try:
-            return types(t.case.make(torch.Generator().manual_seed(self._chosen.seed), "meta"))
+            return types_of(t.case.make(torch.Generator().manual_seed(self._chosen.seed), "meta"))
         except NotImplementedError:
             if str(t.case.plugin) in self._made:
                 raise PluginError(f"{t.case.plugin}: made already") from None
             self._made.add(str(t.case.plugin))
-            return types(t.case.make(torch.Generator("cuda").manual_seed(self._chosen.seed), "cuda"))
+            return types_of(t.case.make(torch.Generator("cuda").manual_seed(self._chosen.seed), "cuda"))
 
     def row(self, t: Timed) -> Row:
         row: Row = {"name": t.name, "plugin": t.plugin}

@@ -14,11 +14,11 @@ from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.region import Regions, region_bytes
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
-from fp8.plugins.base import Plugin, StepShape
+from fp8.plugins.base import Plugin, StepShape, types_of
 from fp8.plugins.compile import compile_all
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.runtime.launcher import RankError
-from fp8.scripts.benchmarks.case_buffers import Functions, types
+from fp8.scripts.benchmarks.case_buffers import Functions
 from fp8.scripts.benchmarks.checks import error
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def works(world: int) -> Iterator[tuple[Plugin, list[Inputs]]]:
 
 def tactics(plugin: Plugin, inputs: Sequence[Inputs]) -> list[Any]:
     """Those that need nothing but peer memory, with few blocks."""
-    found = plugin.tactics(types(inputs[0]), len(inputs[0][0]))
+    found = plugin.tactics(types_of(inputs[0]), len(inputs[0][0]))
     if isinstance(plugin, AllReduceNormQuant):
         return [t for t in found if t.reduce is None]
     if isinstance(plugin, AllGather):
@@ -112,7 +112,7 @@ def tactics(plugin: Plugin, inputs: Sequence[Inputs]) -> list[Any]:
 
 
 def kernels(plugin: Plugin, tactic: Any, inputs: Sequence[Inputs]) -> Any:
-    return plugin.kernels(tactic, types(inputs[0]))
+    return plugin.kernels(tactic, types_of(inputs[0]))
 
 
 def check(shared: Shared, functions: Functions, plugin: Plugin, tactic: Any, inputs: Sequence[Inputs]) -> str:

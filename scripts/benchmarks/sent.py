@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
-from fp8.plugins.base import Communicator, Kernel, Launcher, Plugin, StepShape, Tensor
+from fp8.plugins.base import Communicator, Kernel, Launcher, Plugin, StepShape, Tensor, types_of
 from fp8.plugins.gemm_send.plugin import GemmSend
 
 if TYPE_CHECKING:
@@ -64,11 +64,9 @@ class SentSum(Plugin):
         workspace: torch.Tensor | None,
         comm: Any,
     ) -> Launcher:
-        from fp8.scripts.benchmarks.case_buffers import types
-
         x, w = tensors[:2]
         assert x is not None and w is not None
-        part, tile = x.new_empty(len(x), len(w)), self._tile(types(tensors[:LINEAR]))
+        part, tile = x.new_empty(len(x), len(w)), self._tile(types_of(tensors[:LINEAR]))
         launches: list[Launcher] = []
         for slot in (0, 1):
             linear, norm = dataclasses.replace(self.linear, slot=slot), dataclasses.replace(self.norm, slot=slot)
