@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A whole round on a Hopper GPU; results as JSON in OUT_DIR, and at the end the record of them, h200.json.
 #
-#   bash scripts/gpu.sh OUT_DIR [--no-venv] [--commit HASH] [PART...]     all parts of the first list by default:
+#   bash scripts/gpu.sh OUT_DIR [--no-venv] [--commit HASH] [PART...]     all parts but the last by default:
 #     kernel        kernels of Llama 7B, 8B and 70B against cuBLASLt, cuDNN and torch            kernel.json
 #     llama-7b      random weights in FP8 with FP8 KV: build and start-up times, latency of the
 #                   grid, where a step's time goes                                               llama-7b*.json
@@ -9,12 +9,11 @@
 #     llama-7b-bf16 latency of the 7B shape in BF16                                              llama-7b-bf16.json
 #     first-token   prompts of 1024 to 131072 tokens, attention in FP8 and in BF16               llama-7b-first-*.json
 #     kernels       every plugin's cases on every tactic against its reference                   kernels.json
-#   and, by name:
-#     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.log
 #     example       quantize, build, run, evaluate the example; its engines against themselves
 #                   interpreted on the CPU                                                       example.txt engines.json
 #     service       random arrivals, sampling, beams, prefixes, streaming, debug tensors on the example   service.json
 #     whole         the 8B shape's throughput of whole queues, as vLLM was measured              llama-3.1-8b-whole.json
+#     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.*.log
 #
 # Parts run in this order. Engines are made while kernels are measured; they hold no matrices (random_engine), but for
 # those of llama-7b, 14 GB in $TMPDIR. A part that fails or takes too long loses its own figures alone.
@@ -23,7 +22,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 . scripts/round.sh
-start_round 'kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token kernels' 'sanitizer example service whole' "$@"
+start_round 'kernel llama-7b llama-3.1-8b llama-7b-bf16 first-token kernels example service whole' 'sanitizer' "$@"
 [ "$device" = cuda ] || fail "these parts need a GPU; scripts/gpu_ranks.sh has --device cpu"
 
 bench() { # bench SECONDS MODE NAME ARGUMENT...: results in OUT_DIR/NAME.json; engines and checkpoints by their names
