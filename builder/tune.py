@@ -57,9 +57,15 @@ class Site:
         return self.offered[: tactic_table.FAVOURITES]
 
     def candidates(self, measured: dict[str, Any] | None = None) -> list[Any]:
-        """Best first, each once."""
+        """Best first, each once. Raises PluginError if there is none."""
         known = (self.restored(measured), self.shipped())
-        return list(dict.fromkeys([*(t for t in known if t), *self.offered]))
+        found = list(dict.fromkeys([*(t for t in known if t), *self.offered]))
+        if not found:
+            raise base.PluginError(
+                f"{self.plugin.name}: {self.module}: no kernel takes up to {self.max_tokens} rows of this shape "
+                f"({self.op}); build for --target cpu"
+            )
+        return found
 
     def shipped(self) -> Any:
         """The tactic that the shipped table has for this place, if it is legal; else None."""

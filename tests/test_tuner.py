@@ -34,7 +34,7 @@ from fp8.builder.tactic_cache import TacticCache
 from fp8.builder.timer import NothingWorks, Timer, TuneError
 from fp8.builder.trial import Job, Operands, Trial, WrongResult
 from fp8.builder.tune import Compiler, Site, tactic_fields
-from fp8.plugins.base import Launcher, StepShape, load
+from fp8.plugins.base import Launcher, PluginError, StepShape, Tensor, load
 from fp8.scripts import table_sites
 from fp8.scripts.random_checkpoint import PRESETS
 from fp8.scripts.table_sites import Shape
@@ -170,6 +170,17 @@ def test_a_remembered_tactic_that_is_not_offered_any_more_is_not_taken() -> None
     assert all(one.candidates(fields) == one.candidates() for fields in gone)
     last = one.candidates()[-1]
     assert one.candidates(tactic_fields(last))[0] == last
+
+
+def test_a_place_that_no_kernel_takes_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = load("gemm")()
+    monkeypatch.setattr(type(plugin), "tactics", lambda *_: [])
+    with pytest.raises(
+        PluginError, match=r"gemm: model\.layers\.0\.o_proj: no kernel takes up to 8 rows .* --target cpu"
+    ):
+        Site(
+            plugin, (Tensor("bfloat16", ("T", 7)), Tensor("bfloat16", (9, 7))), 8, "model.layers.0.o_proj"
+        ).candidates()
 
 
 def test_builds_side_by_side_take_turns_and_keep_what_the_other_found(h200: Path) -> None:
