@@ -62,6 +62,7 @@ class Scheduler:
         self.preemptions = 0
         self.reused_tokens = 0
         self._arrivals = 0
+        self.most_running = max_batch_size  # sequences at a time; who lowers it does so while none runs
         self._slots = list(range(max_batch_size - 1, -1, -1))
         self._copies: dict[int, int] = {}
         self._searching: dict[Request, None] = {}  # running requests with beams
@@ -69,6 +70,11 @@ class Scheduler:
     @property
     def unfinished(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def _places(self) -> int:
+        """For sequences that may start."""
+        return self.most_running - len(self.running)
 
     def check(self, request: Request) -> None:
         """Raises RequestError if the whole pool could not hold a request."""
@@ -126,11 +132,11 @@ class Scheduler:
         most, ready, count = self.max_num_tokens - singles, sum(r.pending for r in prompts), len(prompts)
         if not self.waiting or (self.running and self.waiting[0].priority > self.running[-1].priority):
             return most
-        slots, free = len(self._slots), self.pool.free_blocks - len(self.running)
+        places, free = self._places, self.pool.free_blocks - len(self.running)
         for request in self.waiting:
-            slots -= len(request.beams)
+            places -= len(request.beams)
             free -= blocks_for(request.length + 1, self.pool.block_size)
-            if slots < 0 or free < 0:
+            if places < 0 or free < 0:
                 return self.policy.room(singles, count, ready, most)
             ready += request.length
             count += 1
@@ -256,7 +262,7 @@ class Scheduler:
         free = self.pool.free_blocks + sum(len(r.blocks) for r in lower)
         kept = len(self.running) - len(lower)
         need = self._blocks(candidate, candidate.length, self._longest(candidate) + 1)
-        if need + kept > free or len(candidate.beams) > len(self._slots) + len(lower):
+        if need + kept > free or len(candidate.beams) > self._places + len(lower):
             return
         while lower and not self._fits(candidate):
             victim = lower.pop()
@@ -265,7 +271,7 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         """A waiting request may start if its tokens fit and every running one can still get its next block."""
-        if len(self._slots) < len(request.beams) or self._under_way(request):
+        if self._places < len(request.beams) or self._under_way(request):
             return False
         found = self._cached(request)
         need = self._blocks(request, request.length, self._longest(request) + 1) - len(found)

@@ -280,6 +280,14 @@ def test_the_steady_state_keeps_the_batch_full_from_the_window_s_first_step(engi
         assert 0.4 <= row["seconds"] < 1 and row["rows_per_step"] > 7.5, "the engine takes 8 sequences"
 
 
+def test_each_queue_runs_as_many_sequences_at_a_time_as_asked_for(engine_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "steady.json"
+    lengths = ["--input_len", "100", "20", "--output_len", "50", "130", "--max_seconds", "0.4"]
+    assert throughput(engine_dir, *lengths, "--max_batch_size", "3", "6", "--output", str(output)) == 0
+    for row, most in zip(json.loads(output.read_text())["results"], (3, 6), strict=True):
+        assert row["max_batch_size"] == most and 0.9 * most < row["rows_per_step"] <= most
+
+
 @pytest.mark.parametrize(("input_len", "output_len"), [(2048, 128), (128, 128), (5000, 500)])
 def test_the_steady_state_starts_with_the_sequences_that_a_long_queue_ends_up_with(
     input_len: int, output_len: int
@@ -287,7 +295,8 @@ def test_the_steady_state_starts_with_the_sequences_that_a_long_queue_ends_up_wi
     """Prompts of 2048 tokens for 128 each do not come fast enough to fill the batch, whatever the pool holds."""
     limits = Limits(max_batch_size=256, max_seq_len=8192, max_num_tokens=2048)
     scheduler = Scheduler(BlockPool(8192, 64), limits.max_batch_size, limits.max_num_tokens, reuse_prefixes=False)
-    load, session = SimpleNamespace(input_len=input_len, output_len=output_len), SimpleNamespace(limits=limits)
+    load = SimpleNamespace(input_len=input_len, output_len=output_len, max_batch_size=limits.max_batch_size)
+    session = SimpleNamespace(limits=limits)
     begun = len(list(throughput_mode._ages(load, session, scheduler.pool)))  # type: ignore[arg-type]
     tokens, params, made, decoding = [1] * input_len, SamplingParams(ignore_eos=True), itertools.count(), []
     for _ in range(4 * output_len):
@@ -305,6 +314,10 @@ def test_throughput_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys
     assert "exceed the engine's max_seq_len 256" in capsys.readouterr().err
     assert throughput(engine_dir, "--input_len", "50", "60", "--output_len", "10") == 1
     assert "2 values of --input_len and 1 of --output_len" in capsys.readouterr().err
+    assert throughput(engine_dir, "--max_batch_size", "4", "5") == 1
+    assert "1 values of --input_len and 2 of --max_batch_size" in capsys.readouterr().err
+    assert throughput(engine_dir, "--input_len", "50", "--output_len", "9", "--max_batch_size", "9") == 1
+    assert "--max_batch_size 9 exceeds the engine's, 8" in capsys.readouterr().err
 
 
 def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,17 @@ def test_equal_requests_finish_in_the_order_of_arrival() -> None:
     assert run_to_the_end(scheduler) == arrived
 
 
+def test_fewer_sequences_run_at_a_time_where_that_is_asked_for() -> None:
+    scheduler = Scheduler(BlockPool(50, BLOCK), 4, 64)
+    scheduler.most_running = 2
+    for i in range(5):
+        scheduler.add(make(i, 9, 5))
+    rows = scheduler.schedule()
+    assert [row.request.id for row in rows] == [0, 1]
+    scheduler.update(rows, [0, 0])
+    assert len(run_to_the_end(scheduler)) == 5
+
+
 def test_a_long_prompt_is_cut_into_chunks_beside_decode_rows() -> None:
     scheduler = Scheduler(BlockPool(50, BLOCK), 4, 10)
     scheduler.add(make(0, 3, 20))

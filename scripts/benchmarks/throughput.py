@@ -13,7 +13,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_requests", type=positive, nargs="+", default=[1024], help="one, or one for each input_len"
     )
+    parser.add_argument(
+        "--max_batch_size",
+        type=positive,
+        nargs="+",
+        help="sequences at a time; one, or one for each input_len (the engine's)",
+    )
     parser.add_argument("--max_seconds", type=float, help="measure the steady state, for so long")
 
 
@@ -44,10 +50,12 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     """A row per pair of lengths."""
     if len(args.input_len) != len(args.output_len):
         raise RequestError(f"{len(args.input_len)} values of --input_len and {len(args.output_len)} of --output_len")
-    counts = args.num_requests * (len(args.input_len) if len(args.num_requests) == 1 else 1)
-    if len(counts) != len(args.input_len):
-        raise RequestError(f"{len(args.input_len)} values of --input_len and {len(counts)} of --num_requests")
+    counts = _one_for_each(args.input_len, args.num_requests, "num_requests")
     llm = open_llm(args, reuse_prefixes=True)
+    built = llm.session.limits.max_batch_size
+    batches = _one_for_each(args.input_len, args.max_batch_size or [built], "max_batch_size")
+    if max(batches) > built:
+        raise RequestError(f"--max_batch_size {max(batches)} exceeds the engine's, {built}")
     lengths = list(zip(args.input_len, args.output_len, strict=True))
     for pair in lengths:
         if sum(pair) > llm.session.limits.max_seq_len:
@@ -58,12 +66,19 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     _prepare(args, llm.session)
     rows: list[dict[str, Any]] = []
     facts = {"engine": engine_facts(llm.session.plan, args.engine_dir)}
-    for pair, count in zip(lengths, counts, strict=True):
-        load = Load(llm, *pair, random.Random(args.seed), count)
+    for pair, count, batch in zip(lengths, counts, batches, strict=True):
+        load = Load(llm, *pair, random.Random(args.seed), count, batch)
         rows.append(_steady(load, args.max_seconds) if args.max_seconds else _whole(load))
         args.save(rows, facts)
         llm.worker.drop_all()
     return rows, facts
+
+
+def _one_for_each(lengths: Sequence[int], given: Sequence[int], name: str) -> Sequence[int]:
+    values = given if len(given) > 1 else list(given) * len(lengths)
+    if len(values) != len(lengths):
+        raise RequestError(f"{len(lengths)} values of --input_len and {len(values)} of --{name}")
+    return values
 
 
 def _prepare(args: argparse.Namespace, session: Session) -> None:
@@ -74,8 +89,18 @@ def _prepare(args: argparse.Namespace, session: Session) -> None:
 class Load:
     """Requests of one shape. Prompts are windows of one row of random tokens: no two begin with the same block."""
 
-    def __init__(self, llm: LLM, input_len: int, output_len: int, source: random.Random, requests: int) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        input_len: int,
+        output_len: int,
+        source: random.Random,
+        requests: int,
+        max_batch_size: int | None = None,
+    ) -> None:
         self.llm, self.worker = llm, llm.worker
+        self.max_batch_size = max_batch_size or llm.session.limits.max_batch_size
+        self.worker.scheduler.most_running = self.max_batch_size
         self.clock = DeviceClock(llm.session)
         self.input_len, self.output_len, self.num_requests = input_len, output_len, requests
         self._tokens = random_tokens(source, input_len + output_len + (1 << 20), llm.session.model.vocab_size)
@@ -188,7 +213,7 @@ def _ages(load: Load, session: Session, pool: BlockPool) -> Iterator[int]:
     a block to spare for each, and as the prompts that a step has room for keep up. Of n sequences n / output_len end in
     a step, so n + n / output_len * input_len tokens of max_num_tokens are for them and for those that follow."""
     size, out, most = pool.block_size, load.output_len, session.limits.max_num_tokens
-    count = min(session.limits.max_batch_size, pool.free_blocks, max(1, most * out // (load.input_len + out)))
+    count = min(load.max_batch_size, pool.free_blocks, max(1, most * out // (load.input_len + out)))
     while count > 1:
         ages = [out * (2 * i + 1) // (2 * count) for i in reversed(range(count))]
         need = sum(blocks_for(load.input_len + age + 1, size) + 1 for age in ages)
@@ -202,7 +227,7 @@ def _result(load: Load, measured: str, window: Window, preemptions: int) -> dict
     steps, worker = max(window.steps, 1), load.worker
     return {
         "input_len": load.input_len, "output_len": load.output_len, "measured": measured,
-        "requests": load.num_requests if measured == "whole" else None,
+        "requests": load.num_requests if measured == "whole" else None, "max_batch_size": load.max_batch_size,
         "output_tokens_per_second": window.tokens / window.seconds, "seconds": window.seconds,
         "computed_tokens_per_second": window.computed / window.seconds, "steps": window.steps,
         "ms_per_step": window.seconds / steps * 1e3, "host_ms_per_step": window.host / steps * 1e3,
