@@ -278,6 +278,7 @@ def compile(
     steps = plan.steps(nodes)
     cubins: dict[str, tune.Cubin] = {}
     joined: tuple[engine.Join, ...] = ()
+    sums: tuple[engine.Sum, ...] = ()
     workspace, merged, unmerged = 0, None, ""
     if request.target != "cpu":
         plan.check(nodes)
@@ -294,8 +295,9 @@ def compile(
         workspace = tactics.workspace_bytes
         if not dry_run:
             joined, more = joins.join(nodes, steps, _stage(reporter, "kernels"), reporter.warn)
-            cubins |= more
-    buffers, arena = plan.place(found, steps, limits)
+            sums, summing = joins.add(nodes, steps, _stage(reporter, "kernels"), reporter.warn)
+            cubins |= {**more, **summing}
+    buffers, arena = plan.place(found, steps, limits, joins.early(nodes))
     constants = plan.constants(graph)
     if request.hollow:
         constants = {n: c for n, c in constants.items() if not (n.endswith(".weight") and len(c.shape) > 1)}
@@ -306,7 +308,7 @@ def compile(
     built = Plan(
         compatibility, source.info(request.dtype), limits, buffers, tuple(steps), arena, workspace, "",
         {k: tune.kernel_facts(c) for k, c in sorted(cubins.items())}, report.report(pairs, journal),
-        tuple(tapped.taken), _share(source, graph, place), joined, merged, unmerged,
+        tuple(tapped.taken), _share(source, graph, place), joined, merged, unmerged, sums,
     )  # fmt: skip
     return Compiled(graph, built, {k: c.code for k, c in cubins.items()}, constants, journal, tapped)
 

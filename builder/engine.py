@@ -85,6 +85,16 @@ class Join:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """A linear layer in whose kernels the residual of the norm behind it is added, so that the norm reads the sum."""
+
+    linear: int  # places among the plan's steps
+    norm: int
+    kernels: tuple[str, ...]  # for the linear's tactics in turn: a content hash, or "" where the two stay apart
+    behind: TacticChoice  # the norm of the sum
+
+
+@dataclass(frozen=True)
 class Merged:
     """One launch in place of `count` steps from `first` on, where a step has one token, of a context of at most
     `max_context`."""
@@ -163,6 +173,7 @@ class Plan:
     joins: tuple[Join, ...] = ()
     merged: Merged | None = None
     unmerged: str = ""  # why there is none, in an engine for a GPU
+    sums: tuple[Sum, ...] = ()
 
     def buffer(self, name: str) -> Buffer:
         return self._index[name]
@@ -192,20 +203,25 @@ class Plan:
         share = d.get("share") and Share(
             tuple(d["share"]["layers"]), {axis: tuple(part) for axis, part in d["share"]["axes"].items()}
         )
+        sums = tuple(Sum(s["linear"], s["norm"], tuple(s["kernels"]), _choice(s["behind"])) for s in d.get("sums", ()))
         joins = tuple(Join(j["linear"], j["attention"], tuple(j["kernels"])) for j in d.get("joins", ()))
         model = ModelInfo(**{**d["model"], "eos_token_ids": tuple(d["model"]["eos_token_ids"])})
         return Plan(
             Compatibility(**d["compatibility"]), model, Limits(**d["limits"]), buffers, steps, d["arena_bytes"],
             d["workspace_bytes"], d["weights_digest"], d["kernels"], d["fusion_report"], taps, share, joins, merged,
-            d.get("unmerged", ""),
+            d.get("unmerged", ""), sums,
         )  # fmt: skip
 
 
 def _step(facts: dict[str, Any]) -> Step:
     return Step(
         facts["name"], facts["plugin"], facts["attributes"], tuple(facts["inputs"]), tuple(facts["outputs"]),
-        tuple(TacticChoice(**{**t, "kernels": tuple(t["kernels"])}) for t in facts["tactics"]),
+        tuple(map(_choice, facts["tactics"])),
     )  # fmt: skip
+
+
+def _choice(facts: dict[str, Any]) -> TacticChoice:
+    return TacticChoice(**{**facts, "kernels": tuple(facts["kernels"])})
 
 
 @dataclass(frozen=True)

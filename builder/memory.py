@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fp8.builder.dtypes import BYTES
@@ -21,14 +21,16 @@ def buffer_bytes(buffer: Buffer, limits: Limits) -> int:
     return count * BYTES[buffer.dtype]
 
 
-def place(buffers: dict[str, Buffer], steps: Iterable[Step], limits: Limits) -> tuple[dict[str, int], int]:
+def place(
+    buffers: dict[str, Buffer], steps: Iterable[Step], limits: Limits, early: Mapping[str, int] | None = None
+) -> tuple[dict[str, int], int]:
     """Offsets of the activations in one arena, and its size: the largest first, each at the lowest place that is free
-    from the step that writes it through the last one that reads it."""
+    from the step that writes it through the last one that reads it. `early`: those that a step before may write."""
     lives: dict[str, list[int]] = {}
     for index, step in enumerate(steps):
         for name in (*step.inputs, *step.outputs):
             if name and buffers[name].kind == "activation":
-                lives.setdefault(name, [index, index])[1] = index
+                lives.setdefault(name, [(early or {}).get(name, index), index])[1] = index
     sizes = {name: align(buffer_bytes(buffers[name], limits)) for name in lives}
     offsets: dict[str, int] = {}
     for name in sorted(lives, key=lambda n: (-sizes[n], lives[n][0], n)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -101,9 +101,11 @@ def buffers(graph: gs.Graph) -> dict[str, Buffer]:
     return found
 
 
-def place(found: dict[str, Buffer], steps: list[Step], limits: Limits) -> tuple[tuple[Buffer, ...], int]:
+def place(
+    found: dict[str, Buffer], steps: list[Step], limits: Limits, early: Mapping[str, int] | None = None
+) -> tuple[tuple[Buffer, ...], int]:
     """The buffers with the activations' offsets, and the size of their arena."""
-    offsets, size = memory.place(found, steps, limits)
+    offsets, size = memory.place(found, steps, limits, early)
     return tuple(dataclasses.replace(b, offset=offsets.get(b.name)) for b in found.values()), size
 
 

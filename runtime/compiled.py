@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fp8.builder.engine import Buffer, Engine, EngineError, Plan
+from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Launcher, Plugin, StepShape
 from fp8.plugins.timing import seconds_of_each
 from fp8.runtime import joins, merged, tail
@@ -198,16 +198,26 @@ class CompiledExecutor:
     def launches(self, shape: StepShape, whole: bool = False) -> list[tuple[Launcher, StepShape]]:
         """The launch of every plan step that fits the step's size, and what it is for. `whole`: every step writes all
         that it does in the plan, for all rows."""
-        if whole or not self._tail or shape.tokens - shape.logits_rows < tail.LEAST:
+        joinable = self._joinable(shape)
+        if whole or joinable == len(self._steps):
             found = [(_launcher(step, shape), shape) for step in self._steps]
         else:
             few = replace(shape, tokens=shape.logits_rows)
             found = [(_launcher(step, shape), shape) for step in self._steps[: self._first_of_tail]]
             found += [(_launcher(step, few), few) for step in self._tail]
         if not whole:
-            for place, launcher in joins.launchers(self._joined, shape):
+            for place, launcher in joins.launchers(self._joined, shape, joinable):
                 found[place] = launcher, shape
         return found
+
+    def as_run(self, shape: StepShape) -> list[Step]:
+        """The plan's steps with the inputs and outputs that they have in a step of that shape."""
+        return joins.as_run(self.plan, self._joined, shape, self._joinable(shape))
+
+    def _joinable(self, shape: StepShape) -> int:
+        """How many of the plan's steps run for all rows of a step; those behind, for the rows wanted."""
+        few = self._tail and shape.tokens - shape.logits_rows >= tail.LEAST
+        return self._first_of_tail if few else len(self._steps)
 
     def _allocate(self, plan: Plan, plugins: list[Plugin], num_blocks: int, device: torch.device) -> None:
         import torch

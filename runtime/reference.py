@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fp8.builder.engine import Buffer, Engine, EngineError, Plan
+from fp8.builder.engine import Buffer, Engine, EngineError, Plan, Step
 from fp8.plugins.base import Communicator, Plugin, StepShape, load, run_reference
 from fp8.runtime.step_inputs import StepInputs
 
@@ -96,6 +96,10 @@ class ReferenceExecutor:
     def shapes(self, shape: StepShape) -> list[StepShape]:
         """What every plan step is run for."""
         return [shape] * len(self._plan.steps)
+
+    def as_run(self, shape: StepShape) -> list[Step]:
+        """The plan's steps."""
+        return list(self._plan.steps)
 
     def weight(self, name: str) -> torch.Tensor:
         return self._constants[name]

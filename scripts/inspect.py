@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8.builder import engine
-from fp8.builder.engine import Engine, EngineError, Plan, Step
+from fp8.builder.engine import Engine, EngineError, Join, Plan, Step, Sum
 
 SECTIONS = ("layers", "tactics", "fusion")
 SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int32": "i32"}
@@ -149,8 +149,12 @@ def tactics(plan: Plan, console: Console) -> None:
         for i, row in enumerate(_tactics(step)):
             table.add_row(_joined(names) if i == 0 else "", *row)
     console.print(table)
-    if plan.joins:
-        console.print(_joins(plan))
+    for title, found in (
+        ("with the first part of attention, for prompts", plan.joins),
+        ("with the residual of the norm behind added", plan.sums),
+    ):
+        if found:
+            console.print(_replaced(plan, title, found))
     table = _table("kernels", "kernel", "plugin", "source", "registers", "spilled bytes", "constants")
     for key, kernel in sorted(plan.kernels.items(), key=lambda item: (item[1]["plugin"], item[0])):
         constants = " ".join(f"{k}={v}" for k, v in kernel["constants"].items())
@@ -159,14 +163,14 @@ def tactics(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _joins(plan: Plan) -> Table:
-    """Where steps with prompts run another kernel."""
+def _replaced(plan: Plan, title: str, found: Sequence[Join | Sum]) -> Table:
+    """Linear layers in whose place some steps run another kernel."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for join in plan.joins:
-        step = plan.steps[join.linear]
-        ends = (f"<= {t.max_tokens} {k[:8]}" for t, k in zip(step.tactics, join.kernels, strict=True) if k)
+    for one in found:
+        step = plan.steps[one.linear]
+        ends = (f"<= {t.max_tokens} {k[:8]}" for t, k in zip(step.tactics, one.kernels, strict=True) if k)
         groups.setdefault((_shape(step.name)[0], ", ".join(ends)), []).append(step.name)
-    table = _table("with the first part of attention, for prompts", "step", "rows, kernels")
+    table = _table(title, "step", "rows, kernels")
     for (_, kernels), names in groups.items():
         table.add_row(_joined(names), kernels)
     return table

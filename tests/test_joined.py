@@ -142,12 +142,14 @@ def test_steps_with_prompts_run_the_joined_launches() -> None:
     fronts = [None, launched(names, "front")]
     found = [runtime.Joined(2, 3, [16], fronts, launched(names, "behind"))]
     prompts = StepShape(40, 3, 2, 38, 90, 3)
-    assert [place for place, _ in runtime.launchers(found, prompts)] == [2, 3]
-    for _, launcher in runtime.launchers(found, prompts):
+    assert [place for place, _ in runtime.launchers(found, prompts, 9)] == [2, 3]
+    for _, launcher in runtime.launchers(found, prompts, 9):
         launcher(prompts)
     assert names == ["front", "behind"]
-    assert not [*runtime.launchers(found, dataclasses.replace(prompts, tokens=16))], "a range of rows without a kernel"
-    assert not [*runtime.launchers(found, StepShape(40, 40, 40, 0, 90, 40))], (
+    assert not [*runtime.launchers(found, dataclasses.replace(prompts, tokens=16), 9)], (
+        "a range of rows without a kernel"
+    )
+    assert not [*runtime.launchers(found, StepShape(40, 40, 40, 0, 90, 40), 9)], (
         "decode rows, padded with some of no sequence"
     )
 
@@ -165,7 +167,7 @@ def test_the_executor_binds_what_the_plan_joins_over_its_buffers(monkeypatch: py
     fields = dataclasses.asdict(found[1].plugin.tactics(given, 64)[0])
     listed = steps(found)
     listed[1] = dataclasses.replace(listed[1], tactics=(TacticChoice(64, fields, ("a", "b"), 2, 1),))
-    plan = SimpleNamespace(steps=listed, joins=(Join(0, 1, ("", "", "c")),))
+    plan = SimpleNamespace(steps=listed, joins=(Join(0, 1, ("", "", "c")),), sums=())
     names = {name for node in found for name in (*node.inputs, *node.outputs) if name}
     tensors = {name: torch.tensor([i]) for i, name in enumerate(sorted(names))}
     functions: Any = {"a": 1, "b": 2, "c": 3}
@@ -174,7 +176,7 @@ def test_the_executor_binds_what_the_plan_joins_over_its_buffers(monkeypatch: py
     assert of_attention == [1, 2] and region == [1, 2] and qkv is tensors["qkv"]
     assert [f for _, f in choices] == [None, None, 3] and choices[2][0] == IN_TURN
     assert at[0] is tensors["x"] and at[4] is None and at[5] is tensors["qkv"] and len(operands) == 5
-    assert (bound.linear, bound.attention, bound.ends) == (0, 1, [1024, 2048])
+    assert (bound.linear, bound.second, bound.ends) == (0, 1, [1024, 2048])
 
 
 def test_joins_survive_the_engine_s_file(tmp_path: Any) -> None:

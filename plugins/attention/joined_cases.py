@@ -1,6 +1,6 @@
 """Cases of a linear layer with attention's first part in its epilogue (`joined`), and of what is left of attention.
 
-Operands are whole numbers: sums are exact, so that both sides make codes of the same q, k and v."""
+The linear's sums are exact, so that both sides make codes of the same q, k and v."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fp8.plugins.attention.plugin import INPUTS as OF_ATTENTION
 from fp8.plugins.attention.plugin import Attention, AttentionTactic
 from fp8.plugins.base import Case, Kernel, Launcher, StepShape, Tensor
 from fp8.plugins.gemm import many_tokens
+from fp8.plugins.gemm.cases import exact_operands
 from fp8.plugins.gemm.many_tokens import ManyTokens
 from fp8.plugins.gemm.plugin import Gemm
 
@@ -104,17 +105,6 @@ class LinearAttention(Attention):
         return run
 
 
-def operands(kind: str, tokens: int, n: int, generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
-    """x, w, x_scale, w_scale and bias, such that results have a variance near 1."""
-    x, w = (torch.randint(-1, 2, (rows, K), generator=generator, device=device) for rows in (tokens, n))
-    unit = 2.0**-4  # K * 4 / 9 such products have a standard deviation of 15
-    if kind == "16 bits":
-        return [x.to(torch.bfloat16), (w * unit).to(torch.bfloat16), None, None, None]
-    x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
-    x_scale = torch.ones(tokens if kind == "rowwise" else 1, device=device)
-    return [x, w, x_scale, torch.full((n,), unit, device=device), None]
-
-
 def joined_case(
     name: str, sequences: Sequence[tuple[int, int]], kind: str = "fp8", heads: tuple[int, int] = (8, 2), **options: Any
 ) -> Case:
@@ -126,7 +116,7 @@ def joined_case(
     batch, n = Batch(tuple(sequences)), (heads[0] + 2 * heads[1]) * attention.head_dim
 
     def make(generator: torch.Generator, device: str) -> list[torch.Tensor | None]:
-        front = operands(kind, batch.step.tokens, n, generator, device)
+        front = exact_operands(kind, batch.step.tokens, n, K, generator, device)
         return [*front, *alone.make(generator, device)[1:]]
 
     flops = alone.flops + 2 * batch.step.tokens * n * K

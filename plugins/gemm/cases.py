@@ -57,6 +57,20 @@ def operands(
     return [x, w, x_scale, w_scale, b]
 
 
+def exact_operands(
+    kind: str, rows: int, n: int, k: int, generator: torch.Generator, device: str
+) -> list[torch.Tensor | None]:
+    """x, w, x_scale, w_scale and bias, small whole numbers times powers of two, whose sums are exact in any order. At
+    k = 512 they have a variance near 1. `kind` is "fp8", "rowwise" or "16 bits"."""
+    x, w = (torch.randint(-1, 2, (count, k), generator=generator, device=device) for count in (rows, n))
+    unit = 2.0**-4  # k * 4 / 9 such products have a standard deviation of 15
+    if kind == "16 bits":
+        return [x.to(torch.bfloat16), (w * unit).to(torch.bfloat16), None, None, None]
+    x, w = x.to(E4M3), w.to(E4M3)
+    x_scale = torch.ones(rows if kind == "rowwise" else 1, device=device)
+    return [x, w, x_scale, torch.full((n,), unit, device=device), None]
+
+
 def case(
     rows: int,
     n: int,

@@ -11,8 +11,9 @@
 // epilogue. Blockwise scales (of 128 of K: per row of x, per 128 or 8 rows of w) cannot wait for the epilogue: they scale the
 // products on this way. A warp of the producer's copies them to shared memory with the stage.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through swizzled shared buffers to a TMA store; where rows
-// are not multiples of 16 bytes, or float32, it stores from registers. Rows past M that a tile covers are written too
-// (TMA knows the buffer's rows only); nothing reads them.
+// are not multiples of 16 bytes, or float32, it stores from registers. ADD: TMA first fills a buffer with what is to be added
+// (of a tile's first chunks before its products), and each thread adds where it then writes. Rows past M that a tile covers
+// are written too (TMA knows the buffer's rows only); nothing reads them.
 //
 // Tries under the power limit of an H200 (SM clock 1.2 to 1.3 GHz), M = 8192, clocks of which the tensor cores are busy:
 //                                                         12288 x 4096   4096 x 14336   57344 x 8192
@@ -148,6 +149,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #if HEADS
      , const __grid_constant__ Cache cache
 #endif
+#if ADD
+     , const __grid_constant__ TensorMap added_map
+#endif
      ) {
   griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
@@ -156,6 +160,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   float* block_scales = vectors + WARPGROUPS * (SCALED + BIAS) * BLOCK_N;
   u64* full = (u64*)(block_scales + SLOTS * SLOT);
   u32 stages = shared_address(shared), full_bar = shared_address(full), empty_bar = full_bar + STAGES * 8;
+  u32 added_bar = empty_bar + STAGES * 8;
   int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), leader = threadIdx.x % 128 == 0;
   u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
 
@@ -165,6 +170,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       mbarrier_init(full_bar + i * 8, BLOCKWISE ? 33 : 1);
       mbarrier_init(empty_bar + i * 8, CLUSTER_M * CLUSTER_N * CONSUMERS * 4);
     }
+    if (ADD)
+      for (int i = 0; i < WARPGROUPS * BUFFERS; i++) mbarrier_init(added_bar + i * 8, 1);
     fence_mbarrier_init();
   }
   if (CLUSTER > 1) cluster_arrive(), cluster_wait();
@@ -252,6 +259,11 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     float* biases = scales + SCALED * BLOCK_N;
     float scalar = X_SCALE == 1 ? x_scale[0] : 1.f, quantum = QUANT ? out_scale[0] : 1.f;
     int lane = threadIdx.x % 32, thread = threadIdx.x % 128;
+#if ADD
+    Added added = {&added_map, added_bar + warpgroup * BUFFERS * 8, 0};
+#else
+    Added added = {};
+#endif
     float d[MMAS][BLOCK_N / 2];
     float promoted[PROMOTE ? MMAS : 1][PROMOTE ? BLOCK_N / 2 : 1];
     auto& sum = pick<PROMOTE>(promoted, d);
@@ -348,6 +360,11 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           int r = row + m * 64 + thread / 32 * 16 + lane / 4 + i * 8;
           row_scale[m][i] = X_SCALE == 2 && r < rows ? x_scale[r] : 1.f;
         }
+      if (ADD && leader) {
+        bulk_wait_group_read<0>();  // the tile before has left the buffers
+#pragma unroll
+        for (int i = 0; i < BUFFERS && i < MMAS * CHUNKS; i++) send_for(added, buffers, i, row, t.n);
+      }
 #if HEADS
       Kind kind = kind_of(t.n);
       if (FP8_CACHE) quantum = *(kind == QUERIES ? cache.q_scale : kind == KEYS ? cache.k_scale : cache.v_scale);
@@ -407,7 +424,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         if (t.n < GEMM_N) write_heads(sum[m], cache, &y_map, buffers, scales, biases, row + m * 64, t.n, rows, row_scale[m], quantum);
 #else
         write(m, sum[m], args, &y_map, buffers, scales, biases, row + m * 64, t.n, row_scale[m], quantum, rank,
-              partials + m * 64 * BLOCK_N * 4);
+              partials + m * 64 * BLOCK_N * 4, added);
 #endif
       }
     }

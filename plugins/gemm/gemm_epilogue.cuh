@@ -2,6 +2,8 @@
 // From accumulators to the output: scales, bias, SwiGLU, quantization, and the store.
 #include "fp8/convert.cuh"
 #include "fp8/matrix.cuh"
+#include "fp8/mbarrier.cuh"
+#include "fp8/mma.cuh"
 #include "fp8/swiglu.cuh"
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
@@ -76,6 +78,20 @@ DEVICE void take(float (&v)[4], const float (&d)[BLOCK_N / 2], int column, u32 p
   }
 }
 
+// ADD: sends for the warpgroup's `chunk`-th chunk of the tile at (row, column), into a buffer that nothing reads any more.
+DEVICE void send_for(const Added& added, u8* buffers, int chunk, int row, int column) {
+  const u32 bar = added.bars + chunk % BUFFERS * 8;
+  mbarrier_arrive_expect_tx(bar, 64 * CHUNK);
+  tma_load_2d(shared_address(buffers + chunk % BUFFERS * 64 * CHUNK), added.map, bar, column + chunk % CHUNKS * (CHUNK / OUT_BYTES),
+              row + chunk / CHUNKS * 64);
+}
+
+// Two sums of a rounded output and of what was added to it, rounded again.
+DEVICE u32 sum_pair(float a, float b, u32 with) {
+  round_pair<OUT == 1>(a, b);
+  return from_float2<OUT == 1>(a + to_float<OUT == 1>((u16)with), b + to_float<OUT == 1>((u16)(with >> 16)));
+}
+
 // A chunk's columns from `column` on of 64 rows to shared memory, in the 16-bit type.
 DEVICE void stage(u8* buffer, const float (&d)[BLOCK_N / 2], const float* scale, const float* bias, int column, const float (&x_scale)[2],
                   u32 partials) {
@@ -86,22 +102,34 @@ DEVICE void stage(u8* buffer, const float (&d)[BLOCK_N / 2], const float* scale,
     float u[4], v[4];
     take(u, d, at, partials), take(v, d, at + 8, partials);
     finish(u, scale, bias, at + pair, x_scale), finish(v, scale, bias, at + 8 + pair, x_scale);
-    stmatrix_x4(shared_address(buffer) + swizzled(warp * 16 + lane % 16, i + lane / 16), from_float2<OUT == 1>(u[0], u[1]),
-                from_float2<OUT == 1>(u[2], u[3]), from_float2<OUT == 1>(v[0], v[1]), from_float2<OUT == 1>(v[2], v[3]));
+    const u32 place = shared_address(buffer) + swizzled(warp * 16 + lane % 16, i + lane / 16);
+    if constexpr (ADD) {
+      u32 with[4];
+      ldmatrix_x4(place, with);
+      stmatrix_x4(place, sum_pair(u[0], u[1], with[0]), sum_pair(u[2], u[3], with[1]), sum_pair(v[0], v[1], with[2]),
+                  sum_pair(v[2], v[3], with[3]));
+    } else {
+      stmatrix_x4(place, from_float2<OUT == 1>(u[0], u[1]), from_float2<OUT == 1>(u[2], u[3]), from_float2<OUT == 1>(v[0], v[1]),
+                  from_float2<OUT == 1>(v[2], v[3]));
+    }
   }
 }
 
 // 64 rows of one warpgroup, its `m`-th: chunk by chunk, to shared memory and out.
 DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, const TensorMap* map, u8* buffers, const float* scale,
-                  const float* bias, int row, int column, const float (&x_scale)[2], float quantum, u32 rank, u32 partials) {
+                  const float* bias, int row, int column, const float (&x_scale)[2], float quantum, u32 rank, u32 partials, Added& added) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, warpgroup = threadIdx.x / 128;
   float reciprocal = QUANT ? __frcp_rn(quantum) : 0.f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     if (SPLIT > 1 && c % SPLIT != rank) continue;
     int chunk = m * CHUNKS + c;
-    u8* buffer = buffers + (BUFFERS == 2 ? chunk % 2 : 0) * 64 * CHUNK;
-    if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with all of them free
+    u8* buffer = buffers + (BUFFERS ? chunk % BUFFERS : 0) * 64 * CHUNK;
+    if constexpr (ADD) {  // the buffer was free, and has been filled
+      const int slot = chunk % BUFFERS;
+      mbarrier_wait(added.bars + slot * 8, added.phases >> slot & 1);
+      added.phases ^= 1 << slot;
+    } else if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with all of them free
       if (threadIdx.x % 128 == 0) {
         if (chunk == 0 || SPLIT > 1 || BUFFERS == 1) bulk_wait_group_read<0>();
         else bulk_wait_group_read<1>();
@@ -146,6 +174,10 @@ DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, c
       if (threadIdx.x % 128 == 0) {
         tma_store_2d(map, shared_address(buffer), column / (SWIGLU ? 2 : 1) + c * (CHUNK / OUT_BYTES), row);
         bulk_commit_group();
+        if (ADD && chunk + BUFFERS < MMAS * CHUNKS) {
+          bulk_wait_group_read<0>();
+          send_for(added, buffers, chunk + BUFFERS, row - m * 64, column);
+        }
       }
     }
   }

@@ -3,8 +3,11 @@
 //
 // Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
 // to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per column,
-// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic.
+// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic. With ADD the output is the sum with what `added` maps.
 #include "fp8/types.cuh"
+#ifndef ADD
+#define ADD 0
+#endif
 
 constexpr int WARPGROUPS = BLOCK_M == 64 && !PINGPONG ? 1 : 2;
 constexpr int TILE_ROWS = PINGPONG ? BLOCK_M : BLOCK_M / WARPGROUPS;  // of one warpgroup
@@ -36,10 +39,18 @@ static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
 static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG && MMAS == 1));
+static_assert(!ADD || (PINGPONG && TMA_STORE && !SWIGLU && !QUANT));
 static_assert(!BLOCKWISE || (PROMOTE && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 
 struct Arguments {
   const float *x_scale, *w_scale, *bias, *out_scale;
   void* y;
   int rows;
+};
+
+// ADD: how a warpgroup's buffers get what is to be added: chunk by chunk, to where the sums leave from.
+struct Added {
+  const TensorMap* map;
+  u32 bars;    // a barrier for each buffer
+  u32 phases;  // a bit for each
 };

@@ -116,10 +116,11 @@ class Problem:
         """Bytes of dynamic shared memory: stages, store buffers, scales and biases, barriers."""
         stages = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
         buffers = (2 - self["PROMOTE"]) * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
+        filled = 16 * self._values.get("ADD", 0)
         vectors = (int(self["W_SCALE"] == 1 or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
         width = min(self["W_GROUP"], math.gcd(t.BLOCK_N, SCALE_BLOCK))
         scales = self.blockwise * self.scale_slots(t) * (t.BLOCK_M + (t.BLOCK_N // width + 3) // 4 * 4) * 4
-        return stages + t.warpgroups * (buffers + vectors) + scales + 16 * t.STAGES
+        return stages + t.warpgroups * (buffers + vectors + filled) + scales + 16 * t.STAGES
 
 
 def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
@@ -145,6 +146,11 @@ def problem(plugin: Plugin, inputs: Sequence[Tensor | None]) -> Problem:
         "TMA_STORE": int(out != 2 and row_bytes % 16 == 0),
     }
     return Problem(n, -(-k * BYTES[x.dtype] // ATOM), tuple(constants.items()))
+
+
+def adding(p: Problem) -> Problem:
+    """The problem whose output is the sum with another tensor, which comes to the buffers that the sum leaves from."""
+    return replace(p, constants=(*p.constants, ("ADD", 1)))
 
 
 def candidates(plugin: Plugin, inputs: Sequence[Tensor | None], tokens: int) -> list[ManyTokens]:
@@ -252,12 +258,14 @@ def promotion(t: ManyTokens, p: Problem) -> int:
 
 def kernels(plugin: Plugin, tactic: ManyTokens, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
     """The one kernel of a tactic."""
-    t = tactic
+    return (kernel(problem(plugin, inputs), tactic),)
+
+
+def kernel(p: Problem, t: ManyTokens) -> Kernel:
     knobs = {"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "STAGES": t.STAGES, "PINGPONG": t.PINGPONG, "GROUP": t.group}
     knobs |= {"CLUSTER_M": t.CLUSTER_M, "CLUSTER_N": t.CLUSTER_N, "SPLIT": t.SPLIT}
-    p = problem(plugin, inputs)
     knobs["SCALE_VECTOR"] = p.scale_vector(t)
-    return (Kernel("gemm", "gemm.cu", "gemm", p.constants + tuple(knobs.items())),)
+    return Kernel("gemm", "gemm.cu", "gemm", p.constants + tuple(knobs.items()))
 
 
 def bind(
@@ -266,9 +274,10 @@ def bind(
     functions: Sequence[Function],
     tensors: Sequence[torch.Tensor | None],
     further: Sequence[Any] = (),
+    added: torch.Tensor | None = None,
 ) -> Launcher:
     """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale) and y; a call sets the rows and the grid.
-    `further`: arguments of a kernel with more in its epilogue."""
+    `further`: arguments of a kernel with more in its epilogue; `added`: what one that is `adding` adds to y."""
     import torch
 
     from fp8.plugins.cuda import Launch, matrix_map
@@ -283,6 +292,8 @@ def bind(
     chunk = p.chunk(tactic.BLOCK_N)
     y_map = matrix_map(y, chunk // y.element_size(), 64, chunk) if p["TMA_STORE"] else x_map
     count = ctypes.c_int(0)
+    if added is not None:
+        p, further = adding(p), [*further, matrix_map(added, chunk // added.element_size(), 64, chunk)]
     args = [x_map, w_map, y_map, x_scale, w_scale, bias, out_scale, y, count, *further]
     threads = 128 * (tactic.warpgroups + 1)
     launch = Launch(functions[0], threads, args, p.shared(tactic), cluster=tactic.cluster)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.base import Kernel, Launcher, PluginError, Tensor
 from fp8.plugins.quantize.launch import DTYPE_CODES, FEW_TOKENS, RowPlugin, RowTactic, row_launch, whole_rows
@@ -125,3 +125,17 @@ class NormQuant(RowPlugin):
         residual_out = outputs.pop(0) if summed else None
         rows = (lambda step: step.logits_rows) if self.gather else (lambda step: step.tokens)
         return row_launch(functions[0], tactic.threads, [*inputs, y, y_scale, residual_out], rows)
+
+    def bind_summed(
+        self,
+        tactic: RowTactic,
+        functions: Sequence[Function],
+        tensors: Sequence[torch.Tensor | None],
+        linear: Any,
+        choices: Sequence[tuple[Any, Function | None]],
+        operands: Sequence[torch.Tensor | None],
+    ) -> tuple[list[Launcher | None], Launcher]:
+        """See `summed.bind`."""
+        from fp8.plugins.norm_quant import summed
+
+        return summed.bind(linear, choices, operands, self, tactic, functions, tensors)

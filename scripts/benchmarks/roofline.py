@@ -130,7 +130,7 @@ def _measure(
     whole = _whole(session, rows, runs)
     groups: dict[tuple[str, str], list[tuple[float, float, float, float | None]]] = defaultdict(list)
     times, shapes = session.time_launches(rows, runs), session.executor.shapes(shape)
-    for step, seconds, live in zip(session.plan.steps, times, shapes, strict=True):
+    for step, seconds, live in zip(session.executor.as_run(shape), times, shapes, strict=True):
         work = work_of(session.plan, step, live, rows)
         least = None if found is None else found.seconds(work.bytes, work.flops, work.dtype)
         groups[label(step), step.plugin].append((seconds, work.bytes, work.flops, least))
