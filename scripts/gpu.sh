@@ -39,9 +39,10 @@ random() { # random engine|checkpoint NAME MODEL QFORMAT KV [ARGUMENT...]
 }
 
 small=(--max_batch_size 64 --max_seq_len 2048 --max_num_tokens 8192)
-queue=(--max_batch_size 1024 --max_seq_len 22528 --max_num_tokens 8192)
+queue=(--max_batch_size 1536 --max_seq_len 22528 --max_num_tokens 8192)
 long=(--max_position_embeddings 131136 --max_batch_size 1 --max_seq_len 131136 --max_num_tokens 8192)
-lengths=(--input_len 128 128 500 1000 2048 2048 5000 20000 --output_len 128 2048 2000 1000 128 2048 500 2000)
+lengths=(--input_len 128 128 500 1000 2048 2048 5000 20000 --output_len 128 2048 2000 1000 128 2048 500 2000
+  --max_batch_size 1536 1536 1024 1024 1024 1024 1024 1024)
 prompts=(--input_len 1024 4096 16384 32768 65536 131072 --output_len 1)
 
 ahead() { # makes what the parts measure, by the CPU alone
@@ -100,7 +101,7 @@ for part in $parts; do
     whole)
       made all
       bench 200 throughput llama-3.1-8b-whole --engine_dir llama-3.1-8b --input_len 128 1000 2048 \
-        --output_len 128 1000 128 --num_requests 4096 512 1024 ;;
+        --output_len 128 1000 128 --max_batch_size 1536 1024 1024 --num_requests 4096 512 1024 ;;
     kernels)
       timeout 300 "$PYTHON" -m fp8.scripts.gpu_round --no-bench --output "$out/kernels.json" --commit "$commit" || failed=1 ;;
     sanitizer)
