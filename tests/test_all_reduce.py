@@ -350,6 +350,19 @@ def test_a_linear_sends_few_rows_alone_and_nothing_without_peer_memory(monkeypat
         GemmSend("float32", world=2).infer(inputs)
 
 
+def test_a_share_of_one_stage_s_columns_is_sent_too() -> None:
+    """What a rank sends is decided by y alone, so that all ranks agree; K is the rank's own."""
+    for k in (16, 128):
+        inputs = [
+            Tensor("float8_e4m3fn", ("T", k)),
+            Tensor("float8_e4m3fn", (336, k)),
+            Tensor("float32", (1,)),
+            None,
+            None,
+        ]
+        assert {t.kind for t in GemmSend(world=4).tactics(inputs, 8)} == {"few_tokens"}
+
+
 def test_columns_of_uneven_parts_are_pushed_in_units_or_left_to_nccl() -> None:
     x = Tensor("float32", ("L", 160))
     assert [t.over_peers for t in AllGather((160, 164)).tactics([x], 16)] == [True] * 4 + [False]

@@ -103,6 +103,7 @@ RAGGED += [
     case(5, 1003, 864, out="float32", logits=True),
     case(129, 1003, 864),
     case(300, 1002, 16, "rowwise", bias=True),
+    case(7, 336, 128),  # K of one stage
     case(129, 576, 4096, "rowwise"),
     case(300, 4096, 864, "rowwise", out="float16", bias=True),
     *(case(rows, 392, 384, mode, bias=True) for rows in (1, 7, 65, 129, 300) for mode in ("block", "block8")),

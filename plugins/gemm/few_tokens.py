@@ -225,7 +225,8 @@ def _fill(t: FewTokens, per_sm: int, k_atoms: int) -> FewTokens | None:
         return None
     t = replace(t, WARPGROUPS=t.tiles if t.TOKENS >= 32 else 1)
     budget = min(SM_SHARED // per_sm - 2 * CTA_SHARED, CTA_SHARED_MAX - CTA_SHARED)
-    for stages in range(min(budget // (t.ATOMS * (t.ROWS + t.TOKENS) * ATOM), -(-k_atoms // t.ATOMS), 24), 1, -1):
+    useful = 2 if k_atoms == 1 else -(-k_atoms // t.ATOMS)  # a ring has two stages, also where there is one to load
+    for stages in range(min(budget // (t.ATOMS * (t.ROWS + t.TOKENS) * ATOM), useful, 24), 1, -1):
         found = replace(t, STAGES=stages)
         if found.shared <= budget:
             return found
