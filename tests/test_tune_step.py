@@ -155,7 +155,7 @@ def test_what_is_faster_but_wrong_is_not_taken(place: InPlace, capsys) -> None:
     found = tune_step.tuned(steps, math.inf, tell=True)  # type: ignore[arg-type]
     assert found == {place.sites[label]: (steps.offers(label)[-1], 2.5) for label in right}
     told = capsys.readouterr()
-    assert "steps of 8 took 100.0 us, and take 94.0" in told.out and told.out.count("2.0 us less, 2.50 us alone") == 3
+    assert "steps of 8 took 100.0 us, now 6.0 less" in told.out and told.out.count("2.0 us less, 2.50 us alone") == 3
     assert f"{place.sites[wrong].module} keeps its tactic" in told.err
 
 
