@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SPIN_SECONDS = 100e-6  # then a waiting rank sleeps: ranks may share a core
-LONGEST_SLEEP = 1e-3
+LONGEST_SLEEP = 1e-4  # a look takes a tenth of it, and a first token waits for several
 OVERSLEPT = 1 / 16  # of the time waited so far
 
 
