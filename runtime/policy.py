@@ -5,6 +5,7 @@ Priorities come before either policy: nobody starts while one of higher priority
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -38,6 +39,32 @@ MANY = 256  # single tokens from which on prompts wait for others to fill up a w
 LITTLE = 128  # tokens of prompts that are not worth the kernels of a mixed step
 WAITING = 20  # sequences that decode, for each prompt that may be spread over several steps; one always may
 PATIENCE = 16  # steps that prompts wait for others, or are spread over, at most
+
+
+STEP_COSTS = 64  # tokens of prompts that could be computed in the time that a step takes beside its tokens
+CHUNK = 512  # tokens; half a wave
+
+
+class Chunks:
+    """How large the steps with prompts are in a pipeline of `stages`, two at least.
+
+    Until the last step has gone through all stages, some stand idle, as long as the largest takes in one stage. So n
+    tokens in steps of c take (n / c + stages - 1) (c + STEP_COSTS) times a token's time, which is least for
+    c = sqrt(n STEP_COSTS / (stages - 1)). Smaller steps at the end would gain nothing.
+    """
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self._chunk = 0
+
+    def most(self, singles: int, pending: int, limit: int) -> int:
+        """The tokens of prompts that a step takes beside `singles` rows of one token, of `pending` that are to be
+        computed; `limit` is the most of both."""
+        wanted = math.sqrt(pending * STEP_COSTS / (self._stages - 1))
+        chunk = -(-math.ceil(wanted) // CHUNK) * CHUNK
+        self._chunk = max(self._chunk, chunk) if pending else 0
+        least = -(-(singles + LITTLE) // CHUNK) * CHUNK
+        return min(limit, max(self._chunk, least)) - singles
 
 
 class Throughput:

@@ -20,7 +20,7 @@ from itertools import chain
 
 from fp8.runtime.beam_search import BeamSearch, Candidates
 from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
-from fp8.runtime.policy import Policy, Throughput, rank
+from fp8.runtime.policy import Chunks, Policy, Throughput, rank
 from fp8.runtime.request import Request, RequestError
 
 
@@ -53,6 +53,7 @@ class Scheduler:
         sequence then goes on so many steps later, when the last stage has its token; sooner only if no other can."""
         self.pool = pool
         self.stages = stages
+        self._chunks = Chunks(stages) if stages > 1 else None
         self.max_num_tokens = max_num_tokens
         self.policy = policy or Throughput()
         self.reuse_prefixes = reuse_prefixes
@@ -129,7 +130,10 @@ class Scheduler:
     def _room(self, singles: int, prompts: Sequence[Request]) -> int:
         """Tokens of prompts that the next step may take. Nobody waits for others where all could start, or where the
         first to start has priority over one that runs."""
-        most, ready, count = self.max_num_tokens - singles, sum(r.pending for r in prompts), len(prompts)
+        ready, count = sum(r.pending for r in prompts), len(prompts)
+        most = self.max_num_tokens - singles
+        if self._chunks is not None:
+            most = self._chunks.most(singles, ready + sum(r.length for r in self.waiting), self.max_num_tokens)
         if not self.waiting or (self.running and self.waiting[0].priority > self.running[-1].priority):
             return most
         places, free = self._places, self.pool.free_blocks - len(self.running)

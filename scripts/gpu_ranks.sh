@@ -81,8 +81,7 @@ ahead() { # makes what the parts measure, by the CPU alone, all at once
       llama-7b)
         hollow llama-7b llama-7b &
         hollow llama-7b-tp llama-7b --tp_size "$gpus" &
-        # Steps of fewer tokens: prompts keep all stages busy sooner, and more decode rows find room beside them.
-        hollow llama-7b-pp llama-7b --pp_size "$gpus" --max_num_tokens 2048 & ;;
+        hollow llama-7b-pp llama-7b --pp_size "$gpus" & ;;
       llama-70b) hollow llama-2-70b-tp llama-2-70b --tp_size "$gpus" & ;;
     esac
   done
