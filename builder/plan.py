@@ -16,8 +16,11 @@ from fp8.builder.interpret import plugin_of
 from fp8.builder.rewrite import DOMAIN, tensor_type
 from fp8.plugins.base import Plugin, PluginError, Tensor, load
 from fp8.plugins.decode_layers.sizes import MOST_CONTEXT
+from fp8.plugins.fetch.plugin import Fetch
+from fp8.plugins.hand_on.plugin import HandOn
 
 REGION = 256  # alignment of a workspace region in bytes
+PASSED = {"hidden_states", "hidden_states.out"}  # from one pipeline stage to the next
 
 
 class LegalityError(ValueError):
@@ -148,9 +151,9 @@ class Tactics:
     def choose(
         self, measured: dict[str, dict[str, Any]], progress: Callable[[int, int], None], warn: Callable[[str], None]
     ) -> None:
-        """Compiles; see `tune.choose`. The samplers' kernels are embedded too: serving needs no compiler."""
+        """Compiles; see `tune.choose`. The runtime's own kernels are embedded too: serving needs no compiler."""
         every = [site for sites in self.sites.values() for site in sites]
-        self.choices = tune.choose([*every, *self.samplers], measured, progress, warn)
+        self.choices = tune.choose([*every, *self.samplers, *self._links()], measured, progress, warn)
 
     def assume(self) -> None:
         """Takes every favourite uncompiled: enough for a memory budget."""
@@ -201,3 +204,11 @@ class Tactics:
         state = (rows, Tensor("int64", ("L",)), table, *[rows] * 6, read)
         end = {"sampling": types, "advance": state}
         return [tune.Site(load(name)(), types, self.limits.logits_rows, name) for name, types in end.items()]
+
+    def _links(self) -> list[tune.Site]:
+        """What brings a pipeline stage its inputs, from the host and from its neighbours."""
+        if not any(PASSED.intersection((*n.inputs, *n.outputs)) for n in self.nodes):
+            return []
+        staging, fields, state = Tensor("uint8", ("N", "S")), Tensor("int32", ("F", 3)), Tensor("int32", (2,))
+        given = {HandOn(): (Tensor("int32", ("S",)),), Fetch(): (staging, fields, Tensor("uint8", ("S",)), state)}
+        return [tune.Site(plugin, types, self.limits.max_num_tokens, plugin.name) for plugin, types in given.items()]

@@ -9,12 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fp8.builder.engine import Plan
-from fp8.plugins.base import Communicator, load
+from fp8.builder.engine import Engine, Plan
+from fp8.plugins.all_reduce.region import region_bytes
+from fp8.plugins.base import Communicator, load, types_of
+from fp8.plugins.hand_on import launch as hand_on
 from fp8.runtime.comm import HIDDEN, SAMPLED, HostGroup, World, tensor_bytes, tensor_of
 from fp8.runtime.device import few_cores
+from fp8.runtime.embedded import embedded
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +32,10 @@ INPUT = "hidden_states"  # what a stage takes from the one before, DT [T, H]
 class Links(Protocol):
     group: Communicator
 
-    def receive(self, tokens: int) -> torch.Tensor | None:
-        """What the stage before computed, [tokens, H]; None on the first stage."""
+    def receive(self, tokens: int, samples: bool) -> torch.Tensor | None:
+        """What the stage before computed, [tokens, H]; None on the first stage. `samples`: a token comes of it."""
 
-    def send(self, hidden: torch.Tensor) -> None:
+    def send(self, hidden: torch.Tensor, samples: bool) -> None:
         """Hands [T, H] to the next stage. `hidden` may be overwritten by the next step."""
 
     def return_sampled(self, table: torch.Tensor) -> None:
@@ -101,14 +105,14 @@ class HostLinks:
         self._dtype = None if self._first else getattr(torch, plan.buffer(INPUT).dtype)
         self.group: Communicator = HostGroup(world, peers(world, plan))
 
-    def receive(self, tokens: int) -> torch.Tensor | None:
+    def receive(self, tokens: int, samples: bool) -> torch.Tensor | None:
         if self._dtype is None:
             return None
         found = tensor_of(self._world.receive(self._before, HIDDEN), self._dtype)
         assert len(found) == tokens, "stages run the same steps in the same order"
         return found
 
-    def send(self, hidden: torch.Tensor) -> None:
+    def send(self, hidden: torch.Tensor, samples: bool) -> None:
         self._world.send(tensor_bytes(hidden), self._after, HIDDEN)
 
     def return_sampled(self, table: torch.Tensor) -> None:
@@ -136,7 +140,7 @@ def _group(world: World, plan: Plan, device: torch.device) -> NcclGroup:
     members = peers(world, plan)
     group = NcclGroup(world, members)
     if over_peers(plan):
-        found = share(HostGroup(world, members), device)
+        found = share(HostGroup(world, members), device, region_bytes(group.world))
         if isinstance(found, str):
             if group.rank == 0:
                 LOG.warning("ranks %s sum up through NCCL alone: %s", f"{members[0]} to {members[-1]}", found)
@@ -146,19 +150,52 @@ def _group(world: World, plan: Plan, device: torch.device) -> NcclGroup:
     return group
 
 
-class GpuLinks:
-    """NCCL on the current stream, into a buffer that launches are bound to."""
+@dataclass(frozen=True)
+class Channels:
+    """Peer memory from each of this rank's counterparts in the stages to the next."""
 
-    def __init__(self, world: World, plan: Plan, device: torch.device) -> None:
+    hidden: hand_on.Channel
+    sampled: hand_on.Channel
+
+
+def _channels(world: World, engine: Engine, device: torch.device) -> Channels | None:
+    """None where the GPUs of this rank's ring share no memory."""
+    import torch
+
+    from fp8.plugins.hand_on.plugin import HandOn
+    from fp8.runtime.peer_memory import share
+
+    tp, stages = engine.plan.compatibility.tp_size, engine.plan.compatibility.pp_size
+    members = range(world.rank % tp, world.world, tp)
+    found = share(HostGroup(world, members), device, hand_on.region_bytes(stages))
+    if isinstance(found, str):
+        if world.rank == members[0]:
+            LOG.warning("ranks %s hand on through NCCL alone: %s", ", ".join(map(str, members)), found)
+        return None
+    world.at_end(found.close)
+    types = types_of([torch.zeros(1, dtype=torch.int32)])
+    _, functions = embedded(engine, HandOn(), types, engine.plan.limits.max_num_tokens)
+    return Channels(*(hand_on.Channel(functions, found.regions, kind, stages) for kind in range(2)))
+
+
+class GpuLinks:
+    """NCCL on the current stream, into a buffer that launches are bound to; and the GPUs' own memory, where they share
+    it: small messages go there, of hidden states those of steps that sample. The sampled tokens' way back tells that
+    such a step has ended, as the first stage takes those of a step in front of the step `stages` later: none but the
+    last `stages` messages are under way."""
+
+    def __init__(self, world: World, engine: Engine, device: torch.device) -> None:
         import torch
 
         from fp8.runtime.nccl import NcclGroup
 
+        plan = engine.plan
         if wrong := few_cores(len(os.sched_getaffinity(0)), os.cpu_count() or 1):
             LOG.warning("rank %d: %s", world.rank, wrong)
         self._before, self._after = neighbours(world, plan)
         self.group: Communicator = _group(world, plan, device)
         self._ring = NcclGroup(world, range(world.world)) if plan.compatibility.pp_size > 1 else None
+        self._channels = None if self._ring is None else _channels(world, engine, device)
         self.hidden: torch.Tensor | None = None
         if stage_of(world, plan):
             buffer = plan.buffer(INPUT)
@@ -182,20 +219,33 @@ class GpuLinks:
         event.record()
         world.wait_for(lambda: event.query() or None)
 
-    def receive(self, tokens: int) -> torch.Tensor | None:
+    def receive(self, tokens: int, samples: bool) -> torch.Tensor | None:
         if self.hidden is None or self._ring is None:
             return None
-        self._ring.receive(self.hidden[:tokens], self._before)
-        return self.hidden[:tokens]
+        into = self.hidden[:tokens]
+        if samples and self._channels is not None and hand_on.fits(into):
+            self._channels.hidden.receive(into)
+        else:
+            self._ring.receive(into, self._before)
+        return into
 
-    def send(self, hidden: torch.Tensor) -> None:
+    def send(self, hidden: torch.Tensor, samples: bool) -> None:
         assert self._ring is not None
-        self._ring.send(hidden, self._after)
+        if samples and self._channels is not None and hand_on.fits(hidden):
+            self._channels.hidden.send(hidden)
+        else:
+            self._ring.send(hidden, self._after)
 
     def return_sampled(self, table: torch.Tensor) -> None:
-        # Some hundred bytes: NCCL keeps them for the receiver, so this rank's next step does not wait for it.
-        self.send(table)
+        assert self._ring is not None
+        if self._channels is not None and hand_on.fits(table):
+            self._channels.sampled.send(table)
+        else:  # some hundred bytes: NCCL keeps them for the receiver, so this rank's next step does not wait for it
+            self._ring.send(table, self._after)
 
     def take_sampled(self, table: torch.Tensor) -> None:
         assert self._ring is not None
-        self._ring.receive(table, self._before)
+        if self._channels is not None and hand_on.fits(table):
+            self._channels.sampled.receive(table)
+        else:
+            self._ring.receive(table, self._before)

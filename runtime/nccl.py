@@ -55,6 +55,7 @@ class NcclGroup:
         members = list(members)
         self.rank, self.world = members.index(world.rank), len(members)
         self.regions: Regions | None = None  # peer memory, where somebody shares it among these ranks
+        self.ring: Regions | None = None  # and of messages from each to the next
         self._nccl = Nccl()
         unique = UniqueId()
         if self.rank == 0:

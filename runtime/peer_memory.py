@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8.plugins.all_reduce.region import MOST_WORLD, Regions, region_bytes
+from fp8.plugins.all_reduce.region import MOST_WORLD, Regions
 from fp8.runtime.comm import HostGroup
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ class PeerMemory:
         _free(self.regions.addresses[self.regions.rank])
 
 
-def share(group: HostGroup, device: torch.device) -> PeerMemory | str:
-    """The group's peer memory, or why there is none; on all of its ranks the same of the two. `device` is current."""
+def share(group: HostGroup, device: torch.device, size: int) -> PeerMemory | str:
+    """The group's peer memory, `size` bytes of each, or why there is none; on all of its ranks the same of the two.
+    `device` is current."""
     import torch
 
     torch.zeros(1, device=device)  # the driver is up, with torch's context
     why = _obstacle([json.loads(text) for text in _exchange(group, json.dumps(_place(device)))], device)
     if why := _first(_exchange(group, why)):
         return why
-    own, text = _allocated(region_bytes(group.world))
+    own, text = _allocated(size)
     offers = _exchange(group, text)
     if why := _first([t if t.startswith("!") else "" for t in offers]):
         _free(own)

@@ -1,12 +1,14 @@
-"""The end of a step: the next token of each row of logits, chosen where the logits are, and the next step's inputs."""
+"""A step's two ends: its inputs, and the next token of each row of logits, chosen where the logits are, from which come
+the next step's inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fp8.builder.engine import Engine, EngineError
-from fp8.plugins.base import Launcher, Plugin, StepShape, Tensor, load
+from fp8.builder.engine import Engine
+from fp8.plugins.base import Launcher, StepShape, Tensor, load, types_of
+from fp8.runtime.embedded import embedded
 from fp8.runtime.step_inputs import StepInputs
 
 if TYPE_CHECKING:
@@ -47,30 +49,20 @@ def compiled_sampler(engine: Engine, inputs: StepInputs, logits: torch.Tensor) -
     return sample
 
 
+def compiled_fetch(engine: Engine, inputs: StepInputs) -> Launcher:
+    """Binds what brings a step's inputs from the host: the steps' staging buffers in turn."""
+    plugin, tensors = load("fetch")(), inputs.to_fetch
+    tactic, functions = embedded(engine, plugin, types_of(tensors), engine.plan.limits.max_num_tokens)
+    return plugin.bind(tactic, functions, tensors, None)
+
+
 def _bound(engine: Engine, name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Launcher:
     """The launch of a plugin whose kernels the engine holds; the first input says how many rows there may be."""
     import torch
 
-    from fp8.plugins.cuda import Module
-
     plugin, rows = load(name)(), len(inputs[0])
     types = [Tensor(str(t.dtype).removeprefix("torch."), ("L", *t.shape[1:])) for t in inputs]
-    tactic, hashes = _embedded(engine, plugin, types, rows)
-    functions = [Module(engine.cubins[h]).function(str(engine.plan.kernels[h]["entry"])) for h in hashes]
+    tactic, functions = embedded(engine, plugin, types, rows)
     size = plugin.workspace(tactic, types, rows, rows)
     workspace = torch.zeros(size, dtype=torch.uint8, device=inputs[0].device)
     return plugin.bind(tactic, functions, [*inputs, *outputs], workspace)
-
-
-def _embedded(engine: Engine, plugin: Plugin, types: list[Tensor], rows: int) -> tuple[Any, list[str]]:
-    """The tactic whose kernels the engine holds, and their hashes."""
-    held = {
-        (f["plugin"], f["source"], f["entry"], tuple(sorted(f["constants"].items()))): h
-        for h, f in engine.plan.kernels.items()
-    }
-    for tactic in plugin.tactics(types, rows):
-        kernels = plugin.kernels(tactic, types)
-        hashes = [held.get((k.plugin, k.source, k.entry, tuple(sorted(k.constants)))) for k in kernels]
-        if all(hashes):
-            return tactic, [h for h in hashes if h]
-    raise EngineError(f"{engine.directory} holds no {plugin.name} kernel of this package's; build it again")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fp8.builder import engine as engine_format
 from fp8.builder.engine import Engine, Plan
-from fp8.plugins.base import StepShape
+from fp8.plugins.base import Launcher, StepShape
 from fp8.runtime import preflight
 from fp8.runtime.beam_search import Candidates
 from fp8.runtime.comm import World
@@ -22,7 +22,7 @@ from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.ranks import Command, Ranks, Reply
 from fp8.runtime.record import Recorder
 from fp8.runtime.reference import MakeWeight, ReferenceExecutor, kv_buffers
-from fp8.runtime.sampler import compiled_sampler, reference_sampler
+from fp8.runtime.sampler import compiled_fetch, compiled_sampler, reference_sampler
 from fp8.runtime.sampling_options import Drawn, History, Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
 from fp8.runtime.step_inputs import Packer, StepInputs
@@ -86,6 +86,7 @@ class Session:
         self._options, self._history = OptionSampler(self.limits, self.device), History()
         self._scope: Callable[[], AbstractContextManager] = torch.inference_mode
         self._turn = 0
+        self._fetch: Launcher | None = None  # a step begins with it where its inputs are not uploaded before
         self._replies: dict[int, Reply] = {}  # of the stage that samples, by staging buffer
         self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
         self.around_step: Callable[[], AbstractContextManager] = nullcontext  # what is enqueued before and after each
@@ -105,7 +106,7 @@ class Session:
         if world is not None:
             assert self.ranks is not None
             with self.ranks.guard(), self._scope():
-                self._links = GpuLinks(world, self.plan, self.device) if on_gpu else HostLinks(world, self.plan)
+                self._links = GpuLinks(world, engine, self.device) if on_gpu else HostLinks(world, self.plan)
         preflight.all_or_none(world, lambda: allocate(engine))
         if self._links is not None and not self._samples and self._first:
             self._returned = Returned(self._links, self._inputs.sampled, self.stages)
@@ -151,7 +152,9 @@ class Session:
             )
             if self._samples:
                 self._sample = compiled_sampler(engine, self._inputs, executor.result)
-            self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._run)
+            self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._forward)
+            if self.stages > 1:
+                self._fetch = compiled_fetch(engine, self._inputs)
             self._events = [torch.cuda.Event() for _ in range(self.max_unread)]
         self._stream.synchronize()
 
@@ -189,22 +192,21 @@ class Session:
         count = shape.logits_rows
         if self._returned is not None:
             self._returned.begin(bool(count), behind)
-        launch, forward = self._launch, self._run
+        launch, forward = self._launch, self._forward
         replayed = self._graphs is not None and self.recorder is None
         if replayed and shape.decode_sequences == shape.sequences == count:
             assert self._graphs is not None and self._logits_graphs is not None
             shape = self._pad(shape, stage if packed else None)
             launch, forward = self._graphs.run, self._logits_graphs.run
-        if packed:
+        if packed and self._fetch is None:
             self._upload(shape, stage)
+        elif packed:
+            self._inputs.seal(stage)
         if options is None or not self._samples:
             drawn = Drawn(launch(shape))
         else:
             choose = partial(self._choose, shape)
             drawn = self._options.sample(options, forward(shape), choose)
-        if self._samples and not self._first and count:
-            assert self._links is not None
-            self._links.return_sampled(self._inputs.sampled)
         if self._graphs is not None:
             self._events[stage].record()
         return Ticket(rows, stage, count, drawn, options)
@@ -432,13 +434,25 @@ class Session:
 
     def _launch(self, shape: StepShape) -> torch.Tensor:
         """A whole step on the current stream, up to the next one's inputs; returns the sampled tokens [L]."""
-        return self._choose(shape, self._run(shape))
+        return self._choose(shape, self._forward(shape))
+
+    def _forward(self, shape: StepShape) -> torch.Tensor:
+        """A step up to its logits, with its inputs."""
+        if self._fetch is not None:
+            self._fetch(shape)
+            if self._first:
+                self._inputs.gather_input_ids(shape.tokens)
+        return self._run(shape)
 
     def _choose(self, shape: StepShape, logits: torch.Tensor) -> torch.Tensor:
         """Samples: into the table, for the host, and into the next step's inputs, which go one token on."""
         if not shape.logits_rows or not self._samples:
             return self._inputs.sampled[:0]
-        return self._sample(shape, logits)
+        tokens = self._sample(shape, logits)
+        if not self._first:
+            assert self._links is not None
+            self._links.return_sampled(self._inputs.sampled)
+        return tokens
 
     def _run(self, shape: StepShape) -> torch.Tensor:
         """A step up to its logits [L, V], or to what the next pipeline stage takes."""
@@ -454,9 +468,10 @@ class Session:
     def _run_stage(self, shape: StepShape) -> torch.Tensor:
         """One of several ranks' part."""
         assert self.ranks is not None and self._links is not None
-        hidden = self._links.receive(shape.tokens)
+        samples = shape.logits_rows > 0
+        hidden = self._links.receive(shape.tokens, samples)
         observe = self.ranks.tick if self._graphs is None else None
         out = self.executor.run(shape, observe, hidden)
         if not self.ranks.last:
-            self._links.send(out)
+            self._links.send(out, samples)
         return out

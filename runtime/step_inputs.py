@@ -10,6 +10,7 @@ these is neither packed nor uploaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -209,19 +210,14 @@ class StepInputs:
     def __init__(self, limits: Limits, device: torch.device, stages: int) -> None:
         import torch
 
-        fields = layout(limits)
-        head = _aligned(4 * (limits.max_batch_size + 1))
-        offsets, size = {}, head
-        for name, (dtype, shape) in fields.items():
-            offsets[name] = size
-            size = _aligned(size + dtype.itemsize * int(np.prod(shape)))
-        self._head = head
+        fields, (offsets, size) = layout(limits), _offsets(limits)
+        self._head = offsets["token_ids"]
         self._bytes = torch.zeros(size, dtype=torch.uint8, device=device)
         pinned = device.type == "cuda"
-        self._staging = [
-            torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) if pinned else self._bytes for _ in range(stages)
-        ]
-        self.host = [_views(stage.numpy(), fields, offsets) for stage in self._staging]
+        self._staging = torch.zeros(stages, size, dtype=torch.uint8, pin_memory=True) if pinned else self._bytes[None]
+        self.host = [_views(self._staging[k % len(self._staging)].numpy(), fields, offsets) for k in range(stages)]
+        self._fields = torch.tensor(_fields(limits, offsets), dtype=torch.int32, device=device)
+        self._turn = torch.zeros(2, dtype=torch.int32, device=device)
         self.device = {
             name: _view(self._bytes, offsets[name], getattr(torch, dtype.name), shape)
             for name, (dtype, shape) in fields.items()
@@ -237,17 +233,45 @@ class StepInputs:
         names = ("position_ids", "slot_mapping", "sequence_lengths", "counter", "stage")
         return [self.device["slots"], self.sampled, self.input_ids, *(self.device[name] for name in names), self.read]
 
+    @property
+    def to_fetch(self) -> list[torch.Tensor]:
+        """The fetch plugin's tensors."""
+        return [self._staging, self._fields, self._bytes, self._turn]
+
+    def seal(self, stage: int) -> None:
+        """The last thing that the host writes into a staging buffer."""
+        self.host[stage]["stage"][:] = stage
+
     def upload(self, stage: int) -> None:
         """Enqueues the copy of a staging buffer to the device; the sampled tokens stay as they are."""
-        self.host[stage]["stage"][:] = stage
-        if self._staging[stage] is not self._bytes:
-            self._bytes[self._head :].copy_(self._staging[stage][self._head :], non_blocking=True)
+        self.seal(stage)
+        if self._bytes.is_cuda:
+            self._bytes[self._head :].copy_(self._staging[stage, self._head :], non_blocking=True)
 
     def gather_input_ids(self, tokens: int) -> None:
         """input_ids[i] = buffer[sources[i]], on the device."""
         import torch
 
         torch.index_select(self.tokens, 0, self.device["sources"][:tokens], out=self.input_ids[:tokens])
+
+
+def _offsets(limits: Limits) -> tuple[dict[str, int], int]:
+    """Of each field, and the end of the last."""
+    offsets, size = {}, _aligned(4 * (limits.max_batch_size + 1))
+    for name, (dtype, shape) in layout(limits).items():
+        offsets[name] = size
+        size = _aligned(size + dtype.itemsize * math.prod(shape))
+    return offsets, size
+
+
+def _fields(limits: Limits, offsets: dict[str, int]) -> list[tuple[int, int, int]]:
+    """The fetch plugin's."""
+    counted = {"query_start": 2, "sequence_lengths": 1, "block_tables": 1}
+    counted |= dict.fromkeys(("token_ids", "sources", "position_ids", "slot_mapping"), 0)
+    return [
+        (offsets[name], counted.get(name, 3), dtype.itemsize * math.prod(shape[1:]))
+        for name, (dtype, shape) in layout(limits).items()
+    ]
 
 
 def _aligned(size: int) -> int:
@@ -262,6 +286,4 @@ def _views(buffer: np.ndarray, fields: dict, offsets: dict[str, int]) -> dict[st
 
 
 def _view(buffer: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    import math
-
     return buffer[offset : offset + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)

@@ -457,7 +457,7 @@ def test_regions_are_closed_before_they_are_freed_and_on_all_ranks_or_none(monke
 
     def rank(member: Member) -> object:
         mine.card = cards[member.rank]
-        found = peer_memory.share(member, torch.device("cpu"))  # type: ignore[arg-type]
+        found = peer_memory.share(member, torch.device("cpu"), 1 << 20)  # type: ignore[arg-type]
         if isinstance(found, peer_memory.PeerMemory):
             addresses = found.regions.addresses
             found.close()
@@ -475,7 +475,7 @@ def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch)
     group = Group(2)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(peer_memory, "_place", lambda device: places[device])
-    run = [functools.partial(peer_memory.share, member, rank) for rank, member in enumerate(group.members)]  # type: ignore[arg-type]
+    run = [functools.partial(peer_memory.share, member, rank, 1) for rank, member in enumerate(group.members)]  # type: ignore[arg-type]
     assert group.run(run) == ["the ranks are on several hosts"] * 2
 
 

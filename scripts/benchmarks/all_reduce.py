@@ -19,18 +19,21 @@ from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.base import types_of
 from fp8.plugins.compile import compile_all
+from fp8.plugins.hand_on.launch import LARGEST
 from fp8.plugins.timing import captured, seconds_of_each
 from fp8.runtime.launcher import RankError
 from fp8.scripts.benchmarks import one_gpu
 from fp8.scripts.benchmarks.exchanges import (
     FEW_ROWS,
     FP8_FROM,
+    HANDED,
     HIDDEN,
     LOGITS_ROWS,
     SEED,
     SENT_FEW,
     Ranks,
     Work,
+    handed,
     label,
     logits,
     makers,
@@ -129,7 +132,7 @@ def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
     works = [sums(ranks, kib) for kib in sizes if kib <= 8192]
     works += [sums(ranks, kib, fp8=True) for kib in sizes if FP8_FROM <= kib <= 8192]
     works += [norms(ranks, rows) for rows in FEW_ROWS] + [sent(ranks, rows) for rows in SENT_FEW]
-    works += [logits(ranks, rows) for rows in LOGITS_ROWS]
+    works += [logits(ranks, rows) for rows in LOGITS_ROWS] + [handed(ranks, size) for size in HANDED]
     launches = [(w, w.launcher(t)) for w in works for t in w.tactics() if label(t) != "nccl" and expected_bits(w, t)]
     order, late = random.Random(SEED), random.Random(1000 + ranks.world.rank)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -180,13 +183,19 @@ def timing(ranks: Ranks, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def messages(ranks: Ranks) -> list[dict[str, Any]]:
-    """{"name", "us"}: every rank sends to the next and receives from the one before, as pipeline stages do."""
+    """{"name", "us"}: every rank sends to the next and receives from the one before, as pipeline stages do: through
+    peer memory what fits there."""
     import torch
 
     found, group = [], ranks.group
     for kib in MESSAGES:
         x, y = (torch.zeros(kib * 1024, dtype=torch.uint8, device="cuda") for _ in range(2))
-        send = partial(group.exchange, x, (group.rank + 1) % group.world, y, (group.rank - 1) % group.world)
+        send: Callable[[], object]
+        if kib * 1024 <= LARGEST:
+            work = handed(ranks, kib * 1024)
+            send = partial(work.launcher(work.tactics()[0]), work.step)
+        else:
+            send = partial(group.exchange, x, (group.rank + 1) % group.world, y, (group.rank - 1) % group.world)
         found.append({"name": f"send {_size(kib)}", "us": timed(ranks, [send])})
     return found
 

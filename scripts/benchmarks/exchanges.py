@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from fp8.plugins.all_gather.plugin import AllGather, AllGatherTactic
 from fp8.plugins.all_reduce.plugin import AllReduce
-from fp8.plugins.all_reduce.region import SENT_ROWS
+from fp8.plugins.all_reduce.region import SENT_ROWS, region_bytes
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
 from fp8.plugins.base import Launcher, Plugin, StepShape, types_of
+from fp8.plugins.hand_on import launch as hand_on
+from fp8.plugins.hand_on.plugin import HandOn, HandOnTactic
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.runtime.comm import HostGroup, World
 from fp8.runtime.launcher import RankError
@@ -32,6 +34,7 @@ HIDDEN = 4096  # values of a row
 FP8_FROM = 512  # KiB
 FEW_ROWS = (1, 3, 16, 64, 256)
 LOGITS_ROWS = (1, 16, 64)
+HANDED = (4, 260, 8192, 262144 + 12, hand_on.LARGEST)  # bytes
 SENT_FEW = (1, 3, SENT_ROWS)  # rows
 SEED = 1
 
@@ -75,11 +78,12 @@ def open_ranks(world: World, only: str = "") -> Ranks:
     torch.cuda.set_stream(torch.cuda.Stream())
     members = range(world.world)
     group = NcclGroup(world, members)
-    found = share(HostGroup(world, members), device)
-    if isinstance(found, str):
-        raise RankError(f"the GPUs share no memory: {found}")
-    world.at_end(found.close)
-    group.regions = found.regions
+    for name, size in (("regions", region_bytes(world.world)), ("ring", hand_on.region_bytes(world.world))):
+        found = share(HostGroup(world, members), device, size)
+        if isinstance(found, str):
+            raise RankError(f"the GPUs share no memory: {found}")
+        world.at_end(found.close)
+        setattr(group, name, found.regions)
     return Ranks(world, group, Functions(), only)
 
 
@@ -209,6 +213,15 @@ def logits(ranks: Ranks, rows: int, uneven: bool = False, seed: int = SEED) -> W
     return Work(f"gather {rows}x{parts}", AllGather(parts), rows, [x], ranks)
 
 
+def handed(ranks: Ranks, size: int, seed: int = SEED) -> Work:
+    """Bytes, a multiple of 4."""
+    import torch
+
+    draw = generator(ranks.world.rank, seed)
+    x = torch.randint(1 << 31, (size // 4,), device="cuda", generator=draw).int()
+    return Work(f"hand on {size} bytes", HandOn(), len(x), [x], ranks)
+
+
 def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
     """What is checked."""
     return [
@@ -221,6 +234,7 @@ def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
         *(partial(sent, ranks, 2, "static", hidden) for hidden in (264, 16384)),
         *(partial(norms, ranks, 5, "static", hidden, "float16") for hidden in (264, 8192, 16384)),
         *(partial(logits, ranks, rows, uneven) for rows in LOGITS_ROWS for uneven in (False, True)),
+        *(partial(handed, ranks, size) for size in HANDED),
     ]
 
 
@@ -230,6 +244,8 @@ def label(tactic: Any) -> str:
         if tactic.sent:
             return f"sent, {row}"
         return f"fused, {row}" if tactic.reduce is None else f"{label(tactic.reduce)} + norm_quant"
+    if isinstance(tactic, HandOnTactic):
+        return f"hand on {tactic.threads}"
     if not tactic.over_peers:
         return "nccl"
     if isinstance(tactic, AllGatherTactic):
