@@ -10,8 +10,8 @@
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM (0 = none), VEC (divides ROTARY_DIM / 2), FP8_CACHE,
 // QUANT_OUT, DTYPE.
+#include "fp8/divide.cuh"
 #include "fp8/sync.cuh"
-#include "divide.cuh"
 #include "rotary.cuh"
 #include "tiles.cuh"
 
@@ -27,7 +27,7 @@ static_assert(HEAD_DIM % 16 == 0);
 
 // Rotates and writes a piece, VEC pairs, of HEADS heads of one token.
 DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_mapping, const float* cos, const float* sin,
-                       u8* key_cache, u8* value_cache, u8* q, u8* y, Divisor q_scale, Divisor k_scale, int rows, int token, int group, int piece) {
+                       u8* key_cache, u8* value_cache, u8* q, u8* y, MiddleDivisor q_scale, MiddleDivisor k_scale, int rows, int token, int group, int piece) {
   const Pairs<VEC> pairs(piece);
   Raw<VEC> left[HEADS], right[HEADS];
   float c[VEC], s[VEC];
@@ -62,15 +62,15 @@ DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_
       const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
       to = cache + (((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * 64 + slot % 64) * HEAD_DIM * CACHE_BYTES;
     }
-    const Divisor by = head < NUM_HEADS ? q_scale : k_scale;
-    const auto divided = [&](float x) { return divide(x, by); };
+    const MiddleDivisor by = head < NUM_HEADS ? q_scale : k_scale;
+    const auto divided = [&](float x) { return by.divide(x); };
     store_codes(to + pairs.first * CACHE_BYTES, a, divided);
     store_codes(to + pairs.second * CACHE_BYTES, b, divided);
   }
 }
 
 // VALUE_DIMS dimensions of one token's value head, to e4m3, transposed. Lanes are consecutive tokens.
-DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_cache, Divisor v_scale, int token, int kv_head, int dim) {
+DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_cache, MiddleDivisor v_scale, int token, int kv_head, int dim) {
   const int slot = slot_mapping[token];
   if (slot < 0) return;
   const u16* from = qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim;
@@ -84,7 +84,7 @@ DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_
     raw[i].convert(x);
 #pragma unroll
     for (int k = 0; k < 8; k += 2) {
-      const u16 codes = e4m3x2(divide(x[k], v_scale), divide(x[k + 1], v_scale));
+      const u16 codes = e4m3x2(v_scale.divide(x[k]), v_scale.divide(x[k + 1]));
       to[(8 * i + k) * 64] = (u8)codes, to[(8 * i + k + 1) * 64] = codes >> 8;
     }
   }
@@ -109,12 +109,12 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
     const u32 unit = block * 256 + threadIdx.x;
     const u32 token = decode_sequences + unit / (GROUPS * PIECES);
     if (token >= tokens) return;
-    move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, divisor(FP8_CACHE ? *q_scale : 1.f),
-               divisor(FP8_CACHE ? *k_scale : 1.f), query_start[sequences], token, unit / PIECES % GROUPS, unit % PIECES);
+    move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, MiddleDivisor(FP8_CACHE ? *q_scale : 1.f),
+               MiddleDivisor(FP8_CACHE ? *k_scale : 1.f), query_start[sequences], token, unit / PIECES % GROUPS, unit % PIECES);
   } else {
     const u32 warp = (block - pair_blocks) * 8 + threadIdx.x / 32;
     const u32 dim = warp % (HEAD_DIM / VALUE_DIMS) * VALUE_DIMS, rest = warp / (HEAD_DIM / VALUE_DIMS);
     const u32 token = decode_sequences + rest / NUM_KV_HEADS * 32 + threadIdx.x % 32;
-    if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, divisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
+    if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, MiddleDivisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
   }
 }

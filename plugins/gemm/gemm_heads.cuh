@@ -18,7 +18,6 @@
 //
 // Constants: HEADS (0: none of this), KV_HEADS, HEAD_DIM, ROTARY_DIM (0 = none), FP8_CACHE, DTYPE.
 #include "gemm_epilogue.cuh"
-#include "../attention/divide.cuh"
 #include "../attention/rotary.cuh"
 #include "../attention/tiles.cuh"
 
@@ -71,7 +70,7 @@ struct Angles {
 };
 
 DEVICE void move_rows(const u8* buffers, u8* to, const Cache& cache, const Place (&places)[STEPS], Angles& angles, Kind kind, int head,
-                      Divisor by) {
+                      MiddleDivisor by) {
   const bool rotates = ROTARY_DIM && (FP8_CACHE || kind != VALUES);
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
@@ -90,7 +89,7 @@ DEVICE void move_rows(const u8* buffers, u8* to, const Cache& cache, const Place
       left.convert(a), right.convert(b);
       if (rotates) pairs.rotate(a, b, angles.c[i % TOGETHER][h], angles.s[i % TOGETHER][h]);
       u8* place = row + in * (kind == QUERIES ? 1 : 64) * (HEAD_DIM * CACHE_BYTES);
-      const auto divided = [&](float x) { return divide(x, by); };
+      const auto divided = [&](float x) { return by.divide(x); };
       if (at.valid) {
         store_codes(place + pairs.first * CACHE_BYTES, a, divided);
         store_codes(place + pairs.second * CACHE_BYTES, b, divided);
@@ -100,7 +99,7 @@ DEVICE void move_rows(const u8* buffers, u8* to, const Cache& cache, const Place
 }
 
 // e4m3 values, transposed: lanes are consecutive tokens, so that a page's rows are written in sectors.
-DEVICE void move_columns(const u8* buffers, u8* values, int row, int slot, int head, Divisor by) {
+DEVICE void move_columns(const u8* buffers, u8* values, int row, int slot, int head, MiddleDivisor by) {
   int warp = threadIdx.x / 32 % 4;
   int r = warp % 2 * 32 + threadIdx.x % 32, column = warp / 2 * 64;
   if (slot < 0) return;
@@ -113,7 +112,7 @@ DEVICE void move_columns(const u8* buffers, u8* values, int row, int slot, int h
     raw.convert(x);
 #pragma unroll
     for (int k = 0; k < 8; k += 2) {
-      const u16 codes = e4m3x2(divide(x[k], by), divide(x[k + 1], by));
+      const u16 codes = e4m3x2(by.divide(x[k]), by.divide(x[k + 1]));
       to[(i + k) * 64] = (u8)codes, to[(i + k + 1) * 64] = codes >> 8;
     }
   }
@@ -152,7 +151,7 @@ DEVICE void write_heads(const float (&d)[BLOCK_N / 2], const Cache& cache, const
     for (int c = 0; c < CHUNKS; c++) tma_store_2d(map, shared_address(buffers) + c * (64 * CHUNK), column + c * 64, row);
     bulk_commit_group();
   }
-  const Divisor by = divisor(FP8_CACHE ? quantum : 1.f);
+  const MiddleDivisor by(FP8_CACHE ? quantum : 1.f);
   if (transposes) move_columns(buffers, cache.values, row, slot, head, by);
   else move_rows(buffers, kind == QUERIES ? cache.queries : kind == KEYS ? cache.keys : cache.values, cache, places, angles, kind, head, by);
 }

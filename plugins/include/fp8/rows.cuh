@@ -1,6 +1,6 @@
 #pragma once
 // Rows of 16-bit values: 16-byte accesses of 8 values, sums and maxima over a block, quantized stores.
-#include "fp8/convert.cuh"
+#include "fp8/divide.cuh"
 
 enum { QUANT_NONE = 0, QUANT_STATIC = 1, QUANT_PER_TOKEN = 2, QUANT_BLOCK = 3 };
 
@@ -17,23 +17,6 @@ template <int Dtype> DEVICE uint4 pack8(const float (&x)[8]) {
                     from_float2<Dtype>(x[6], x[7]));
 }
 
-// Division by one scale: the quotient is IEEE's wherever its e4m3 code depends on it. A correctly rounded reciprocal and
-// one exact remainder give the correctly rounded quotient (Markstein 1990); scales near the ends of float32's range are
-// brought into the middle by a power of two, which is exact; quotients that saturate need no correction.
-struct Divisor {
-  float scale, reciprocal, factor;
-  DEVICE_MEMBER explicit Divisor(float s) {
-    factor = s < 0x1p-60f ? 0x1p60f : s > 0x1p60f ? 0x1p-60f : 1.0f;
-    scale = s * factor;
-    reciprocal = __frcp_rn(scale);
-  }
-  DEVICE_MEMBER float divide(float x) const {
-    x *= factor;
-    const float q = x * reciprocal;
-    const float corrected = fmaf(fmaf(-q, scale, x), reciprocal, q);
-    return fabsf(q) < 512.0f ? corrected : q;
-  }
-};
 DEVICE uint2 quantize8(const float (&x)[8], const Divisor& d) {
   return make_uint2(e4m3x4(d.divide(x[0]), d.divide(x[1]), d.divide(x[2]), d.divide(x[3])),
                     e4m3x4(d.divide(x[4]), d.divide(x[5]), d.divide(x[6]), d.divide(x[7])));
