@@ -34,11 +34,11 @@ def pairs(nodes: Sequence[Node]) -> list[tuple[int, int]]:
 
 def residual_pairs(nodes: Sequence[Node]) -> list[tuple[int, int]]:
     """Places of a linear layer and of the norm that comes next, alone reads what it writes, and writes its sum with a
-    residual."""
+    residual; not of other ranks' rows too."""
     found = []
     for i, j in _alone(nodes):
         norm, (y,) = nodes[j].plugin, nodes[i].outputs
-        summed_ = isinstance(norm, NormQuant) and norm.residual and not norm.gather
+        summed_ = isinstance(norm, NormQuant) and norm.residual and not norm.gather and not norm.collective
         if summed_ and j == i + 1 and nodes[i].rows == "T" and nodes[j].inputs[:OF_NORM].count(y) == 1:
             found.append((i, j))
     return found

@@ -13,6 +13,7 @@ from fp8.builder import joins as builder
 from fp8.builder import memory, tactic_table, tune
 from fp8.builder.engine import Buffer, Limits, Plan, Step, Sum, TacticChoice
 from fp8.builder.plan import Node
+from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant
 from fp8.plugins.base import Case, StepShape, Tensor, types_of
 from fp8.plugins.gemm import many_tokens
 from fp8.plugins.gemm.few_tokens import FewTokens
@@ -76,6 +77,8 @@ def test_a_linear_adds_the_residual_of_the_norm_that_comes_next_and_alone_reads_
     assert builder.residual_pairs(alone) == [(2, 3)], "nothing to add"
     gathered = nodes(dataclasses.replace(NORM, gather=True))[:2]
     assert builder.residual_pairs(gathered) == [], "the rows wanted, and no sum"
+    reducing = nodes(AllReduceNormQuant("rms", 1e-5, "static", residual=True, world=2))
+    assert builder.residual_pairs(reducing) == [(2, 3)], "a rank's rows are a part of the sum"
     found = nodes()
     assert builder.residual_pairs([found[0], found[2], found[1], found[3]]) == [], "others may want the memory between"
     twice = dataclasses.replace(found[3], inputs=("y", "z", "gain", "", "scale", ""))
