@@ -10,6 +10,7 @@ engine_dir/
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -362,6 +363,12 @@ def file_digest(path: Path, progress: Callable[[int], None] | None = None) -> st
             if progress:
                 progress(count)
     return digest.hexdigest()
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """What is said of a file or directory that could not be written."""
+    full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
+    return f"{path} cannot be written: {error.strerror or error}{full}"
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> str:

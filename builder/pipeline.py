@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
+from fp8.builder.engine import unwritable, write_atomically
 from fp8.builder.passes.accumulate import accumulate
 from fp8.builder.passes.fold import fold
 from fp8.builder.passes.fp8_all_reduce import fp8_all_reduce
@@ -18,6 +19,7 @@ from fp8.builder.passes.tensor_parallel import tensor_parallel
 from fp8.builder.passes.widen import widen
 from fp8.builder.rewrite import tensor_type
 from fp8.builder.target import Target
+from fp8.builder.workplace import BuildError
 
 Pass = Callable[[gs.Graph, Target], int]  # rewrites the graph, returns how many places it changed
 BEFORE: tuple[Pass, ...] = (  # where asked for
@@ -60,10 +62,14 @@ def run(graph: gs.Graph, target: Target, after: Callable[[str, int, gs.Graph], N
 
 
 def dump(graph: gs.Graph, directory: Path, index: int, name: str) -> None:
-    """Writes `<index>_<name>.txt`: one line per node, in order, with types."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Writes `<index>_<name>.txt`: one line per node, in order, with types. Raises BuildError if it cannot."""
     lines = [f"{n.name}: {n.op}({_types(n.inputs)}) {_attributes(n)} -> {_types(n.outputs)}\n" for n in graph.nodes]
-    (directory / f"{index}_{name}.txt").write_text("".join(lines))
+    path = directory / f"{index}_{name}.txt"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, ["".join(lines).encode()])
+    except OSError as error:
+        raise BuildError(unwritable(path, error)) from error
 
 
 def _types(tensors: list[gs.Tensor]) -> str:

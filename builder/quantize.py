@@ -7,7 +7,6 @@ interrupted, only the calibration state stays there, and the same call continues
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +24,7 @@ from fp8.builder.calibrate import STATE, NonFiniteError, State, calibrate
 from fp8.builder.calibration_text import CalibrationError, load_encoder, read_samples
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.e4m3 import scale_of
+from fp8.builder.engine import unwritable
 from fp8.builder.formats.base import Format, FormatError
 from fp8.builder.formats.bf16 import Bf16
 from fp8.builder.graph import Graph
@@ -154,8 +154,7 @@ def _workplace(output: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         _clear(partial)
-        full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
-        raise OutputError(f"{output} cannot be written: {error.strerror or error}{full}") from error
+        raise OutputError(unwritable(output, error)) from error
     except ValueError:  # the inputs are at fault: what was calibrated with them is of no use
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from fp8.builder.engine import unwritable
 
 
 class BuildError(ValueError):
@@ -37,8 +38,7 @@ def workplace(output: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         _undo(output, partial, replaced)
-        full = "; the disk is full, free some space and run again" if error.errno == errno.ENOSPC else ""
-        raise BuildError(f"{output} cannot be written: {error.strerror or error}{full}") from error
+        raise BuildError(unwritable(output, error)) from error
     except BaseException:
         _undo(output, partial, replaced)
         raise

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fp8.builder.engine import EngineError, Plan, write_atomically
+from fp8.builder.engine import EngineError, Plan, unwritable, write_atomically
 from fp8.plugins.base import StepShape
 from fp8.runtime.step_inputs import StepInputs
 
@@ -99,7 +99,10 @@ class Dump(Recorder):
         super().__init__(plan, weight, {tap.buffer for tap in plan.taps}.__contains__)
         self.directory = directory
         self.steps = 0
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(unwritable(directory, error)) from error
 
     def end(self) -> None:
         from safetensors.torch import save
@@ -115,5 +118,9 @@ class Dump(Recorder):
                 tensors[f"{tap.name}.scale"] = found.scale
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # no two names share memory in the file
         facts = {"step": str(self.steps), "buffers": json.dumps({t.name: t.buffer for t in self.plan.taps})}
-        write_atomically(self.directory / f"step_{self.steps:06d}.safetensors", [save(tensors, facts)])
+        path = self.directory / f"step_{self.steps:06d}.safetensors"
+        try:
+            write_atomically(path, [save(tensors, facts)])
+        except OSError as error:
+            raise EngineError(unwritable(path, error)) from error
         self.steps += 1

@@ -31,6 +31,7 @@ from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
 from fp8.plugins.gemm.types import ACCUMULATIONS
+from fp8.scripts.argument_types import positive
 from fp8.scripts.progress import stages
 
 ERRORS = (
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--pp_layers", type=layer_counts, default=(), metavar="N,N,...",
         help="layers of each stage, such as 20,20,24,16 (default: as even as they go)",
     )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=1, help="ranks that are built side by side (default: 1)")
+    parser.add_argument("--workers", type=positive, default=1, help="ranks that are built side by side (default: 1)")
     parser.add_argument("--rank", type=int, default=0, help="of which --explain tells (default: 0)")
     parser.add_argument(
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"

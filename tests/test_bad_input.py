@@ -266,7 +266,7 @@ def test_quantize_refuses_an_unknown_flag_value(flag: str, value: str, original:
     ("flag", "value"),
     [("target", "sm_75"), ("max_batch_size", "0"), ("max_seq_len", "-1"), ("max_num_tokens", "1"),
      ("max_num_tokens", "many"), ("max_num_tokens", "9999999999"), ("tp_size", "99999999999"),
-     ("pp_size", "2000"),
+     ("pp_size", "2000"), ("workers", "0"),
      ("gpu_memory", "lots"), ("explain", "model.layers.77"), ("log_level", "loud")],
 )  # fmt: skip
 def test_build_refuses_an_unknown_flag_value(flag: str, value: str, quantized: Path, refused: Refusal) -> None:
@@ -467,6 +467,21 @@ def test_a_full_disk_leaves_nothing_behind(
     arguments = quantize_arguments(original) if command == "quantize" else build_arguments(original)
     refused(command, *arguments, says=("out", "No space left", "disk is full"))
     assert sorted(p.name for p in original.parent.iterdir()) == ["model"]
+
+
+def test_what_cannot_be_written_beside_the_output_is_named(
+    quantized: Path, engine: Path, tmp_path: Path, refused: Refusal
+) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    refused(
+        "build", *build_arguments(quantized), "--dump_passes", taken / "passes", says=("passes", "cannot be written")
+    )
+    assert not (quantized.parent / "out").exists()
+
+
+def test_a_text_of_prompts_that_is_not_there_is_named(engine: Path, refused: Refusal) -> None:
+    refused("run", "--engine_dir", engine, "--device", "cpu", "--input_file", "no.txt", says=("no.txt cannot be read",))
 
 
 @pytest.mark.parametrize("command", ["quantize", "build"])

@@ -271,7 +271,7 @@ def test_one_rank_has_the_passes_that_it_had(directory):
     ("changes", "says"),
     [
         ({"tp": 5}, "4 heads are too few for 5 ranks"),
-        ({"pp": 3}, "stages of 1, 1, 0 layers are not the model's 2"),
+        ({"pp": 3}, "pp_size is 3, but the model has 2 layers"),
         ({"pp": 2, "pp_layers": (2,)}, "pp_layers names 1 stages, but pp_size is 2"),
         ({"tp": 0}, "tp_size is 0, expected at least 1"),
         ({"dtype": "float32", "target": "sm_90a"}, "only float32 for target cpu"),

@@ -46,6 +46,8 @@ def stages(num_layers: int, pp_size: int, pp_layers: Sequence[int] = ()) -> list
     """
     if pp_layers and len(pp_layers) != pp_size:
         raise SplitError(f"pp_layers names {len(pp_layers)} stages, but pp_size is {pp_size}")
+    if pp_size > num_layers:
+        raise SplitError(f"pp_size is {pp_size}, but the model has {num_layers} layers, and every stage needs one")
     counts = list(pp_layers) or evenly(num_layers, pp_size)
     if min(counts) < 1 or sum(counts) != num_layers:
         raise SplitError(

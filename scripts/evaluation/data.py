@@ -24,6 +24,8 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def csv_rows(path: Path, columns: Sequence[str]) -> list[Row]:
