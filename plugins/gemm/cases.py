@@ -107,7 +107,7 @@ RAGGED += [
     case(129, 576, 4096, "rowwise"),
     case(300, 4096, 864, "rowwise", out="float16", bias=True),
     *(case(rows, 392, 384, mode, bias=True) for rows in (1, 7, 65, 129, 300) for mode in ("block", "block8")),
-    *(case(515, 1536, 2048, mode, out="float16") for mode in ("block", "block8")),
+    *(case(515, 1536, k, mode, out="float16") for k in (2048, 2304) for mode in ("block", "block8")),
     case(127, 264, 328, "none", "bfloat16", bias=True),
     case(33, 1003, 864, "none", "bfloat16", "float32", logits=True),
     case(300, 520, 1000, "none", "float16", "float16"),

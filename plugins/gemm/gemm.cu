@@ -9,7 +9,8 @@
 // PROMOTE: the tensor cores keep some 14 bits of an e4m3 sum, so each stage's products (128 of K) are added in float32 to a
 // second set of accumulators; the other warpgroup multiplies meanwhile, and the next tile's first stage does under the
 // epilogue. Blockwise scales (of 128 of K: per row of x, per 128 or 8 rows of w) cannot wait for the epilogue: they scale the
-// products on this way. A warp of the producer's copies them to shared memory with the stage.
+// products on this way. A warp of the producer's copies them to shared memory with the stage. SETS 2: a warpgroup's products
+// of one stage are added while those of the next, in accumulators of their own, are under way, too.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. ADD: TMA first fills a buffer with what is to be added
 // (of a tile's first chunks before its products), and each thread adds where it then writes. Rows past M that a tile covers
@@ -53,6 +54,19 @@
 //   256 x 128, products of 64 rows after those of the other 64                             1051            1187
 //     + turns, buffers for a whole tile, rasters of 1024 rows                              1131            1190
 //     + a cluster of two that shares x, buffers for a whole tile                           1104            1147
+// Then two sets of products for 128 columns (SETS), in another run, sustained, TFLOP/s and SM clock in MHz:
+//                                            2048 x 12288 x 4096   4096 x 4096 x 4096   4096 x 7168 x 16384
+//   128 x 192; 128 x 128, one set                1193 1327  1089 1289   1009 1274  1077 1284   1146 1262  1143 1262
+//   128 x 128, two; all awaited every 2nd k block     1009 1282
+//     every 4th, 8th, 16th, 32nd                 1079 to 1130 1278              1127 1287         1069 1237
+//     + a cluster of two that shares w                1096 1288            1105 1305         1134 1232
+// and in a third (its first rows at a cooler card's clocks):
+//   128 x 192; 128 x 128, one set; two           1276 1387  1159 1393  1151 1313 | 1036  1091  1137 | 1241  1196  1087 1245
+//   two, without additions; without loads; neither    1118 1211  1121 1253  1337 1380 | - | 1158 1185  1179 1235  1383 1372
+//   + the warpgroups' products in turn                1082 1253 | 1046 1224 | 1126 1209
+//   + store buffers of half the width, two            1116 1272 | 1099 1255 | 1168 1221 (128 x 192 so: 1092 | 991 | 1043)
+//   + two store buffers, one stage less               1137 1263 | 1126 1269 | 1118 1145
+// What keeps the tensor cores busier takes clocks in turn: at 16384 the last has 0.98 TFLOP/s per MHz and 128 x 192 0.92.
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
@@ -264,7 +278,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #else
     Added added = {};
 #endif
-    float d[MMAS][BLOCK_N / 2];
+    float d[MMAS * SETS][BLOCK_N / 2];
     float promoted[PROMOTE ? MMAS : 1][PROMOTE ? BLOCK_N / 2 : 1];
     auto& sum = pick<PROMOTE>(promoted, d);
     if (PINGPONG && warpgroup == 1) {  // the first tile is the other's
@@ -280,10 +294,10 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     u32 a_low = a_first + stage * (STAGE_BYTES / 16), b_low = b_first + stage * (STAGE_BYTES / 16);  // of this stage
     u64 high = wgmma_descriptor(0) >> 32 << 32;  // of every stage
     Scales scale;
-    auto multiply_promoted = [&] {  // this stage
+    auto multiply_promoted = [&](float (&products)[BLOCK_N / 2]) {  // this stage
       wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 4; j++) mma(d[0], high | (a_low + 2 * j), high | (b_low + 2 * j), j);
+      for (int j = 0; j < 4; j++) mma(products, high | (a_low + 2 * j), high | (b_low + 2 * j), j);
       wgmma_commit_group();
     };
     auto multiply = [&](int sofar) {  // this stage, added to what `d` holds `sofar`
@@ -335,12 +349,26 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       release(empty_bar + stage * 8);
       advance();
       if (more) mbarrier_wait(full_bar + stage * 8, parity);
-      multiply_promoted();
+      multiply_promoted(products);
     };
-    if (PROMOTE && K_BLOCKS < 4) pin(k_end);  // a loop that is unrolled away lets ptxas wait too early
+    // SETS 2: starts the next stage's products and adds those under way. ptxas follows products past the end of a loop's body
+    // only if all are awaited at its beginning (`first`): there the other warpgroup's alone are under way.
+    auto go_on_and_add = [&](float (&sums)[BLOCK_N / 2], float (&products)[BLOCK_N / 2], float (&next)[BLOCK_N / 2], bool first, bool more) {
+      advance();
+      if (more) mbarrier_wait(full_bar + stage * 8, parity);
+      if (first) wgmma_wait_group<0>();
+      multiply_promoted(next);
+      load_scales();
+      wgmma_wait_group<1>();
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 2; i++) pin(products[i]);
+      release(empty_bar + last * 8);
+      promote(sums, products, scale);
+    };
+    if (PROMOTE && K_BLOCKS < 4 * UNROLLED) pin(k_end);  // a loop that is unrolled away lets ptxas wait too early
     if (PROMOTE) {
       mbarrier_wait(full_bar + stage * 8, parity);
-      multiply_promoted();
+      multiply_promoted(d[SETS - 1]);
     }
     for (int unit = first; unit < units; unit += PINGPONG ? 2 * step : step) {
       Tile t = tile_of(unit, m_units, rank);
@@ -376,7 +404,15 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           for (int i = 0; i < BLOCK_N / 2; i++) sum[m][i] = 0.f;
       }
       if (PINGPONG) await_turn(warpgroup);
-      if constexpr (PROMOTE) {
+      if constexpr (SETS == 2) {
+#pragma unroll
+        for (int j = 0; j < REST; j++) go_on_and_add(sum[0], d[1 - j % 2], d[j % 2], j == 0, true);
+#pragma unroll 1
+        for (int k = k_begin + REST; k < k_end; k += UNROLLED)
+#pragma unroll
+          for (int j = 0; j < UNROLLED; j++)
+            go_on_and_add(sum[0], d[1 - j % 2], d[j % 2], j == 0, j + 1 < UNROLLED || k + UNROLLED < k_end || unit + step < units);
+      } else if constexpr (PROMOTE) {
 #pragma unroll 1
         for (int k = k_begin; k + 1 < k_end; k++) add_and_go_on(sum[0], d[0], true);
         add_and_go_on(sum[0], d[0], unit + step < units);

@@ -40,6 +40,9 @@ static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, 
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
 static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG && MMAS == 1));
 static_assert(!ADD || (PINGPONG && TMA_STORE && !SWIGLU && !QUANT));
+static_assert(SETS == 1 || (SETS == 2 && PROMOTE && K_BLOCKS % (2 * SPLIT) == 0));
+// SETS 2: k blocks in the body of the loop, and those before it.
+constexpr int UNROLLED = SETS == 1 ? 1 : K_BLOCKS / SPLIT < 16 ? K_BLOCKS / SPLIT : 16, REST = K_BLOCKS / SPLIT % UNROLLED;
 static_assert(!BLOCKWISE || (PROMOTE && !SWIGLU && W_SCALE == 2 && GEMM_K % 128 == 0 && GEMM_N % 8 == 0));
 
 struct Arguments {
