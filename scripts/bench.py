@@ -24,6 +24,7 @@ from fp8.scripts.benchmarks import all_reduce, host, kernel, latency, roofline, 
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.ranks import among_peers, on_all_ranks
 from fp8.scripts.run import ERRORS
+from fp8.scripts.teaching import Teaching
 
 MODES = {
     "kernel": (kernel, "plugins' kernels against cuBLASLt, cuDNN and torch (GPU only)"),
@@ -40,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("fp8-bench", description="Measures kernels and engines.")
     modes = p.add_subparsers(dest="mode", required=True)
     for name, (module, title) in MODES.items():
-        mode = modes.add_parser(name, help=title, description=getattr(module, "DESCRIPTION", title))
+        mode = modes.add_parser(
+            name, help=title, description=getattr(module, "DESCRIPTION", title), formatter_class=Teaching
+        )
         module.add_arguments(mode)
         mode.add_argument("--output", type=new_file, help="write the result as JSON")
         add_argument(mode)

@@ -33,6 +33,7 @@ from fp8.plugins.base import PluginError
 from fp8.plugins.gemm.types import ACCUMULATIONS
 from fp8.scripts.argument_types import positive
 from fp8.scripts.progress import stages
+from fp8.scripts.teaching import Teaching
 
 ERRORS = (
     BuildError, CheckpointError, ConfigError, ExportError, FormatError, LegalityError, PluginError, SplitError,
@@ -40,11 +41,21 @@ ERRORS = (
 )  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 FP8_ALL_REDUCE = 4096  # KiB: of two H200s' sums, 2 MB take longer so and 8 MB do not
+EXAMPLES = """\
+examples:
+  fp8-build --checkpoint_dir ckpt --dry_run                        what memory it will take; is every layer legal?
+  fp8-build --checkpoint_dir ckpt --output_dir engine --max_batch_size 64 --max_seq_len 2048
+  fp8-build --checkpoint_dir ckpt --output_dir engine --verify     did a pass change the result?
+  fp8-build --checkpoint_dir ckpt --explain model.layers.0.mlp.up_proj
+  fp8-build --checkpoint_dir ckpt --output_dir engine --tp_size 4 --workers 4
+
+Then: fp8-run --engine_dir engine --input_text TEXT, fp8-serve, fp8-eval, fp8-inspect
+"""
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fp8-build", description=__doc__)
+    parser = argparse.ArgumentParser("fp8-build", description=__doc__, epilog=EXAMPLES, formatter_class=Teaching)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="as fp8-quantize or Hugging Face writes it")
     parser.add_argument("--output_dir", type=Path, help="engine directory; an existing engine is replaced")
     parser.add_argument(
@@ -100,7 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gpu_memory", default="139G", help="of the card that the memory budget is for (default: 139G, an H200)"
     )
-    parser.add_argument("--log_level", default="info", choices=LOG_LEVELS)
+    parser.add_argument("--log_level", default="info", choices=LOG_LEVELS, help="how much is told on the way")
     options = parser.parse_args(arguments)
     if options.output_dir is None and not (options.dry_run or options.explain or options.export_onnx):
         parser.error("--output_dir is needed, except with --dry_run, --explain or --export_onnx")

@@ -27,6 +27,7 @@ from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import Tokenizer, load_tokenizer
 from fp8.scripts.argument_types import positive
 from fp8.scripts.run import ERRORS, token_ids
+from fp8.scripts.teaching import Teaching
 
 MAX_CODE = 0x7E  # of e4m3, without its sign: 448
 TOKENS = 64  # of the default prompt
@@ -249,7 +250,7 @@ def first_under(tallies: Sequence[Tally], threshold: float) -> str | None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("fp8-inspect compare", description=__doc__)
+    p = argparse.ArgumentParser("fp8-inspect compare", description=__doc__, formatter_class=Teaching)
     p.add_argument("a", type=Path, help="engine or Hugging Face model directory")
     p.add_argument("b", type=Path, help="the reference: engine or Hugging Face model directory")
     what = p.add_mutually_exclusive_group()
@@ -260,8 +261,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"in dB (default: {THRESHOLD:g})")
     p.add_argument("--device", default="cpu", help="of engines: cpu (default), cuda or auto")
     p.add_argument("--max_kv_blocks", type=positive, help="size of each KV pool (default: for --max_tokens)")
-    p.add_argument("--reference_dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    p.add_argument("--json", action="store_true")
+    p.add_argument(
+        "--reference_dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of a model"
+    )
+    p.add_argument("--json", action="store_true", help="the comparison as JSON")
     return p.parse_args(arguments)
 
 

@@ -28,6 +28,7 @@ from fp8.scripts.evaluation.statistics import chance_limit
 from fp8.scripts.evaluation.task import Task, modules, task_name
 from fp8.scripts.ranks import among_peers, is_divided, on_all_ranks
 from fp8.scripts.run import ERRORS, add_session_arguments
+from fp8.scripts.teaching import Teaching
 
 SHARED = ("data", "max_items", "skip_long", "max_ppl_increase", "min_accuracy")  # flags that a task's COMMON may name
 
@@ -36,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
     tasks = modules()
     p = argparse.ArgumentParser(
         "fp8-eval", description="Evaluates an engine at a task.", epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Teaching,
     )  # fmt: skip
-    p.add_argument("--engine_dir", required=True)
+    p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
     names = ", ".join("/".join((name, *module.ALIASES)) for name, module in tasks.items())
     p.add_argument("--task", type=task_name, default="perplexity", help=f"{names}; default: perplexity")
     p.add_argument("--data", type=Path, help="the task's text, file or directory")

@@ -23,6 +23,7 @@ from fp8.builder.rewrite import DOMAIN
 from fp8.models import config as models
 from fp8.scripts.build import ERRORS
 from fp8.scripts.layout import place
+from fp8.scripts.teaching import Teaching
 
 SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # what is drawn
 HEIGHT, CHARACTER, SMALL = 40, 7.4, 5.8  # pixels: of a box, and of a character of its title and of other text
@@ -348,9 +349,9 @@ def beside(found: Sequence[Drawing]) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("fp8-inspect graph", description=__doc__)
+    p = argparse.ArgumentParser("fp8-inspect graph", description=__doc__, formatter_class=Teaching)
     p.add_argument("directory", type=Path, help="checkpoint (before and after fusion) or engine (after fusion)")
-    p.add_argument("--layer", type=int, default=0)
+    p.add_argument("--layer", type=int, default=0, help="which one")
     p.add_argument("--rank", type=int, default=0, help="of an engine of several ranks")
     p.add_argument("--output", type=Path, metavar="PAGE.html", help="the page")
     p.add_argument("--svg", type=Path, metavar="FILE.svg", help="the drawings alone, as one SVG")

@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "fp8-inspect", description=__doc__,
         epilog="fp8-inspect compare A B and fp8-inspect graph ENGINE_OR_CHECKPOINT have --help of their own",
     )  # fmt: skip
-    parser.add_argument("engine_dir", type=Path)
+    parser.add_argument("engine_dir", type=Path, help="as fp8-build writes it")
     parser.add_argument("--rank", type=int, default=0, help="of an engine of several ranks (default: 0)")
     parser.add_argument("--layers", action="store_true", help="every step with its types and shapes")
     parser.add_argument("--tactics", action="store_true", help="every step's tactics, and the kernels with registers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,39 +13,59 @@ from rich.console import Console
 
 from fp8.builder.calibration_text import CalibrationError
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
-from fp8.builder.formats.base import KV_CACHE_DTYPES, Format, FormatError, load, names
+from fp8.builder.formats.base import Format, FormatError, load, names
 from fp8.builder.quantization_config import read_dtype
 from fp8.builder.quantize import Calibration, OutputError, Reporter, quantize_checkpoint
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.scripts.argument_types import positive
 from fp8.scripts.progress import stages
+from fp8.scripts.teaching import Teaching
 
+EXAMPLES = """\
+examples:
+  fp8-quantize --model_dir HF_DIR --qformat fp8_rowwise --output_dir ckpt
+  fp8-quantize --model_dir HF_DIR --qformat fp8 --kv_cache_dtype fp8 --calib_dataset text.txt --output_dir ckpt
+  fp8-quantize --model_dir HF_DIR --calib_dataset text.txt --exclude_modules '*.down_proj' --output_dir ckpt
+
+Then: fp8-build --checkpoint_dir ckpt --output_dir engine
+"""
 ERRORS = (CheckpointError, ConfigError, FormatError, CalibrationError, OutputError)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fp8-quantize", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "fp8-quantize",
+        description=__doc__,
+        epilog=f"formats:\n{format_texts()}\n\n{EXAMPLES}",
+        formatter_class=Teaching,
+    )
     parser.add_argument("--model_dir", type=Path, required=True, help="Hugging Face checkpoint directory")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the quantized checkpoint goes")
     parser.add_argument("--qformat", default="fp8", help=f"one of {', '.join(names())}")
-    parser.add_argument("--kv_cache_dtype", default="auto", help=f"one of {', '.join(KV_CACHE_DTYPES)}")
+    parser.add_argument("--kv_cache_dtype", default="auto", help="auto: the model's type; fp8: E4M3, calibrated")
     parser.add_argument("--exclude_modules", nargs="+", default=[], metavar="GLOB", help="linears to leave unquantized")
     parser.add_argument(
-        "--activation_scale_ub", help="fp8_rowwise: bound of a token's largest magnitude, or none (1200)"
+        "--activation_scale_ub", help="fp8_rowwise: bound of a token's largest magnitude, or none (default: 1200)"
     )
     parser.add_argument("--dtype", help="what is not quantized: bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--calib_dataset", type=Path, help=".txt, .jsonl or .parquet with a `text` column")
     parser.add_argument("--calib_size", type=positive, default=512, help="samples")
     parser.add_argument("--calib_max_seq_length", type=positive, default=512, help="tokens per sample")
     parser.add_argument("--seed", type=int, default=0, help="choice of samples")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="that calibrates")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="continue an interrupted calibration of the same inputs (kept in OUTPUT_DIR.partial)",
     )  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def format_texts() -> str:
+    """What each module of `builder/formats` says of itself first."""
+    texts = ((sys.modules[load(name).__module__].__doc__ or name).split("\n\n")[0] for name in names())
+    return "\n".join(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    ") for text in texts)
 
 
 def make_format(options: argparse.Namespace) -> Format:

@@ -24,13 +24,14 @@ from fp8.scripts.argument_types import fraction, positive
 from fp8.scripts.prompts import read_prompts
 from fp8.scripts.ranks import add_rank_arguments, on_all_ranks
 from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
+from fp8.scripts.teaching import Teaching
 
 ERRORS = (EngineError, RequestError, KVCacheError, PluginError, RankError, ServiceError, OSError)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fp8-run", description="Generates text with an engine.")
-    p.add_argument("--engine_dir", required=True)
+    p = argparse.ArgumentParser("fp8-run", description="Generates text with an engine.", formatter_class=Teaching)
+    p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--input_text", nargs="+", help="one or several prompts")
     what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--debug_mode", action="store_true", help="write every step's debug tensors (fp8-build --enable_debug_output)"
     )
     p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where to (default: debug)")
-    p.add_argument("--output", choices=("text", "json", "jsonl"), default="text")
+    p.add_argument("--output", choices=("text", "json", "jsonl"), default="text", help="how results are printed")
     return p
 
 
@@ -53,7 +54,10 @@ def add_session_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--max_kv_blocks", type=positive, help="size of the KV pool in blocks of 64 tokens; default: what fits"
     )
-    p.add_argument("--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9)
+    p.add_argument(
+        "--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9,
+        help="of the GPU memory that is left beside weights and activations: the KV pool's",
+    )  # fmt: skip
     add_rank_arguments(p)
 
 

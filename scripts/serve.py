@@ -19,14 +19,17 @@ from fp8.runtime.policy import POLICIES
 from fp8.scripts.argument_types import port, positive, seconds
 from fp8.scripts.ranks import on_all_ranks
 from fp8.scripts.run import ERRORS, add_session_arguments
+from fp8.scripts.teaching import Teaching
 
 API_KEY_VARIABLE = "FP8_API_KEY"
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fp8-serve", description="Serves an engine: OpenAI-compatible completions and chat.")
-    p.add_argument("--engine_dir", required=True)
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    p = argparse.ArgumentParser(
+        "fp8-serve", description="Serves an engine: OpenAI-compatible completions and chat.", formatter_class=Teaching
+    )
+    p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on: this machine only, unless told")
     p.add_argument("--port", type=port, default=8000, help="0 takes a free one")
     p.add_argument("--served_model_name", help="default: the name of the engine directory")
     key = p.add_mutually_exclusive_group()
@@ -34,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     key.add_argument("--api_key_file", type=Path, help="a file with the key, which a list of processes does not show")
     p.add_argument("--policy", choices=sorted(POLICIES), default="throughput", help="how requests share the engine")
     p.add_argument("--max_requests", type=positive, default=256, help="under way at once; beyond them: 429")
-    p.add_argument("--max_body_bytes", type=positive, default=4 << 20)
+    p.add_argument("--max_body_bytes", type=positive, default=4 << 20, help="a larger request is refused")
     p.add_argument("--body_seconds", type=seconds, default=30.0, help="a request that arrives more slowly is refused")
     p.add_argument("--stall_seconds", type=seconds, default=30.0, help="a client that takes nothing so long is cut off")
     p.add_argument("--request_seconds", type=seconds, default=600.0, help="an answer that takes longer is cut off")

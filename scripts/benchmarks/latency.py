@@ -25,9 +25,9 @@ WARM_STEPS = 4  # of decoding
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
-    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1])
-    parser.add_argument("--input_len", type=positive, nargs="+", default=[1024])
-    parser.add_argument("--output_len", type=positive, default=128)
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences at once")
+    parser.add_argument("--input_len", type=positive, nargs="+", default=[1024], help="tokens of each prompt")
+    parser.add_argument("--output_len", type=positive, default=128, help="tokens of each output")
     parser.add_argument("--runs", type=positive, default=3, help="the median is reported")
     parser.add_argument("--max_seconds", type=float, help="of a row: begin no further run after so many")
 

@@ -32,7 +32,7 @@ QUEUED = 256  # requests that wait at any time in the steady state, at least
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.set_defaults(prepare=_prepare)
-    parser.add_argument("--input_len", type=positive, nargs="+", default=[1000])
+    parser.add_argument("--input_len", type=positive, nargs="+", default=[1000], help="tokens of each prompt")
     parser.add_argument("--output_len", type=positive, nargs="+", default=[1000], help="one for each input_len")
     parser.add_argument(
         "--num_requests", type=positive, nargs="+", default=[1024], help="one, or one for each input_len"
