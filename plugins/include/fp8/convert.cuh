@@ -37,7 +37,6 @@ template <int Dtype> DEVICE u32 from_float2(float low, float high) {
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-template <int Dtype> DEVICE float round_float(float x) { return to_float<Dtype>(from_float<Dtype>(x)); }
 template <int Dtype> DEVICE void round_pair(float& a, float& b) {
   u32 packed = from_float2<Dtype>(a, b);
   a = to_float<Dtype>((u16)packed), b = to_float<Dtype>((u16)(packed >> 16));

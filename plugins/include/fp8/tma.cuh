@@ -15,9 +15,6 @@ DEVICE void tma_load_3d(u32 dst, const TensorMap* map, u32 bar, int x, int y, in
 DEVICE void tma_load_3d_evict_first(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(0x12F0000000000000ull) : "memory");
 }
-DEVICE void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, int x, int y, int z, int w) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
-}
 // To the same offset in every CTA of `mask`; each receiving CTA's barrier counts the bytes.
 DEVICE void tma_load_2d_multicast(u32 dst, const TensorMap* map, u32 bar, int x, int y, u16 mask) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst), "l"(map), "r"(bar), "r"(x), "r"(y), "h"(mask) : "memory");
