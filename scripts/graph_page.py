@@ -21,6 +21,7 @@ from fp8.builder.dtypes import BYTES, dtype_name
 from fp8.builder.engine import EngineError, Plan, write_atomically
 from fp8.builder.rewrite import DOMAIN
 from fp8.models import config as models
+from fp8.scripts.argument_types import new_file
 from fp8.scripts.build import ERRORS
 from fp8.scripts.layout import place
 from fp8.scripts.teaching import Teaching
@@ -353,8 +354,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("directory", type=Path, help="checkpoint (before and after fusion) or engine (after fusion)")
     p.add_argument("--layer", type=int, default=0, help="which one")
     p.add_argument("--rank", type=int, default=0, help="of an engine of several ranks")
-    p.add_argument("--output", type=Path, metavar="PAGE.html", help="the page")
-    p.add_argument("--svg", type=Path, metavar="FILE.svg", help="the drawings alone, as one SVG")
+    p.add_argument("--output", type=new_file, metavar="PAGE.html", help="the page")
+    p.add_argument("--svg", type=new_file, metavar="FILE.svg", help="the drawings alone, as one SVG")
     options = p.parse_args(arguments)
     if not (options.output or options.svg):
         p.error("nothing to write: give --output PAGE.html, --svg FILE.svg, or both")

@@ -50,7 +50,10 @@ def api_key(args: argparse.Namespace) -> str | None:
     """The key of the arguments, the file or the environment. Raises EngineError for a file without one."""
     if args.api_key_file is None:
         return args.api_key or os.environ.get(API_KEY_VARIABLE) or None
-    key = args.api_key_file.read_text().strip()
+    try:
+        key = args.api_key_file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{args.api_key_file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not key:
         raise EngineError(f"{args.api_key_file} is empty; write the API key there")
     return str(key)

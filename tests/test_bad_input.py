@@ -480,6 +480,14 @@ def test_what_cannot_be_written_beside_the_output_is_named(
     assert not (quantized.parent / "out").exists()
 
 
+def test_a_page_for_a_folder_that_is_not_there_is_refused(quantized: Path, refused: Refusal) -> None:
+    refused("inspect", "graph", quantized, "--output", "no/such/page.html", says=("no directory no/such",), status=2)
+
+
+def test_a_key_s_file_that_is_not_there_is_named(engine: Path, refused: Refusal) -> None:
+    refused("serve", "--engine_dir", engine, "--api_key_file", "no.key", says=("no.key cannot be read",))
+
+
 def test_a_text_of_prompts_that_is_not_there_is_named(engine: Path, refused: Refusal) -> None:
     refused("run", "--engine_dir", engine, "--device", "cpu", "--input_file", "no.txt", says=("no.txt cannot be read",))
 
