@@ -244,14 +244,16 @@ def test_every_offered_tactic_fits_shared_memory_and_the_grid() -> None:
                 assert t.grid(1, n, many_tokens.SMS) >= t.cluster
 
 
-def test_two_sets_of_products_are_for_an_even_number_of_short_k_blocks() -> None:
-    def sets(k: int, accumulation: str = "precise") -> list[int]:
-        problem = many_tokens.problem(Gemm(accumulation=accumulation), [*operands(4096, k)[:4], None])
-        every = sorted(many_tokens.enumerate_tactics(problem, 2048), key=lambda t: many_tokens.cost(t, problem, 2048))
-        return [t.SETS for t in every]
+def test_a_lone_warpgroup_has_two_sets_of_products_where_k_blocks_are_even() -> None:
+    def tactics(k: int, accumulation: str = "precise") -> list[ManyTokens]:
+        problem = many_tokens.problem(Gemm(accumulation=accumulation), [*operands(12288, k)[:4], None])
+        every = many_tokens.enumerate_tactics(problem, 64)
+        return sorted(every, key=lambda t: many_tokens.cost(t, problem, 64))
 
-    assert sets(4096)[0] == 2 and sets(14336)[0] == 1 and 2 in sets(14336)
-    assert set(sets(4096 + 128)) == {1} and set(sets(4096, "fast")) == {1}
+    best = tactics(4096)[0]
+    assert best.SETS == 2 and best.warpgroups == 1
+    assert all(t.SETS == 1 or t.warpgroups == 1 for t in tactics(4096))
+    assert {t.SETS for t in tactics(4096 + 128)} == {t.SETS for t in tactics(4096, "fast")} == {1}
 
 
 def test_many_waves_take_tiles_in_turn_for_scales_of_both_kinds() -> None:
@@ -288,14 +290,14 @@ COMPILED = [
     (gemm_case(1, 1003, 864, out="float32"), ManyTokens(64, 256, 4)),
     (gemm_case(1, 12288, 4096, accumulation="precise"), ManyTokens(128, 192, 4)),
     (gemm_case(1, 12288, 4096, "block"), ManyTokens(128, 192, 4)),
-    (gemm_case(1, 4096, 4096, "block"), ManyTokens(128, 128, 6, SETS=2)),
-    (gemm_case(1, 4096, 2304, "block8", bias=True), ManyTokens(128, 96, 6, SETS=2)),  # 16 k blocks and 2
+    (gemm_case(1, 4096, 4096, "block"), ManyTokens(64, 96, 10, SETS=2)),
+    (gemm_case(1, 4096, 2304, "block8", bias=True), ManyTokens(64, 128, 6, SETS=2)),  # 16 k blocks and 2
     (gemm_case(1, 4096, 256, "block", out="float32"), ManyTokens(64, 128, 4, SETS=2)),
     (gemm_case(1, 392, 384, "block", bias=True), ManyTokens(64, 32, 10, CLUSTER_N=4)),
     (gemm_case(1, 4096, 11008, accumulation="precise"), ManyTokens(64, 64, 10, SPLIT=2)),
     (gemm_case(1, 392, 320, bias=True, accumulation="precise"), ManyTokens(64, 32, 10, CLUSTER_N=4)),  # 3 k blocks
     (swiglu_case(1, 11008, 4096, accumulation="precise"), ManyTokens(128, 192, 4)),
-    (swiglu_case(1, 11008, 4096, accumulation="precise"), ManyTokens(128, 128, 6, CLUSTER_M=2, SETS=2)),
+    (swiglu_case(1, 11008, 4096, accumulation="precise"), ManyTokens(64, 128, 6, SETS=2)),
     (swiglu_case(1, 11008, 4096), ManyTokens(128, 256, 4)),
     (swiglu_case(1, 11008, 4096), ManyTokens(128, 128, 6, 1)),
     (swiglu_case(1, 11008, 4096, quant="none"), ManyTokens(64, 256, 4, 1)),

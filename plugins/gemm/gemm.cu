@@ -66,7 +66,10 @@
 //   + the warpgroups' products in turn                1082 1253 | 1046 1224 | 1126 1209
 //   + store buffers of half the width, two            1116 1272 | 1099 1255 | 1168 1221 (128 x 192 so: 1092 | 991 | 1043)
 //   + two store buffers, one stage less               1137 1263 | 1126 1269 | 1118 1145
-// What keeps the tensor cores busier takes clocks in turn: at 16384 the last has 0.98 TFLOP/s per MHz and 128 x 192 0.92.
+// In a fourth, 50 ms each in turn with three others: 128 x 128 with one set, two, at 512, 2048 and 4096 x 4096 x 4096
+// 1045 990, 1081 1092, 1095 1098, 128 x 192 and two at 8192 x 4096 x 4096 1141 1099. What keeps the tensor cores busier takes
+// clocks in turn (at 16384 above 0.98 TFLOP/s per MHz, 128 x 192 0.92). But a warpgroup alone, 64 x 12288 x 4096 by 64 x 96:
+// 14.1 us instead of 14.5, 14.0 and 14.2 instead of 14.4 and 14.6 (64 x 128 16.3 instead of 16.6; 64 x 64 7.7 instead of 7.6).
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.

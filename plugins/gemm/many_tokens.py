@@ -26,10 +26,10 @@ CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
 PROMOTED_N = 192  # columns for which a warpgroup of 64 rows has registers twice
-TWO_SETS = (96, 128)  # columns for which it has them thrice, of which more would gain nothing
+TWO_SETS = (96, 128)  # columns for which one without another beside it had better have two sets of products
 PROMOTION = 250  # clocks that the tensor cores idle in a k block while its products are promoted
 SCALE = 20  # and for each scale of its columns beyond the first
-SECOND_SET = 0.955, 0.0006  # what a tile takes with two sets of products, of the time with one: and for each k block
+SECOND_SET = 0.98  # of the time that a tile takes with one
 OFFERED = 6  # candidates that are worth timing
 SUSTAINED = 2048  # tokens from which on steps are long
 
@@ -195,8 +195,8 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
                 continue
             if split > 1 and (pingpong or not few_tiles or p.k_blocks < 4 * split):
                 continue
-            pairs = p["PROMOTE"] and block_n in TWO_SETS and split == 1 and p.k_blocks % 2 == 0
-            for sets in (1, 2) if pairs else (1,):
+            alone = p["PROMOTE"] and block_m == 64 and split == 1
+            for sets in (1, 2) if alone and block_n in TWO_SETS and p.k_blocks % 2 == 0 else (1,):
                 t = deepest(p, ManyTokens(block_m, block_n, 0, pingpong, cluster_m, cluster_n, split, sets))
                 if t and (split == 1 or t.STAGES * (block_m + block_n) * ATOM >= block_m * block_n * 4):
                     yield t
@@ -237,7 +237,7 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
     block = 0.94 * multiply + 0.07 * shared + 0.17 * l2 + 75 * (t.cluster > 1) + p["PROMOTE"] * promotion(t, p)
     main = -(-p.k_blocks // t.SPLIT) * block
     if t.SETS == 2:
-        main *= SECOND_SET[0] + SECOND_SET[1] * p.k_blocks
+        main *= SECOND_SET
     writers = 2 if t.warpgroups == 2 and not t.PINGPONG else 1
     epilogue = 500 + 0.155 * t.BLOCK_M * t.BLOCK_N / writers * (1 + 0.5 * p["SWIGLU"])
     waves = units / clusters(t.cluster)
@@ -258,8 +258,6 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
 def promotion(t: ManyTokens, p: Problem) -> int:
     """Clocks that it adds to a k block. With these numbers the model takes the best tile or one within 2.3% of it at 26
     blockwise sizes of 64 to 8192 tokens, from 512 on under sustained load (300 for all tiles: 5 to 9% slower at three).
-    Two sets of products (`SECOND_SET`): 128 x 128 is 3% faster so at K = 4096 (mean of 12 sizes from 512 tokens on,
-    sustained, 1 to 5%), 2% slower at 14336 and 16384 (8 sizes, -9 to +2%).
     """
     scales = t.BLOCK_N // math.gcd(t.BLOCK_N, SCALE_BLOCK) if p.blockwise and p["W_GROUP"] == SCALE_BLOCK else 1
     return PROMOTION + SCALE * (scales - 1)
