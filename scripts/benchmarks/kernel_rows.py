@@ -26,6 +26,7 @@ BRIEF = Pace(4, 0.01)
 # Under load contestants alternate faster than the power limit reacts, so that it falls on both alike.
 TURNS, TURN, LOADED = 16, 0.01, 0.2  # seconds of a turn, and of all a contestant's turns
 LOADED_GRAPH = 4e-3  # seconds: of graphs of 0.5 ms, their own launch would be 1% where a kernel takes as long
+REST = 0.2  # seconds between a case under load and one that is not, which else is timed at the clocks of the former
 HEAVY = 5e10  # FLOP from which a case is timed under load, as is one that the tensor cores bound
 KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
 CEILINGS = -1  # asks for them, in place of a case
@@ -87,6 +88,7 @@ class Measured:
         self._chosen, self._functions = chosen, Functions()
         self._compiling: dict[Kernel, Future] = {}
         self._made: set[str] = set()
+        self._heated = -REST  # when the last case under load ended
 
     @cached_property
     def _measured(self) -> tuple[Ceilings, dict[str, str | None]]:
@@ -151,7 +153,11 @@ class Measured:
         peers = _peer_graphs(buffers, row, lasting) if self._chosen.peers else {}
         write = buffers.captured_write(tactics[0], self._functions.of(kernels[0])) if peers else None
         graphs = [*ours, *peers.values()]
+        if not heavy:
+            time.sleep(max(0.0, self._heated + REST - time.monotonic()))
         times = compare(graphs, _loaded(graphs) if heavy else BRIEF)
+        if heavy:
+            self._heated = time.monotonic()
         us, tactic = min(zip(times, tactics, strict=False), key=lambda pair: pair[0])
         peer_us = dict(zip(peers, times[len(ours) :], strict=True))
         peer, best = next(iter(peer_us.items()), (None, None))
