@@ -17,6 +17,7 @@ from fp8.plugins.attention import joined
 from fp8.plugins.attention.plugin import Attention
 from fp8.plugins.base import Kernel
 from fp8.plugins.gemm.plugin import Gemm
+from fp8.plugins.gemm_send.plugin import GemmSend
 from fp8.plugins.norm_quant import summed
 from fp8.plugins.norm_quant.plugin import NormQuant
 
@@ -45,8 +46,11 @@ def residual_pairs(nodes: Sequence[Node]) -> list[tuple[int, int]]:
 
 
 def early(nodes: Sequence[Node]) -> dict[str, int]:
-    """Sums of residuals, and the places of the linears that may write them."""
-    return {nodes[j].outputs[-1]: i for i, j in residual_pairs(nodes)}
+    """What may be written while the linear in front still reads its x, and that linear's place: sums of residuals, by
+    the linear itself, and what a norm writes of rows that ranks send, for it waits for no linear's end."""
+    sums = {nodes[j].outputs[-1]: i for i, j in residual_pairs(nodes)}
+    sent = {node.outputs[0]: i for i, node in enumerate(nodes) if isinstance(node.plugin, GemmSend)}
+    return sums | {name: sent[x] for node in nodes for x in node.inputs if x in sent for name in node.outputs}
 
 
 def _alone(nodes: Sequence[Node]) -> list[tuple[int, int]]:

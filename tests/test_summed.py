@@ -20,6 +20,7 @@ from fp8.plugins.gemm.few_tokens import FewTokens
 from fp8.plugins.gemm.library import Library
 from fp8.plugins.gemm.many_tokens import ManyTokens
 from fp8.plugins.gemm.plugin import Gemm
+from fp8.plugins.gemm_send.plugin import GemmSend
 from fp8.plugins.norm_quant import summed, summed_cases
 from fp8.plugins.norm_quant.plugin import NormQuant
 from fp8.runtime import joins as runtime
@@ -145,6 +146,22 @@ def test_a_sum_has_its_place_before_the_linear_reads_its_input() -> None:
     assert plain["x"] in (plain["q"], plain["sum"])
     placed, _ = memory.place(buffers, listed, Limits(1, 64, 64), early)
     assert len({placed[n] for n in ("x", "y", "sum")}) == 3
+
+
+def test_what_a_norm_of_sent_rows_writes_lies_beside_what_the_linear_reads() -> None:
+    """It begins to write when its columns have come, while the linear that sends still reads its input for others."""
+    linear, norm = nodes()[:2]
+    joined = AllReduceNormQuant(norm="rms", epsilon=1e-5, quant="static", residual=True, world=2, slot=0)
+    norm = dataclasses.replace(norm, plugin=joined, inputs=("y", "r", *norm.inputs[2:]))
+    found = [dataclasses.replace(linear, plugin=GemmSend(world=2, slot=0)), norm]
+    early = builder.early(found)
+    assert early == {"q": 0, "sum": 0}
+    active = {"x", "y", "q", "sum"}
+    names = {name for n in found for name in (*n.inputs, *n.outputs) if name}
+    buffers = {n: Buffer(n, "bfloat16", ("T", 64), "activation" if n in active else "weight") for n in names}
+    listed = [Step(n.name, n.plugin.name, {}, n.inputs, n.outputs) for n in found]
+    placed, _ = memory.place(buffers, listed, Limits(1, 64, 64), early)
+    assert len({placed[n] for n in active}) == 4
 
 
 def test_the_executor_binds_the_sum_to_the_norm_s_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
