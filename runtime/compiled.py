@@ -135,7 +135,7 @@ class CompiledExecutor:
         functions, steps = load_functions(engine), range(len(plan.steps))
         self._steps = [self._bind(i, functions, self._tensors) for i in steps]
         self._joined = joins.bind(plan, self._plugins, functions, self._tensors, self._workspace)
-        self._merged = merged.bind(plan, functions, self._tensors, self._workspace)
+        self._merged = merged.bind(plan, functions, self._tensors, self._workspace, self._comm)
         self._tail: list[Bound] = []  # launches of the steps behind the last attention, for the rows wanted
         found = tail.find(plan)
         if found is not None:
@@ -161,6 +161,15 @@ class CompiledExecutor:
                     rows = shape.logits_rows if self.plan.buffer(name).shape[0] == "L" else shape.tokens
                     observe(name, self._tensors[name][:rows])
         return self.result[: shape.logits_rows if self._rows == "L" else shape.tokens]
+
+    @property
+    def one_launch(self) -> str:
+        """What one launch stands for, for the other ranks; "" if each step has its own."""
+        return "" if self._merged is None else self._merged.facts
+
+    def launch_apart(self) -> None:
+        """From now on each step has its own launch."""
+        self._merged = None
 
     def _run_merged(self, one: merged.Bound, shape: StepShape) -> None:
         for step in self._steps[: one.first]:

@@ -123,7 +123,9 @@ class HostLinks:
 
 
 def over_peers(plan: Plan) -> bool:
-    """Whether some tactic of the plan reaches into other GPUs' memory."""
+    """Whether some launch of the plan reaches into other GPUs' memory."""
+    if plan.merged is not None and load(plan.merged.step.plugin).collective:
+        return True
     collectives = ((step, plugin) for step in plan.steps if (plugin := load(step.plugin)).collective)
     return any(
         getattr(plugin(**step.attributes).tactic(choice.tactic), "over_peers", False)

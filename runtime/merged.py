@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fp8.builder.engine import Plan
+from fp8.builder.engine import Plan, Step
 from fp8.plugins.base import Launcher, StepShape, load
 
 if TYPE_CHECKING:
@@ -23,26 +23,41 @@ class Bound:
     max_context: int
     launcher: Launcher
 
+    @property
+    def facts(self) -> str:
+        """In what the ranks of a stage have to agree: their blocks wait for each other's."""
+        return f"{self.first} {self.count} {self.max_context}"
+
     def fits(self, shape: StepShape) -> bool:
         return shape.tokens == shape.decode_sequences == 1 and shape.max_context <= self.max_context
 
 
 def bind(
-    plan: Plan, functions: dict[str, Function], tensors: dict[str, torch.Tensor], workspace: torch.Tensor
+    plan: Plan,
+    functions: dict[str, Function],
+    tensors: dict[str, torch.Tensor],
+    workspace: torch.Tensor,
+    comm: Any = None,
 ) -> Bound | None:
-    """None without one, and where the GPU has no multiprocessor for each of its blocks: they wait for each other."""
-    import torch
-
+    """None without one, and where the GPU has no multiprocessor for each of its blocks: they wait for each other, and
+    for those of the other ranks of `comm`, the GPU's communicator, in memory that the ranks share or there is none."""
     found = plan.merged
-    if found is None:
+    if found is None or not _fits(found.step, workspace.device, comm):
         return None
     step, plugin = found.step, load(found.step.plugin)(**found.step.attributes)
-    multiprocessors = torch.cuda.get_device_properties(workspace.device).multi_processor_count
-    if multiprocessors < plugin.grid:  # type: ignore[attr-defined]
-        return None
+    further = {"comm": comm} if plugin.collective else {}
     (choice,) = step.tactics
     bound = [tensors[name] if name else None for name in (*step.inputs, *step.outputs)]
     region = workspace[choice.workspace_offset :][: choice.workspace]
     kernels = [functions[h] for h in choice.kernels]
-    launcher = plugin.bind(plugin.tactic(choice.tactic), kernels, bound, region)
+    launcher = plugin.bind(plugin.tactic(choice.tactic), kernels, bound, region, **further)
     return Bound(found.first, found.count, found.max_context, launcher)
+
+
+def _fits(step: Step, device: torch.device, comm: Any) -> bool:
+    import torch
+
+    plugin: Any = load(step.plugin)
+    if plugin.collective and (comm is None or comm.regions is None):
+        return False
+    return torch.cuda.get_device_properties(device).multi_processor_count >= plugin.grid

@@ -17,7 +17,7 @@ from fp8.runtime import preflight
 from fp8.runtime.beam_search import Candidates
 from fp8.runtime.comm import World
 from fp8.runtime.device import blocks_in_host_memory, choose_device
-from fp8.runtime.links import GpuLinks, HostLinks, Links, Returned
+from fp8.runtime.links import GpuLinks, HostLinks, Links, Returned, peers
 from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.ranks import Command, Ranks, Reply
 from fp8.runtime.record import Recorder
@@ -108,6 +108,10 @@ class Session:
             with self.ranks.guard(), self._scope():
                 self._links = GpuLinks(world, engine, self.device) if on_gpu else HostLinks(world, self.plan)
         preflight.all_or_none(world, lambda: allocate(engine))
+        if world is not None and not isinstance(self.executor, ReferenceExecutor):
+            told = world.exchange(self.executor.one_launch)
+            if len({told[rank] for rank in peers(world, self.plan)}) > 1:
+                self.executor.launch_apart()
         if self._links is not None and not self._samples and self._first:
             self._returned = Returned(self._links, self._inputs.sampled, self.stages)
 

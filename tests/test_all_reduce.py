@@ -307,7 +307,10 @@ def test_families_of_exchanges_share_no_memory() -> None:
         sent = [region.sent_area(world, i).value for i in range(region.SENT_AREAS)]
         assert areas[1] + 2 * slots_of(2) * slot == sent[0]
         rows = region.SENT_ROWS * world * dict(region.sent_constants(world))["SENT_BYTES"]
-        assert [*(a + rows for a in sent)] == [*sent[1:], region.region_bytes(world)]
+        layers = int(str(dict(region.layers_constants(world))["LAYERS_AREA"]).removesuffix("ull"))
+        assert [*(a + rows for a in sent)] == [*sent[1:], layers]
+        places = region.LAYERS_PLACES * world * region.MOST_HIDDEN * 4
+        assert layers + region.LAYERS_SUMS + places == region.region_bytes(world)
 
 
 @pytest.mark.parametrize("world", [2, 8])
@@ -506,7 +509,7 @@ def test_a_tactic_that_fails_on_any_rank_is_told_and_left_out_of_what_follows(mo
         return "other bits" if tactic.threads == 256 and tactic.method == "push" else ""
 
     begun: list[str] = []
-    monkeypatch.setattr(bench, "makers", lambda *_: [lambda: work])
+    monkeypatch.setattr(bench, "every", lambda *_: [lambda: work])
     monkeypatch.setattr(bench, "check", check)
     monkeypatch.setattr(bench, "check_graph", lambda *_: "")
     found = bench.checks(group, [8], lambda name, _: begun.append(name), {"failures": ["before"]})

@@ -20,6 +20,7 @@ from fp8.plugins.compile import compile_kernel
 from fp8.plugins.decode_layers import launch
 from fp8.plugins.decode_layers.cases import CASES
 from fp8.plugins.decode_layers.sizes import MOST_CONTEXT, of_layer
+from fp8.plugins.decode_layers_ranks.cases import CASES as SHARED
 from fp8.runtime import compiled, merged
 
 SHAPE = {
@@ -114,11 +115,9 @@ def test_what_the_kernel_does_not_compute_is_told(
     assert why in str(refused.value)
 
 
-def test_precise_sums_and_sums_over_ranks_are_left_to_their_own_kernels(tmp_path: Path) -> None:
+def test_precise_sums_are_left_to_their_own_kernels(tmp_path: Path) -> None:
     with pytest.raises(merge.Refused, match="'accumulation': 'precise'"):
         found(planned(tmp_path / "precise", request={"fp8_accumulation": "precise"}))
-    with pytest.raises(merge.Refused, match=r"is (all_reduce|gemm_send)"):
-        found(planned(tmp_path / "ranks", request={"tp_size": 2}))
 
 
 def test_what_someone_else_reads_is_not_swallowed(tmp_path: Path) -> None:
@@ -189,7 +188,7 @@ def test_the_table_of_layers_is_as_long_as_the_kernel_s() -> None:
 
 
 def test_shared_memory_of_every_case_fits() -> None:
-    for case in CASES:
+    for case in (*CASES, *SHARED):
         plugin: Any = case.plugin
         with FakeTensorMode(allow_non_fake_inputs=True):
             types = types_of(case.make(torch.Generator(), "cpu"))

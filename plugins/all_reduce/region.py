@@ -16,6 +16,9 @@ PUSH_SLOT, PUSH_SCALES = 32768, 1024  # bytes that a block gets from one rank in
 STREAM_SLOT, STREAM_SCALES = 16384, 512  # bytes of a tile on the wire: values, and in FP8 their scales
 SENT_ROWS = 8  # of a step, at most, that linear layers send: sent.cuh
 SENT_AREAS = 3
+LAYERS_SUMS = 1024  # bytes before the shares that decode_layers exchanges: its count of layers
+LAYERS_PLACES = 4  # sums.cuh: of each of two sums of a layer two, used in turn
+MOST_HIDDEN = 16384  # values of a row
 PATIENCE = 30  # seconds after which a wait for another GPU fails
 
 
@@ -33,11 +36,12 @@ class Regions:
 
 
 def _areas(world: int) -> list[int]:
-    """Where each family's slots begin, and where the last ends: push, one phase, two phases, sent."""
+    """Where each family's slots begin, and where the last ends: push, one phase, two phases, sent, layers."""
     push = 2 * MOST_BLOCKS * world * (PUSH_SLOT + PUSH_SCALES)
     stream = SLOTS * MOST_BLOCKS * world * (STREAM_SLOT + STREAM_SCALES)
     sent = SENT_AREAS * SENT_ROWS * world * (PUSH_SLOT + PUSH_SCALES)
-    return list(itertools.accumulate((HEADER, push, stream, stream, sent)))
+    layers = LAYERS_SUMS + LAYERS_PLACES * world * MOST_HIDDEN * 4
+    return list(itertools.accumulate((HEADER, push, stream, stream, sent, layers)))
 
 
 def region_bytes(world: int) -> int:
@@ -69,6 +73,10 @@ def stream_constants(world: int, phases: int) -> tuple[tuple[str, int | str], ..
 
 def sent_constants(world: int) -> tuple[tuple[str, int | str], ...]:
     return (*constants(world), ("SENT_BYTES", PUSH_SLOT + PUSH_SCALES), ("SENT_BEGUN", PUSH_SLOT))
+
+
+def layers_constants(world: int) -> tuple[tuple[str, int | str], ...]:
+    return (*constants(world), ("LAYERS_AREA", f"{_areas(world)[4]}ull"), ("LAYERS_SUMS", LAYERS_SUMS))
 
 
 def sent_area(world: int, slot: int) -> ctypes.c_uint64:

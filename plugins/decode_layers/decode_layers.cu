@@ -16,8 +16,17 @@
 // which is the rate of a copy; one warpgroup that multiplies 51.1 where two take 50.5. From o to qkv in one launch and attention
 // as its own kernel beside it 58.8 (59.1).
 //
+// Two ranks (sums.cuh), eight layers of llama-7B and Llama-2-70B, each with half of them, on two H200s, us of a step:
+//   a launch for each step of the plan              348.9   982.2
+//   one for the layers, STAGES 13 (70B: 11), WINDOW 2  302.5   1027.9
+//   WINDOW 3                                        305.3   980.4
+//   WINDOW 4, 5                                             1009.2, 1028.6
+// A consumer awaits two units of every rank's share at a time: four 313.0 (WINDOW 3, 4, 6: 318.3, 328.1, 344.1; 12 and 11 stages,
+// WINDOW 3: 321.7, 323.4), one 304.0. With four: a rank's share after the other 316.0, a pause between two looks 317.1, codes that
+// are there not asked for again 325.0. To its own memory first, a finisher is no slower (302.2).
+//
 // Constants: HIDDEN, MLP, KV_HEADS, GROUP, DTYPE, EPSILON, SOFTMAX_SCALE, LAYERS, GRID; HEAD_DIM,
-// FP8_CACHE, ROTARY_DIM (128, 1, 128); STAGES, WINDOW, WARPGROUPS.
+// FP8_CACHE, ROTARY_DIM (128, 1, 128); STAGES, WINDOW, WARPGROUPS; of several ranks those of sums.cuh.
 #include "join.cuh"
 #include "products.cuh"
 #include "x.cuh"
@@ -92,7 +101,7 @@ DEVICE void finish_all(const Params& p, const float* sums, u32 before) {
     if (!last) finish<NEXT_QKV>(p, layer, buffer, sums, tag, i == 0, last);
   }
   // Whoever has a part of down's y knew all of gate_up's, of which every block has a part: all have read the count.
-  if (first_unit(DOWN) == 0 && threadIdx.x % 32 == 0) store_words(&p.exchange->launches, before + LAYERS);
+  if (first_unit(DOWN) == 0 && threadIdx.x % 32 == 0) store_words(launches_of(p), before + LAYERS);
 }
 
 extern "C" __global__ void __launch_bounds__(TOTAL, 1) decode_layers(const __grid_constant__ Params p) {
@@ -118,12 +127,13 @@ extern "C" __global__ void __launch_bounds__(TOTAL, 1) decode_layers(const __gri
     return;
   }
   griddepcontrol_wait();
-  const u32 before = load_words(&p.exchange->launches);
+  const u32 before = load_words(launches_of(p));
   if (warp == FINISHER) {
     finish_all(p, sums, before);
     return;
   }
   const Token token(p);
+  Residual residual(p);
   Place place;
   int buffer = 0;
   const auto ready = [&] {  // x, for wgmma
@@ -145,21 +155,24 @@ extern "C" __global__ void __launch_bounds__(TOTAL, 1) decode_layers(const __gri
       multiply<O>(ring, place, buffer, x_at, sums);
       barrier_sync(EVERY, CONSUMERS);
     }
-    norm_to_x(x, scratch[0], p.exchange->sums[0], layer.gain[0], layer.out_scale[GATE_UP], tag << 16);
+    norm_to_x(x, scratch[0], Sums(p, residual, O), layer.gain[0], layer.out_scale[GATE_UP], tag << 16);
     ready();
     multiply<GATE_UP>(ring, place, buffer, x_at, sums);
     barrier_sync(EVERY, CONSUMERS);
     if (first_unit(DOWN) < units_of(DOWN)) {
       codes_to_x<MLP>(x, p.exchange->hidden, tag << 16);
+      if (RANKS > 1 && i + 1 == LAYERS && first_unit(DOWN) == 0) residual.store(p);
       ready();
       multiply<DOWN>(ring, place, buffer, x_at, sums);
       barrier_sync(EVERY, CONSUMERS);
     }
     if (i + 1 < LAYERS && first_unit(NEXT_QKV) < units_of(NEXT_QKV)) {
-      norm_to_x(x, scratch[1], p.exchange->sums[1], layer.gain[1], layer.out_scale[NEXT_QKV], tag << 16);
+      norm_to_x(x, scratch[1], Sums(p, residual, DOWN), layer.gain[1], layer.out_scale[NEXT_QKV], tag << 16);
       ready();
       multiply<NEXT_QKV>(ring, place, buffer, x_at, sums);
       barrier_sync(EVERY, CONSUMERS);
+    } else if (RANKS > 1 && i + 1 < LAYERS) {
+      residual.add(p, DOWN, tag << 16);
     }
   }
 }

@@ -13,6 +13,7 @@ from fp8.plugins.decode_layers.sizes import GRID, MOST_CONTEXT, SHARED, Sizes, o
 if TYPE_CHECKING:
     import torch
 
+    from fp8.plugins.all_reduce.region import Regions
     from fp8.plugins.cuda import Function
     from fp8.plugins.decode_layers.plugin import DecodeLayers, Whole
 
@@ -36,13 +37,20 @@ def tile_bytes(plugin: DecodeLayers, context: int) -> int:
     return plugin.num_heads * -(-context // BLOCK_SIZE) * (8 * plugin.head_dim + 16)
 
 
+def kept_bytes(sizes: Sizes) -> int:
+    """Of the residual, which every block of several ranks keeps: `kept` in sums.cuh."""
+    return GRID * sizes.hidden * 2
+
+
 def bind(
     plugin: DecodeLayers,
     tactic: Whole,
     function: Function,
     tensors: Sequence[torch.Tensor | None],
     workspace: torch.Tensor,
+    regions: Regions | None = None,
 ) -> Launcher:
+    """`regions`: of the ranks that share the layers."""
     import torch
 
     from fp8.plugins.cuda import Launch
@@ -56,7 +64,11 @@ def bind(
     partials = workspace[exchange_bytes(sizes) :]
     order = ("qkv", "residual", "position_ids", "slot_mapping", "sequence_lengths", "block_tables", "cos", "sin")
     pointed = [on_device, *(shared[name] for name in order), y, residual_out, workspace, partials]
-    params = (ctypes.c_uint64 * len(pointed))(*(t.data_ptr() for t in pointed))
+    peers: tuple[int, ...] = ()
+    if regions is not None:
+        kept = partials[tile_bytes(plugin, MOST_CONTEXT) :]
+        peers = (kept.data_ptr(), *regions.addresses, regions.rank)
+    params = (ctypes.c_uint64 * (len(pointed) + len(peers)))(*(t.data_ptr() for t in pointed), *peers)
     launch = Launch(function, tactic.threads, [params], plugin.shared_bytes(sizes, tactic), GRID)
 
     def run(step: StepShape) -> None:

@@ -88,19 +88,19 @@ class DecodeLayers(Plugin):
                 f"{len(inputs)} inputs, expected {len(SHARED)} and {len(LAYER)} for each of {self.layers}"
             )
         qkv, residual, *places = inputs[: len(SHARED)]
-        linear, swiglu = Gemm(self.out_dtype), GemmSwiglu(out_dtype=self.out_dtype)
+        linear, swiglu, norm = Gemm(self.out_dtype), GemmSwiglu(out_dtype=self.out_dtype), self.norm
         for i in range(self.layers):
             w = of_layer(inputs, i)
             caches = [w[name] for name in LAYER[:6]]
             (x,) = run(self.attention, [qkv, *places, *caches])
             (y,) = run(linear, [x, w["o_weight"], w["o_x_scale"], w["o_w_scale"], None])
-            x, residual = run(self.norm, [y, residual, w["norm_weight"], None, w["norm_scale"], None])
+            x, residual = run(norm, [y, residual, w["norm_weight"], None, w["norm_scale"], None])
             gate_up = [w[f"gate_up_{name}"] for name in ("weight", "x_scale", "w_scale")]
             (x,) = run(swiglu, [x, *gate_up, None, w["swiglu_scale"]])
             (y,) = run(linear, [x, w["down_weight"], w["down_x_scale"], w["down_w_scale"], None])
             if i + 1 == self.layers:
                 break
-            x, residual = run(self.norm, [y, residual, w["next_norm_weight"], None, w["next_norm_scale"], None])
+            x, residual = run(norm, [y, residual, w["next_norm_weight"], None, w["next_norm_scale"], None])
             (qkv,) = run(linear, [x, w["qkv_weight"], w["qkv_x_scale"], w["qkv_w_scale"], None])
         return y, residual
 
@@ -171,6 +171,10 @@ class DecodeLayers(Plugin):
             (n for n in range(13, 3, -1) if self.shared_bytes(sizes, Whole(n)) <= SHARED_MOST - self.static_bytes), 0
         )
 
+    def windows(self, sizes: Sizes) -> tuple[int, ...]:
+        """WINDOWs to choose from, the fastest first."""
+        return 3, 4
+
     def workspace(self, tactic: Whole, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int) -> int:
         """`Exchange` and the tiles' results."""
         return launch.exchange_bytes(self.sizes(of_layer(inputs, 0))) + launch.tile_bytes(self, MOST_CONTEXT)
@@ -190,8 +194,9 @@ class DecodeLayers(Plugin):
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Whole]:
         self.check(inputs)
-        stages = self._stages(self.sizes(of_layer(inputs, 0)))
-        return [Whole(stages, min(stages, window)) for window in (3, 4)]
+        sizes = self.sizes(of_layer(inputs, 0))
+        stages = self._stages(sizes)
+        return [Whole(stages, min(stages, window)) for window in self.windows(sizes)]
 
     def tactic(self, fields: dict[str, Any]) -> Whole:
         return Whole(**fields)

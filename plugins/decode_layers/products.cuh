@@ -4,7 +4,7 @@
 #include "fp8/convert.cuh"
 #include "fp8/cp_async.cuh"
 #include "fp8/wgmma.cuh"
-#include "shape.cuh"
+#include "sums.cuh"
 
 constexpr int SUMS = CONSUMERS / 32 * UNIT;  // of a unit
 
@@ -66,10 +66,7 @@ template <int OP> DEVICE void finish(const Params& p, const Layer& layer, int& b
   for (int unit = first_unit(OP); unit < units_of(OP); unit += GRID) {
     const int n = unit * UNIT + row;
     const float w_scale = layer.w_scale[OP][n];
-    u32 residual = 0;
-    if (OP == O && first) residual = p.residual[n];
-    else if (OP == O) residual = await_word(exchange.sums[1] + n, tag - 0x10000);
-    else if (OP == DOWN) residual = await_word(exchange.sums[0] + n, tag);
+    const u32 residual = addend<OP>(p, exchange, n, tag, first);
     barrier_sync(FULL + buffer, CONSUMERS + 32);
     float sum = 0.f;
 #pragma unroll
@@ -85,11 +82,8 @@ template <int OP> DEVICE void finish(const Params& p, const Layer& layer, int& b
     } else if (OP == NEXT_QKV) {
       if (lane < UNIT) store_words(exchange.qkv + n, rounded | tag);
     } else if (lane < UNIT) {
-      if (OP == DOWN && last) {
-        p.y[n] = rounded, p.residual_out[n] = (u16)residual;
-      } else {
-        store_words(exchange.sums[OP / DOWN] + n, from_float<DTYPE>(v + to_float<DTYPE>((u16)residual)) | tag);
-      }
+      if (OP == DOWN && last) put_last(p, n, rounded, residual);
+      else put_sum<OP>(p, RANKS > 1 ? rounded : from_float<DTYPE>(v + to_float<DTYPE>((u16)residual)), n, tag);
     }
   }
 }

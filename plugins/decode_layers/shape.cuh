@@ -4,6 +4,12 @@
 #include "fp8/sync.cuh"
 #include "fp8/tma.cuh"
 #include "fp8/words.cuh"
+#ifdef WORLD  // the ranks that share the layers; none: this one has them whole
+#include "fp8/peers.cuh"
+constexpr int RANKS = WORLD;
+#else
+constexpr int RANKS = 1;
+#endif
 
 constexpr int ATOM = 128;                             // bytes of K in one swizzle atom
 constexpr int UNIT = 16;                              // rows of weights that are multiplied, and finished, together
@@ -43,11 +49,12 @@ static_assert(sizeof(Layer) == 896, "launch.py: LAYER_BYTES");
 // What the blocks tell each other: words that say by a tag in which layer of which launch they were written, and so are
 // their own flags. Every one is written anew in each layer.
 struct Exchange {
-  u32 sums[2][HIDDEN];         // behind o and behind down, residual included: 16 bits, and the tag's low half above them
+  u32 sums[2][HIDDEN];         // behind o and behind down, residual included: 16 bits, and the tag's low half above them;
+                               // of several ranks they are elsewhere: sums.cuh
   u32 hidden[MLP / 2];         // two e4m3 codes, and the tag
   u32 attention[ATTENTION / 2];
   u32 qkv[QKV];
-  u32 launches;                // layers that were computed so far
+  u32 launches;                // layers that were computed so far; of several ranks elsewhere, too
 };
 
 struct Params {
@@ -58,14 +65,12 @@ struct Params {
   u16 *y, *residual_out;
   Exchange* exchange;
   uint4* partials;  // of tiles: attend.cuh
+#ifdef WORLD
+  uint2* kept;  // of every block: the residual
+  Peers peers;
+  u32 me;
+#endif
 };
-
-DEVICE u32 await_word(const u32* p, u32 tag) {
-  u32 v;
-  do v = load_words(p);
-  while ((v ^ tag) >> 16);
-  return v;
-}
 
 // Named barriers: sums of a unit lie in place `i`, place `i` is free again, all consumers, those of a warpgroup.
 enum { FULL = 1, FREE = 3, EVERY = 5, GROUPS = 6 };

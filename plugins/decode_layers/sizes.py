@@ -28,6 +28,14 @@ class Sizes(NamedTuple):
     mlp: int
     qkv: int
 
+    @property
+    def stages(self) -> int:
+        """Of a layer's weights: 16 rows by 1024 of K."""
+        linears = (
+            (self.hidden, self.attention), (2 * self.mlp, self.hidden), (self.hidden, self.mlp), (self.qkv, self.hidden)
+        )  # fmt: skip
+        return sum(n // 16 * -(-k // 1024) for n, k in linears)
+
 
 def of_layer(inputs: Sequence[Any], layer: int) -> dict[str, Any]:
     """A layer's inputs by name."""

@@ -2,25 +2,7 @@
 // A linear's x: it is taken from the words of the other blocks, normed if need be, and laid out for wgmma: K bytes, one
 // behind the other. Of the eight columns that wgmma takes at least the others begin 16 bytes further each; they are not used.
 #include "fp8/rows.cuh"
-#include "shape.cuh"
-
-DEVICE bool arrived(uint4 v, u32 tag) { return (((v.x ^ tag) | (v.y ^ tag) | (v.z ^ tag) | (v.w ^ tag)) >> 16) == 0; }
-
-// COUNT units of four words, dealt out to the consumers; `tag` is in the upper half of each word.
-template <int COUNT, int HELD> DEVICE void receive(uint4 (&v)[HELD], const u32* words, u32 tag) {
-  const uint4* from = (const uint4*)words + threadIdx.x;
-  const auto mine = [&](int i) { return (i + 1) * CONSUMERS <= COUNT || (int)threadIdx.x + i * CONSUMERS < COUNT; };
-  bool all;
-  do {
-    all = true;
-#pragma unroll
-    for (int i = 0; i < HELD; i++)
-      if (mine(i)) v[i] = load_words(from + i * CONSUMERS);
-#pragma unroll
-    for (int i = 0; i < HELD; i++)
-      if (mine(i)) all &= arrived(v[i], tag);
-  } while (!all);
-}
+#include "sums.cuh"
 
 template <int K> DEVICE void codes_to_x(u8* x, const u32* words, u32 tag) {
   constexpr int COUNT = K / 8, HELD = (COUNT + CONSUMERS - 1) / CONSUMERS;
@@ -33,8 +15,8 @@ template <int K> DEVICE void codes_to_x(u8* x, const u32* words, u32 tag) {
   }
 }
 
-// RMSNorm of the sums, quantized.
-DEVICE void norm_to_x(u8* x, float* scratch, const u32* words, const u16* gain, float scale, u32 tag) {
+// RMSNorm of the sums, quantized. `sums(v, tag)` awaits them.
+template <typename Sums> NORM void norm_to_x(u8* x, float* scratch, Sums sums, const u16* gain, float scale, u32 tag) {
   constexpr int COUNT = HIDDEN / 4, HELD = (COUNT + CONSUMERS - 1) / CONSUMERS;
   uint2 g[HELD];
 #pragma unroll
@@ -42,7 +24,7 @@ DEVICE void norm_to_x(u8* x, float* scratch, const u32* words, const u16* gain, 
     if ((int)threadIdx.x + i * CONSUMERS < COUNT) g[i] = ((const uint2*)gain)[threadIdx.x + i * CONSUMERS];
   const Divisor divisor(scale);
   uint4 v[HELD];
-  receive<COUNT>(v, words, tag);
+  sums(v, tag);
   float squares = 0.f;
   const auto value = [](u32 word) { return to_float<DTYPE>((u16)word); };
 #pragma unroll

@@ -22,7 +22,7 @@ from fp8.plugins.compile import compile_all
 from fp8.plugins.hand_on.launch import LARGEST
 from fp8.plugins.timing import captured, seconds_of_each
 from fp8.runtime.launcher import RankError
-from fp8.scripts.benchmarks import one_gpu
+from fp8.scripts.benchmarks import one_gpu, shared_layers
 from fp8.scripts.benchmarks.exchanges import (
     FEW_ROWS,
     FP8_FROM,
@@ -51,6 +51,7 @@ SIZES = (8, 32, 128, 512, 2048, 4096, 8192, 16384, 32768, 65536)  # KiB
 TIMED = 32768  # KiB at most
 MESSAGES = (8, 8192)  # KiB
 LAUNCHES, REPLAYS = 20, 20
+STRESSED = 1  # of the layers: launches that follow each other are of one size (sums.cuh)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -64,13 +65,17 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rank_timeout", type=float, default=120.0, help=argparse.SUPPRESS)
 
 
+def every(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
+    return [*makers(ranks, sizes), *shared_layers.makers(ranks)]
+
+
 def checks(
     ranks: Ranks, sizes: Sequence[int], begin: Callable[[str, dict[str, Any]], None], before: dict[str, Any]
 ) -> dict[str, Any]:
     """Every tactic, in and out of graphs: how many were held against the reference, and what was wrong, added to what
     was found `before`. What fails is dropped for all that follows. `begin` is told of each before it runs."""
     found = {"checked": 0, "failures": list(before["failures"])}
-    for make in makers(ranks, sizes):
+    for make in every(ranks, sizes):
         work = make()
         for tactic in work.tactics():
             begin(label(tactic), found)
@@ -133,6 +138,7 @@ def stress(ranks: Ranks, count: int, sizes: Sequence[int]) -> dict[str, Any]:
     works += [sums(ranks, kib, fp8=True) for kib in sizes if FP8_FROM <= kib <= 8192]
     works += [norms(ranks, rows) for rows in FEW_ROWS] + [sent(ranks, rows) for rows in SENT_FEW]
     works += [logits(ranks, rows) for rows in LOGITS_ROWS] + [handed(ranks, size) for size in HANDED]
+    works.append(shared_layers.settled(shared_layers.makers(ranks)[STRESSED]()))
     launches = [(w, w.launcher(t)) for w in works for t in w.tactics() if label(t) != "nccl" and expected_bits(w, t)]
     order, late = random.Random(SEED), random.Random(1000 + ranks.world.rank)
     bad = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -233,7 +239,7 @@ def flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def compile_ahead(ranks: Ranks, sizes: Sequence[int]) -> None:
     """All kernels, on all cores."""
-    works = (make() for make in makers(ranks, sizes))
+    works = (make() for make in every(ranks, sizes))
     compile_all(k for w in works for t in w.tactics() for k in w.plugin.kernels(t, types_of(w.inputs)))
 
 

@@ -14,6 +14,7 @@ from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.region import SENT_ROWS, region_bytes
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
 from fp8.plugins.base import Launcher, Plugin, StepShape, types_of
+from fp8.plugins.decode_layers.plugin import Whole
 from fp8.plugins.hand_on import launch as hand_on
 from fp8.plugins.hand_on.plugin import HandOn, HandOnTactic
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
@@ -239,6 +240,8 @@ def makers(ranks: Ranks, sizes: Sequence[int]) -> list[Callable[[], Work]]:
 
 
 def label(tactic: Any) -> str:
+    if isinstance(tactic, Whole):
+        return f"layers, {tactic.STAGES} stages, {tactic.WINDOW} on their way"
     if isinstance(tactic, AllReduceNormQuantTactic):
         row = f"row {tactic.row.threads}x{tactic.row.held}"
         if tactic.sent:
