@@ -99,7 +99,7 @@ def test_heads_of_a_group_are_followed_into_it() -> None:
 @given(st.integers(1, 100), st.integers(1, 12))
 def test_stages_are_as_even_as_they_go(layers: int, count: int) -> None:
     if count > layers:
-        with pytest.raises(SplitError, match="every stage needs at least one layer"):
+        with pytest.raises(SplitError, match="every stage needs one"):
             stages(layers, count)
         return
     found = stages(layers, count)

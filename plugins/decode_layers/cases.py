@@ -66,7 +66,7 @@ def case(
         plugin,
         make,
         StepShape(1, 1, 1, 0, length, 1),
-        0.06 if layers == 1 else 0.09,
+        0.06 * layers,
         WHY,
         weights + 2 * layers * length * kv_heads * HEAD_DIM,
         2 * weights,
