@@ -56,19 +56,23 @@ class Machine:
     """GPUs, `per_host` of them on a host. Rates are what engines reach, not what the card allows."""
 
     weight_rate: float  # bytes per second of weights in decode steps
-    cache_rate: float  # and of the cache
+    cache_rate: float  # and of the cache, of several sequences; of one it is streamed as the weights are
     flops: float  # of linears, in prompts
     layer: float  # seconds of a decode step's layer beside its bytes: launches, tails, small kernels
-    merged: float  # and where one launch computes all layers: of one token, on one rank of a stage
+    merged: float  # and where one launch computes all layers: of one token
     reduce: Link  # one exchange of an all-reduce: what one GPU sends to another
     message: Link  # from stage to stage
     network: Link = HOSTS
     per_host: int = 8
     memory: float = 0.9 * 141e9
 
-    def own(self, rows: int, tp: int) -> float:
+    def own(self, rows: int) -> float:
         """Seconds of a layer of a decode step of so many rows that neither bytes nor other ranks explain."""
-        return self.merged if rows == tp == 1 else self.layer
+        return self.merged if rows == 1 else self.layer
+
+    def read(self, rows: int, weights: float, cache: float) -> float:
+        """Seconds for so many bytes in a decode step of so many rows."""
+        return weights / self.weight_rate + cache / (self.weight_rate if rows == 1 else self.cache_rate)
 
     def all_reduce(self, size: float, ranks: int) -> float:
         """One exchange of everything with everyone, or two of an n-th each, whatever is faster; among hosts a ring."""
@@ -160,8 +164,7 @@ class Engine:
         weights = (self.layers * shape.layer_weights + shape.lm_head) / tp
         cache = self.layers * rows * context * shape.kv(tp)
         reduce = self.machine.all_reduce(rows * shape.hidden * ACTIVATION, tp)
-        bytes_read = weights / self.machine.weight_rate + cache / self.machine.cache_rate
-        return self.layers * (self.machine.own(rows, tp) + 2 * reduce) + bytes_read
+        return self.layers * (self.machine.own(rows) + 2 * reduce) + self.machine.read(rows, weights, cache)
 
     def prompt_seconds(self, batch: int, length: int, step_tokens: int) -> float:
         """Of all prompts: chunks follow each other through the stages, which are all busy but at both ends."""
@@ -204,37 +207,40 @@ def calibrated(record: Mapping[str, Any]) -> Machine:
     length = "1024 in, 128 out, batch"
     one, two = f"llama-7b fp8 + fp8 kv, {length}", f"llama-7b fp8 + fp8 kv tp 2, {length}"
     large, time = f"llama-2-70b fp8 + fp8 kv tp 2, {length}", "time per token ms"
-    shape, context = Shape.of(PRESETS["llama-7b"]), INPUT + OUTPUT / 2
+    shape = Shape.of(PRESETS["llama-7b"])
     prompts = 64 * INPUT * 2 * shape.layers * shape.layer_weights / (figure(f"{one} 64: first token ms") / 1e3)
     reduce = _link({8: figure("all_reduce 8 KB: us"), 8192: figure("all_reduce 8 MB: us")})
     message = _link({8: figure("send 8 KB: us"), 8192: figure("send 8 MB: us")})
     nothing = Machine(math.inf, math.inf, prompts, 0.0, 0.0, reduce, message)
-    steps = [
-        (Engine(shape, Layout(), nothing), 64, figure(f"{one} 64: {time}") / 1e3),
-        (Engine(shape, Layout(2), nothing), 1, figure(f"{two} 1: {time}") / 1e3),
+    per_byte, merged = _solved(
+        (Engine(shape, Layout(), nothing), 1, figure(f"{one} 1: {time}") / 1e3),
         (Engine(Shape.of(PRESETS["llama-2-70b"]), Layout(2), nothing), 1, figure(f"{large} 1: {time}") / 1e3),
-    ]
-    per_weight, per_cache, layer = _solved(steps)
-    apart = Machine(1 / per_weight, 1 / per_cache, prompts, layer, 0.0, reduce, message)
-    alone = figure(f"{one} 1: {time}") / 1e3 - Engine(shape, Layout(), apart).token_seconds(1, context)
-    return replace(apart, merged=max(0.0, alone / shape.layers))
+    )
+    streamed = replace(nothing, weight_rate=1 / per_byte)
+    per_cache, layer = _solved(
+        (Engine(shape, Layout(), streamed), 64, figure(f"{one} 64: {time}") / 1e3),
+        (Engine(shape, Layout(2), streamed), 64, figure(f"{two} 64: {time}") / 1e3),
+    )
+    return replace(streamed, cache_rate=1 / per_cache, layer=layer, merged=merged)
 
 
-def _solved(steps: Sequence[tuple[Engine, int, float]]) -> list[float]:
-    """Seconds per byte of weights, per byte of the cache and per layer with which a decode step of each engine and
-    batch takes so many seconds; the engines' own machine takes none for these. Raises EngineError if there are none."""
+def _solved(*steps: tuple[Engine, int, float]) -> tuple[float, float]:
+    """Seconds per byte and per layer with which a decode step of each engine and batch takes so many seconds: per byte
+    of all, or where the engines' machine reads weights in some time, of the cache. The machine takes none for these.
+    Raises EngineError if there are none."""
     import numpy as np
 
     context, sizes, left = INPUT + OUTPUT / 2, [], []
     for engine, batch, seconds in steps:
         shape, tp = engine.shape, engine.layout.tp
+        cache = shape.layers * batch * context * shape.kv(tp)
         weights = (shape.layers * shape.layer_weights + shape.lm_head) / tp
-        sizes.append([weights, shape.layers * batch * context * shape.kv(tp), shape.layers])
+        sizes.append([cache + (weights if engine.machine.weight_rate == math.inf else 0), shape.layers])
         left.append(seconds - engine.token_seconds(batch, context))
-    found: list[float] = np.linalg.solve(sizes, left).tolist()
-    if min(found[:2]) <= 0 or found[2] < 0:
+    per_byte, per_layer = np.linalg.solve(sizes, left).tolist()
+    if per_byte <= 0 or per_layer < 0:
         raise EngineError("the record's times of Llama-7B and Llama-2-70B are not of one card: no rates fit all")
-    return found
+    return per_byte, per_layer
 
 
 def _link(us: Mapping[int, float]) -> Link:
@@ -248,7 +254,8 @@ def check(machine: Machine, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     """(what, unit, measured, modelled) of every figure of the record that the model was not made from."""
     figures = {row["name"]: row["figure"] for row in record["rows"]}
     for model, layout, batch in (
-        ("llama-7b", Layout(2), 64), ("llama-7b", Layout(1, 2), 1), ("llama-7b", Layout(1, 2), 64),
+        ("llama-7b", Layout(2), 1), ("llama-7b", Layout(2), 64), ("llama-7b", Layout(1, 2), 1),
+        ("llama-7b", Layout(1, 2), 64),
     ):  # fmt: skip
         engine = Engine(Shape.of(PRESETS[model]), layout, machine)
         place = f"tp {layout.tp}" if layout.tp > 1 else f"pp {layout.pp}"
@@ -257,6 +264,8 @@ def check(machine: Machine, record: Mapping[str, Any]) -> Iterator[tuple[str, st
         modelled = {"time per token ms": engine.token_seconds(batch, context) * 1e3}
         if batch > 1:
             modelled["tokens/s"] = engine.tokens_per_second(batch)
+        if (layout, batch) == (Layout(2), 64):  # of which the model was made
+            del modelled["time per token ms"]
         for name, value in modelled.items():
             if figures.get(f"{key}: {name}") is not None:
                 yield f"{model}, {place}, batch {batch}: {name}", name, float(figures[f"{key}: {name}"]), value
@@ -305,7 +314,7 @@ def _machine(m: Machine) -> str:
         ["weights in decode steps", f"{m.weight_rate / 1e12:.2f} TB/s"],
         ["the cache in decode steps", f"{m.cache_rate / 1e12:.2f} TB/s"],
         ["a decode step's layer beside its bytes", f"{m.layer * 1e6:.1f} us"],
-        ["and of one token on one GPU, in one launch", f"{m.merged * 1e6:.1f} us"],
+        ["and of one token, in one launch", f"{m.merged * 1e6:.1f} us"],
         ["linears of prompts, attention included", f"{m.flops / 1e12:.0f} TFLOP/s"],
         ["an exchange of an all-reduce", f"{m.reduce.latency * 1e6:.1f} us + {m.reduce.rate / 1e9:.0f} GB/s"],
         ["a message from stage to stage", f"{m.message.latency * 1e6:.1f} us + {m.message.rate / 1e9:.0f} GB/s"],
@@ -323,11 +332,7 @@ def _layer(machine: Machine) -> str:
             row = [model, str(tp)]
             for tokens in (1, 64):
                 cache = tokens * (INPUT + OUTPUT / 2) * shape.kv(tp)
-                own = (
-                    machine.own(tokens, tp)
-                    + shape.layer_weights / tp / machine.weight_rate
-                    + cache / machine.cache_rate
-                )
+                own = machine.own(tokens) + machine.read(tokens, shape.layer_weights / tp, cache)
                 row += _parts(own, 2 * machine.all_reduce(tokens * shape.hidden * ACTIVATION, tp))
             own = CHUNK * 2 * shape.layer_weights / tp / machine.flops
             row += _parts(own, 2 * machine.all_reduce(CHUNK * shape.hidden * ACTIVATION, tp))
