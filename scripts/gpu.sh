@@ -111,7 +111,8 @@ for part in $parts; do
       done ;;
     example)
       "$PYTHON" -m fp8.scripts.quickstart --work_dir "$work/example" | tee "$out/example.txt" || failed=1
-      (cd "$work/example" && "$PYTHON" -m fp8.scripts.gpu_engines --base BF16/engine --data "$OLDPWD/examples/heldout.txt" \
+      ln -s "$PWD/examples" "$work/examples"
+      (cd "$work/example" && "$PYTHON" -m fp8.scripts.gpu_engines --base BF16/engine --data ../examples/heldout.txt \
         --commit "$commit" --output "$out/engines.json" */engine) || failed=1 ;;
     service)
       "$PYTHON" -m fp8.scripts.gpu_service --work_dir "$work/service" --commit "$commit" --output "$out/service.json" || failed=1 ;;

@@ -4,11 +4,11 @@
     python -m fp8.scripts.parallel_model --model llama-2-70b --gpus 8        every way to divide one model
     python -m fp8.scripts.parallel_model --page docs/parallel.md             writes the page's tables
 
-The model is made from nine figures of the record of two GPUs (docs/performance/h200x2.json): decode steps of Llama-7B
-and Llama-2-70B at tp 2, batch 1, and of Llama-7B on one GPU at batch 64 (the rates at which weights and cache are
-read, and the time of a layer that no byte explains); Llama-7B's on one GPU at batch 1 (that time where one launch
-computes a step) and its prompts; an all-reduce and a message of 8 KB and of 8 MB (latency and rate). What else has
-several ranks is predicted; the record's other figures check it. The network between hosts is assumed: HOSTS.
+The model is made from nine figures of the record of two GPUs (docs/performance/h200x2.json), of Llama-7B on one GPU and
+at tp 2: decode steps at batch 1 (the rate at which one launch streams its bytes, and the time of a layer that no byte
+explains) and at batch 64 (the cache's rate, and that time where launches are separate); prompts on one GPU; an
+all-reduce and a message of 8 KB and of 8 MB (latency and rate). What else has several ranks is predicted; the record's
+other figures check it, Llama-2-70B among them. The network between hosts is assumed: HOSTS.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def calibrated(record: Mapping[str, Any]) -> Machine:
 
     length = "1024 in, 128 out, batch"
     one, two = f"llama-7b fp8 + fp8 kv, {length}", f"llama-7b fp8 + fp8 kv tp 2, {length}"
-    large, time = f"llama-2-70b fp8 + fp8 kv tp 2, {length}", "time per token ms"
+    time = "time per token ms"
     shape = Shape.of(PRESETS["llama-7b"])
     prompts = 64 * INPUT * 2 * shape.layers * shape.layer_weights / (figure(f"{one} 64: first token ms") / 1e3)
     reduce = _link({8: figure("all_reduce 8 KB: us"), 8192: figure("all_reduce 8 MB: us")})
@@ -214,7 +214,7 @@ def calibrated(record: Mapping[str, Any]) -> Machine:
     nothing = Machine(math.inf, math.inf, prompts, 0.0, 0.0, reduce, message)
     per_byte, merged = _solved(
         (Engine(shape, Layout(), nothing), 1, figure(f"{one} 1: {time}") / 1e3),
-        (Engine(Shape.of(PRESETS["llama-2-70b"]), Layout(2), nothing), 1, figure(f"{large} 1: {time}") / 1e3),
+        (Engine(shape, Layout(2), nothing), 1, figure(f"{two} 1: {time}") / 1e3),
     )
     streamed = replace(nothing, weight_rate=1 / per_byte)
     per_cache, layer = _solved(
@@ -239,7 +239,7 @@ def _solved(*steps: tuple[Engine, int, float]) -> tuple[float, float]:
         left.append(seconds - engine.token_seconds(batch, context))
     per_byte, per_layer = np.linalg.solve(sizes, left).tolist()
     if per_byte <= 0 or per_layer < 0:
-        raise EngineError("the record's times of Llama-7B and Llama-2-70B are not of one card: no rates fit all")
+        raise EngineError("the record's times of Llama-7B on one GPU and on two do not go together: no rates fit both")
     return per_byte, per_layer
 
 
@@ -254,7 +254,7 @@ def check(machine: Machine, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     """(what, unit, measured, modelled) of every figure of the record that the model was not made from."""
     figures = {row["name"]: row["figure"] for row in record["rows"]}
     for model, layout, batch in (
-        ("llama-7b", Layout(2), 1), ("llama-7b", Layout(2), 64), ("llama-7b", Layout(1, 2), 1),
+        ("llama-2-70b", Layout(2), 1), ("llama-7b", Layout(2), 64), ("llama-7b", Layout(1, 2), 1),
         ("llama-7b", Layout(1, 2), 64),
     ):  # fmt: skip
         engine = Engine(Shape.of(PRESETS[model]), layout, machine)
