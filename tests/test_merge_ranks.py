@@ -4,6 +4,7 @@ the ranks can get on."""
 from __future__ import annotations
 
 import gc
+import itertools
 import re
 import weakref
 import zlib
@@ -22,6 +23,7 @@ from test_merge import LIMITS, SHAPE, _copied, _random, found
 from fp8.builder import build, merge
 from fp8.builder.build import Reporter, Request
 from fp8.builder.engine import Plan
+from fp8.builder.memory import buffer_bytes
 from fp8.builder.parallel.lockstep import Group, Member
 from fp8.plugins.base import Launcher, PluginError, StepShape, Tensor, load, run_reference, types_of
 from fp8.plugins.decode_layers_ranks.cases import CASES
@@ -54,6 +56,21 @@ def test_the_layers_that_ranks_share_are_found(tmp_path: Path) -> None:
         assert step.outputs[0] in plan.steps[first + count].inputs and step.outputs[1] in plan.steps[-3].inputs
         assert over_peers(plan)
     assert len({(p.merged.first, p.merged.count, p.merged.max_context) for p in plans if p.merged}) == 1
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 1024, "intermediate_size": 2304}, {"intermediate_size": 4608}])
+def test_no_norm_writes_where_the_linear_before_it_reads(tmp_path: Path, changes: dict[str, int]) -> None:
+    """Of rows that linears send: it begins to write while the linear is at work (`joins.early`)."""
+    for plan in shares(tmp_path, num_hidden_layers=3, **changes):
+        place = {
+            b.name: (b.offset, b.offset + buffer_bytes(b, plan.limits)) for b in plan.buffers if b.offset is not None
+        }
+        for linear, norm in itertools.pairwise(plan.steps):
+            if linear.plugin == "gemm_send" and norm.plugin == "all_reduce_norm_quant":
+                for read, written in itertools.product(linear.inputs, norm.outputs):
+                    if read in place and written in place:
+                        (a, b), (c, d) = place[read], place[written]
+                        assert b <= c or d <= a, f"{norm.name} writes {written} over {read}"
 
 
 def test_the_launch_of_ranks_computes_what_their_steps_do(tmp_path: Path) -> None:
