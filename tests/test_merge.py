@@ -19,6 +19,7 @@ from fp8.plugins.base import PluginError, StepShape, Tensor, load, types_of
 from fp8.plugins.compile import compile_kernel
 from fp8.plugins.decode_layers import launch
 from fp8.plugins.decode_layers.cases import CASES
+from fp8.plugins.decode_layers.cases import case as layers
 from fp8.plugins.decode_layers.sizes import MOST_CONTEXT, of_layer
 from fp8.plugins.decode_layers_ranks.cases import CASES as SHARED
 from fp8.runtime import compiled, merged
@@ -168,7 +169,7 @@ def test_the_executor_launches_it_in_place_of_its_steps_unless_someone_observes(
 
 
 def test_every_layer_must_be_like_the_first() -> None:
-    case = CASES[1]
+    case = layers(8, 2, 1024, 1152, 1)
     types = types_of(case.make(torch.Generator(), "cpu"))
     case.plugin.check(types)
     other = list(types)
