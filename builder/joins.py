@@ -101,20 +101,24 @@ def add(
 ) -> tuple[tuple[Sum, ...], Mapping[str, Cubin]]:
     """Compiles. Where a linear's kernel is refused, with a warning, its norm adds the residual; the norm's is simpler
     than the one that it has."""
+    wanted = []
+    for i, j in residual_pairs(nodes):
+        most = steps[i].tactics[-1].max_tokens
+        site = norm_of_sum(nodes[j], most)
+        tactic = site.candidates()[0]
+        wanted.append((i, j, adding(nodes[i], steps[i]), site.kernels(tactic), tactic, most))
     cubins: dict[str, Cubin] = {}
     sums = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiler = Compiler(pool, progress, warn)
-        for i, j in residual_pairs(nodes):
-            most = steps[i].tactics[-1].max_tokens
-            site = norm_of_sum(nodes[j], most)
-            tactic = site.candidates()[0]
-            last = compiler.cubins(site.kernels(tactic))
-            compiled = [compiler.cubins([kernel]) if kernel else None for kernel in adding(nodes[i], steps[i])]
-            if last and any(compiled):
-                cubins |= {c.key: c for found in (last, *compiled) for c in found or ()}
-                behind = TacticChoice(most, tactic_fields(tactic), tuple(c.key for c in last))
-                sums.append(Sum(i, j, tuple(c[0].key if c else "" for c in compiled), behind))
+        compiler.submit([k for _, _, front, last, *_ in wanted for k in (*front, *last) if k])
+        for i, j, front, last, tactic, most in wanted:
+            keys, compiled = _compiled(compiler, front)
+            behind = compiler.cubins(last)
+            if behind and any(keys):
+                cubins |= {**{c.key: c for c in behind}, **compiled}
+                choice = TacticChoice(most, tactic_fields(tactic), tuple(c.key for c in behind))
+                sums.append(Sum(i, j, keys, choice))
     return tuple(sums), cubins
 
 
@@ -132,11 +136,14 @@ def join(
         compiler = Compiler(pool, progress, warn)
         compiler.submit([k for several in wanted.values() for k in several if k])
         for (i, j), several in wanted.items():
-            hashes = []
-            for kernel in several:
-                compiled = compiler.cubins([kernel]) if kernel else None
-                cubins |= {c.key: c for c in compiled or ()}
-                hashes.append(compiled[0].key if compiled else "")
-            if any(hashes):
-                joins.append(Join(i, j, tuple(hashes)))
+            keys, compiled = _compiled(compiler, several)
+            cubins |= compiled
+            if any(keys):
+                joins.append(Join(i, j, keys))
     return tuple(joins), cubins
+
+
+def _compiled(compiler: Compiler, kernels: Sequence[Kernel | None]) -> tuple[tuple[str, ...], dict[str, Cubin]]:
+    """The key of each, "" where there is none or it is refused; and the cubins."""
+    found = [compiler.cubins([kernel]) if kernel else None for kernel in kernels]
+    return tuple(c[0].key if c else "" for c in found), {c.key: c for several in found for c in several or ()}
