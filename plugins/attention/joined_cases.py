@@ -16,7 +16,7 @@ from fp8.plugins.attention.plugin import INPUTS as OF_ATTENTION
 from fp8.plugins.attention.plugin import Attention, AttentionTactic
 from fp8.plugins.base import Case, Kernel, Launcher, StepShape, Tensor
 from fp8.plugins.gemm import many_tokens
-from fp8.plugins.gemm.cases import exact_operands
+from fp8.plugins.gemm.cases import OPERANDS, Types, apart, exact_operands
 from fp8.plugins.gemm.many_tokens import ManyTokens
 from fp8.plugins.gemm.plugin import Gemm
 
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
 INPUTS = ("x", "w", "x_scale", "w_scale", "bias", *OF_ATTENTION[1:])
-OPERANDS = 5  # inputs of the linear
 K = 512
-Types = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,11 @@ class LinearAttention(Attention):
     def cache_places(self) -> list[tuple[int, int]]:
         return [(INPUTS.index("key_cache"), INPUTS.index("value_cache"))]
 
-    def _apart(self, inputs: Types) -> tuple[Types, Types]:
-        """Of the linear's inputs, of attention's."""
-        operands = inputs[:OPERANDS]
-        return operands, [*self.linear.infer(operands), *inputs[OPERANDS:]]
-
     def infer(self, inputs: Types) -> tuple[Tensor, ...]:
-        return super().infer(self._apart(inputs)[1] if len(inputs) == len(INPUTS) else inputs)
+        return super().infer(apart(self.linear, inputs)[1] if len(inputs) == len(INPUTS) else inputs)
 
     def check(self, inputs: Types) -> None:
-        super().check(self._apart(inputs)[1])
+        super().check(apart(self.linear, inputs)[1])
 
     def reference(self, *inputs: torch.Tensor | None, step: StepShape) -> tuple[torch.Tensor, ...]:
         (qkv,) = self.linear.reference(*inputs[:OPERANDS], step=step)
@@ -62,7 +55,7 @@ class LinearAttention(Attention):
 
     def tactics(self, inputs: Types, tokens: int) -> list[JoinedTactic]:  # type: ignore[override]
         """Large tiles first."""
-        operands, given = self._apart(inputs)
+        operands, given = apart(self.linear, inputs)
         problem = many_tokens.problem(self.linear, operands)
         every = sorted(many_tokens.enumerate_tactics(problem, tokens), key=lambda t: -t.BLOCK_M)
         attention = super().tactics(given, tokens)[0]
@@ -72,13 +65,13 @@ class LinearAttention(Attention):
         return JoinedTactic(ManyTokens(**fields["linear"]), AttentionTactic(**fields["attention"]))
 
     def kernels(self, tactic: JoinedTactic, inputs: Types) -> tuple[Kernel, ...]:  # type: ignore[override]
-        operands, given = self._apart(inputs)
+        operands, given = apart(self.linear, inputs)
         front = joined.kernel(self, given, self.linear, operands, tactic.linear)
         assert front is not None
         return (front, *super().kernels(tactic.attention, given))
 
     def workspace(self, tactic: JoinedTactic, inputs: Types, max_tokens: int, max_sequences: int) -> int:  # type: ignore[override]
-        return super().workspace(tactic.attention, self._apart(inputs)[1], max_tokens, max_sequences)
+        return super().workspace(tactic.attention, apart(self.linear, inputs)[1], max_tokens, max_sequences)
 
     def bind(  # type: ignore[override]
         self,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from fp8.plugins.base import SCALE_BLOCK, Case, StepShape
+from fp8.plugins.base import SCALE_BLOCK, Case, StepShape, Tensor
 from fp8.plugins.gemm.plugin import Gemm
 from fp8.plugins.gemm.types import BYTES, GROUP_ROWS
 
 E4M3 = torch.float8_e4m3fn
+OPERANDS = 5  # inputs of a linear
+Types = Sequence[Tensor | None]
 FAST = (
     "the tensor cores add e4m3 products with about 14 bits of fraction (||error|| near 1e-3 of the result at "
     "K = 4096), and the output is rounded once (bfloat16 unit roundoff 2^-9, rms 1.6e-3; float16 an eighth of it)"
@@ -55,6 +59,11 @@ def operands(
     if bias:
         b = torch.randn(n, device=device, generator=generator)
     return [x, w, x_scale, w_scale, b]
+
+
+def apart(linear: Gemm, inputs: Types) -> tuple[Types, Types]:
+    """Of a linear with what takes its y first: the linear's inputs, and those of the other."""
+    return inputs[:OPERANDS], [*linear.infer(inputs[:OPERANDS]), *inputs[OPERANDS:]]
 
 
 def exact_operands(

@@ -13,7 +13,7 @@ import torch
 
 from fp8.plugins.base import Case, Kernel, Launcher, StepShape, Tensor
 from fp8.plugins.gemm import many_tokens
-from fp8.plugins.gemm.cases import exact_operands
+from fp8.plugins.gemm.cases import OPERANDS, Types, apart, exact_operands
 from fp8.plugins.gemm.many_tokens import ManyTokens
 from fp8.plugins.gemm.plugin import Gemm
 from fp8.plugins.norm_quant import cases, summed
@@ -23,9 +23,7 @@ from fp8.plugins.quantize.launch import RowTactic
 if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
-OPERANDS = 5  # inputs of the linear
 OFFERED = 8  # tactics of the linear, of all sizes
-Types = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,11 @@ class LinearNorm(NormQuant):
     def alone(self) -> NormQuant:
         return NormQuant(**{name: value for name, value in vars(self).items() if name != "linear"})
 
-    def _apart(self, inputs: Types) -> tuple[Types, Types]:
-        """Of the linear's inputs, of the norm's."""
-        operands = inputs[:OPERANDS]
-        return operands, [*self.linear.infer(operands), *inputs[OPERANDS:]]
-
     def infer(self, inputs: Types) -> tuple[Tensor, ...]:
-        return self.alone.infer(self._apart(inputs)[1])
+        return self.alone.infer(apart(self.linear, inputs)[1])
 
     def check(self, inputs: Types) -> None:
-        self.alone.check(self._apart(inputs)[1])
+        self.alone.check(apart(self.linear, inputs)[1])
 
     def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:
         (y,) = self.linear.reference(*inputs[:OPERANDS], step=step)  # type: ignore[arg-type]
@@ -62,7 +55,7 @@ class LinearNorm(NormQuant):
 
     def tactics(self, inputs: Types, tokens: int) -> list[SummedTactic]:  # type: ignore[override]
         """Some of all sizes of tiles, with and without clusters."""
-        operands, given = self._apart(inputs)
+        operands, given = apart(self.linear, inputs)
         every = many_tokens.enumerate_tactics(many_tokens.problem(self.linear, operands), tokens)
         fit = [t for t in every if summed.kernel(self.linear, operands, t)]
         norm = summed.norm_of_sum(self.alone).tactics([given[0], None, *given[2:]], tokens)[0]
@@ -72,7 +65,7 @@ class LinearNorm(NormQuant):
         return SummedTactic(ManyTokens(**fields["linear"]), RowTactic(**fields["norm"]))
 
     def kernels(self, tactic: SummedTactic, inputs: Types) -> tuple[Kernel, ...]:  # type: ignore[override]
-        operands, given = self._apart(inputs)
+        operands, given = apart(self.linear, inputs)
         front = summed.kernel(self.linear, operands, tactic.linear)
         assert front is not None
         return front, *summed.norm_of_sum(self.alone).kernels(tactic.norm, [given[0], None, *given[2:]])

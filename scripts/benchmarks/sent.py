@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
 from fp8.plugins.base import Communicator, Kernel, Launcher, Plugin, StepShape, Tensor, types_of
+from fp8.plugins.gemm.cases import OPERANDS, apart
 from fp8.plugins.gemm_send.plugin import GemmSend
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
 DEPTH = 256  # columns of w
-LINEAR = 5  # inputs of the linear layer
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class SentSum(Plugin):
         return AllReduceNormQuant(quant=self.quant, world=self.world, slot=0)
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        return self.norm.infer(self._normed(inputs))
+        return self.norm.infer(apart(self.linear, inputs)[1])
 
     def reference(  # type: ignore[override]
         self, *inputs: torch.Tensor | None, step: StepShape, comm: Communicator
     ) -> tuple[torch.Tensor, ...]:
-        (part,) = self.linear.reference(*inputs[:LINEAR], step=step, comm=comm)
-        return self.norm.reference(part, *inputs[LINEAR:], step=step, comm=comm)
+        (part,) = self.linear.reference(*inputs[:OPERANDS], step=step, comm=comm)
+        return self.norm.reference(part, *inputs[OPERANDS:], step=step, comm=comm)
 
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[AllReduceNormQuantTactic]:
-        return self.norm.tactics(self._normed(inputs), tokens)
+        return self.norm.tactics(apart(self.linear, inputs)[1], tokens)
 
     def kernels(self, tactic: AllReduceNormQuantTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         return (
-            *self.linear.kernels(self._tile(inputs), inputs[:LINEAR]),
-            *self.norm.kernels(tactic, self._normed(inputs)),
+            *self.linear.kernels(self._tile(inputs), inputs[:OPERANDS]),
+            *self.norm.kernels(tactic, apart(self.linear, inputs)[1]),
         )
 
     def bind(  # type: ignore[override]
@@ -66,12 +66,12 @@ class SentSum(Plugin):
     ) -> Launcher:
         x, w = tensors[:2]
         assert x is not None and w is not None
-        part, tile = x.new_empty(len(x), len(w)), self._tile(types_of(tensors[:LINEAR]))
+        part, tile = x.new_empty(len(x), len(w)), self._tile(types_of(tensors[:OPERANDS]))
         launches: list[Launcher] = []
         for slot in (0, 1):
             linear, norm = dataclasses.replace(self.linear, slot=slot), dataclasses.replace(self.norm, slot=slot)
-            launches.append(linear.bind(tile, functions[:2], [*tensors[:LINEAR], part], None, comm=comm))
-            launches.append(norm.bind(tactic, functions[2:], [part, *tensors[LINEAR:]], None, comm=comm))
+            launches.append(linear.bind(tile, functions[:2], [*tensors[:OPERANDS], part], None, comm=comm))
+            launches.append(norm.bind(tactic, functions[2:], [part, *tensors[OPERANDS:]], None, comm=comm))
 
         def run(step: StepShape) -> None:
             for launch in launches:
@@ -80,10 +80,7 @@ class SentSum(Plugin):
         return run
 
     def _tile(self, inputs: Sequence[Tensor | None]) -> Any:
-        return self.linear.tactics(inputs[:LINEAR], int(inputs[0].shape[0]))[0]  # type: ignore[union-attr]
-
-    def _normed(self, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [*self.linear.infer(inputs[:LINEAR]), *inputs[LINEAR:]]
+        return self.linear.tactics(inputs[:OPERANDS], int(inputs[0].shape[0]))[0]  # type: ignore[union-attr]
 
 
 def whole(draw: torch.Generator, *shape: int) -> torch.Tensor:
