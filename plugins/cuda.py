@@ -75,7 +75,9 @@ def tensor_map(
 ) -> Any:
     """A TMA descriptor, innermost dimension first: `shape` and `box` in elements, `strides` in bytes for dims 1 and up.
 
-    A box may hang over the edge: loads fill zeros, stores are clipped.
+    A box may hang over the edge: loads fill zeros, stores are clipped. Nothing is promoted in the L2 cache: with
+    L2_PROMOTION_L2_256B boxes of 128 to 1024 bytes a row stream from an H200's memory at 3.8 to 4.3 TB/s, with any
+    smaller one or none at 4.5 to 4.57, as fast as contiguous bytes.
     """
     c64, c32 = driver.cuuint64_t, driver.cuuint32_t
     return ok(
@@ -89,7 +91,7 @@ def tensor_map(
             [c32(1)] * len(shape),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             _SWIZZLES[swizzle],
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
