@@ -17,7 +17,6 @@ from fp8.plugins.attention import joined
 from fp8.plugins.attention.plugin import Attention
 from fp8.plugins.base import Kernel
 from fp8.plugins.gemm.plugin import Gemm
-from fp8.plugins.gemm_send.plugin import GemmSend
 from fp8.plugins.norm_quant import summed
 from fp8.plugins.norm_quant.plugin import NormQuant
 
@@ -39,18 +38,19 @@ def residual_pairs(nodes: Sequence[Node]) -> list[tuple[int, int]]:
     found = []
     for i, j in _alone(nodes):
         norm, (y,) = nodes[j].plugin, nodes[i].outputs
-        summed_ = isinstance(norm, NormQuant) and norm.residual and not norm.gather and not norm.collective
-        if summed_ and j == i + 1 and nodes[i].rows == "T" and nodes[j].inputs[:OF_NORM].count(y) == 1:
+        summed_ = isinstance(norm, NormQuant) and norm.summed_by(nodes[i].plugin)
+        if summed_ and j == i + 1 and nodes[j].inputs[:OF_NORM].count(y) == 1:
             found.append((i, j))
     return found
 
 
 def early(nodes: Sequence[Node]) -> dict[str, int]:
-    """What may be written while the linear in front still reads its x, and that linear's place: sums of residuals, by
-    the linear itself, and what a norm writes of rows that ranks send, for it waits for no linear's end."""
-    sums = {nodes[j].outputs[-1]: i for i, j in residual_pairs(nodes)}
-    sent = {node.outputs[0]: i for i, node in enumerate(nodes) if isinstance(node.plugin, GemmSend)}
-    return sums | {name: sent[x] for node in nodes for x in node.inputs if x in sent for name in node.outputs}
+    """What may be written while the linear in front still reads its x, and that linear's place."""
+    found = {}
+    for i, j in _alone(nodes):
+        for k in nodes[j].plugin.early_outputs(nodes[i].plugin):
+            found[nodes[j].outputs[k]] = i
+    return found
 
 
 def _alone(nodes: Sequence[Node]) -> list[tuple[int, int]]:

@@ -119,6 +119,13 @@ class Plugin:
     def check(self, inputs: Sequence[Tensor | None]) -> None:
         """Raises PluginError if no CUDA tactic can execute the op on these (possibly symbolic) types."""
 
+    def early_outputs(self, before: Plugin) -> tuple[int, ...]:
+        """Places of the outputs that may be written while the step in front still reads its own inputs: by this op's
+        kernels, where they do not wait for that one's end, or by that one's, where it does a part of this op. `before`
+        writes what this op alone reads. No such output may lie where an input of `before` does: the arena has its
+        place taken from that step on."""
+        return ()
+
     def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Any]:
         """Legal tactics (frozen dataclasses of ints and strings) for up to `tokens` rows, the favourite first."""
         raise NotImplementedError
@@ -160,6 +167,29 @@ class Plugin:
 
     def attributes(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Threads:
+    """The tactic of a kernel that has but one: threads of a block."""
+
+    threads: int
+
+
+class OneTactic(Plugin):
+    """Base of plugins with one tactic, blocks of `threads`, for whatever `infer` takes."""
+
+    threads: ClassVar[int] = 256
+
+    def check(self, inputs: Sequence[Tensor | None]) -> None:
+        self.infer(inputs)
+
+    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[Threads]:
+        self.check(inputs)
+        return [Threads(self.threads)]
+
+    def tactic(self, fields: dict[str, Any]) -> Threads:
+        return Threads(**fields)
 
 
 def run_reference(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, StepShape, Tensor
+from fp8.plugins.base import Kernel, Launcher, OneTactic, StepShape, Tensor, Threads
 from fp8.plugins.quantize.types import check_tensor
 
 if TYPE_CHECKING:
@@ -23,12 +23,7 @@ ROWS = ("input_ids", "position_ids", "slot_mapping", "sequence_lengths", "counte
 
 
 @dataclass(frozen=True)
-class AdvanceTactic:
-    threads: int = 128
-
-
-@dataclass(frozen=True)
-class Advance(Plugin):
+class Advance(OneTactic):
     """token i32 [L], slots i64 [L], table i32 [S], ROWS i32 [L or more] each, read i32 [stages, L or more]; no output.
 
     In place, for each row: table[slots] and read[stage] get the token, `stage` goes one on and around. Where
@@ -37,6 +32,7 @@ class Advance(Plugin):
     """
 
     name: ClassVar[str] = "advance"
+    threads: ClassVar[int] = 128
     updates: ClassVar[tuple[int, ...]] = tuple(range(2, 2 + 1 + len(ROWS) + 1))  # from the table on
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -55,22 +51,12 @@ class Advance(Plugin):
         advance(token[:n], slots[:n], table, *(t[:n] for t in rows), read)
         return ()
 
-    def check(self, inputs: Sequence[Tensor | None]) -> None:
-        self.infer(inputs)
-
-    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[AdvanceTactic]:
-        self.check(inputs)
-        return [AdvanceTactic()]
-
-    def tactic(self, fields: dict[str, Any]) -> AdvanceTactic:
-        return AdvanceTactic(**fields)
-
-    def kernels(self, tactic: AdvanceTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    def kernels(self, tactic: Threads, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         return (Kernel("advance", "advance.cu", "advance", (("THREADS", tactic.threads),)),)
 
     def bind(
         self,
-        tactic: AdvanceTactic,
+        tactic: Threads,
         functions: Sequence[Function],
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,

@@ -11,7 +11,7 @@ from fp8.plugins.all_reduce import launch
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.region import MOST_BLOCKS, PUSH_SLOT, SENT_ROWS, push_constants, sent_area, sent_constants
 from fp8.plugins.all_reduce.tactics import NCCL, UNIT, AllReduceTactic
-from fp8.plugins.base import Communicator, Kernel, Launcher, PluginError, StepShape, Tensor
+from fp8.plugins.base import Communicator, Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
 from fp8.plugins.norm_quant.plugin import NormQuant
 from fp8.plugins.quantize.launch import RowTactic, whole_rows
 from fp8.plugins.quantize.types import scaled
@@ -52,6 +52,13 @@ class AllReduceNormQuant(NormQuant):
     @property
     def _reduce(self) -> AllReduce:
         return AllReduce("sum", self.world, self.fp8_tokens)
+
+    def summed_by(self, before: Plugin) -> bool:
+        return False  # the sum is of other ranks' rows, too
+
+    def early_outputs(self, before: Plugin) -> tuple[int, ...]:
+        """All, where the linear sends its rows: the norm waits for these and not for the linear (sent_norm.cu)."""
+        return tuple(range(3 if scaled(self.quant) else 2)) if self.slot >= 0 else ()
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         if not self.residual or self.gather:

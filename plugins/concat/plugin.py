@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import Kernel, Launcher, OneTactic, PluginError, StepShape, Tensor, Threads
 from fp8.plugins.quantize.types import DTYPES, VECTOR, check_rows, check_tensor
 
 if TYPE_CHECKING:
@@ -22,12 +22,7 @@ INPUTS = 3
 
 
 @dataclass(frozen=True)
-class ConcatTactic:
-    threads: int = 256
-
-
-@dataclass(frozen=True)
-class Concat(Plugin):
+class Concat(OneTactic):
     """a DT [T, A], b DT [T, B], c DT [T, C]? -> y DT [T, A + B + C], a copy."""
 
     name: ClassVar[str] = "concat"
@@ -45,26 +40,19 @@ class Concat(Plugin):
         return (torch.cat([t for t in inputs if t is not None], 1),)
 
     def check(self, inputs: Sequence[Tensor | None]) -> None:
-        self.infer(inputs)
+        super().check(inputs)
         for name, tensor in zip("abc", inputs, strict=False):
             if tensor is not None:
                 check_rows(f"the width of {name}", tensor.dtype, tensor.shape[1], 1 << 20)
 
-    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[ConcatTactic]:
-        self.check(inputs)
-        return [ConcatTactic()]
-
-    def tactic(self, fields: dict[str, Any]) -> ConcatTactic:
-        return ConcatTactic(**fields)
-
-    def kernels(self, tactic: ConcatTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    def kernels(self, tactic: Threads, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         widths = [_width(t) if t is not None else 0 for t in (*inputs, None)[:INPUTS]]
         constants = (*zip(("A", "B", "C"), widths, strict=True), ("THREADS", tactic.threads))
         return (Kernel("concat", "concat.cu", "concat", constants),)
 
     def bind(
         self,
-        tactic: ConcatTactic,
+        tactic: Threads,
         functions: Sequence[Function],
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,

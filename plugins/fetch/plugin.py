@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import Kernel, Launcher, OneTactic, PluginError, StepShape, Tensor, Threads
 from fp8.plugins.quantize.types import check_tensor
 
 if TYPE_CHECKING:
@@ -29,12 +29,7 @@ def counts(step: StepShape) -> tuple[int, int, int, int]:
 
 
 @dataclass(frozen=True)
-class FetchTactic:
-    threads: int = 256
-
-
-@dataclass(frozen=True)
-class Fetch(Plugin):
+class Fetch(OneTactic):
     """staging u8 [stages, S], fields i32 [F, 3], buffer u8 [S], state i32 [2]; no output.
 
     A field: its offset, a multiple of 16; the index in COUNTED of what counts its rows; bytes of a row. In place:
@@ -63,24 +58,17 @@ class Fetch(Plugin):
         return ()
 
     def check(self, inputs: Sequence[Tensor | None]) -> None:
-        self.infer(inputs)
+        super().check(inputs)
         size = inputs[0].shape[1]
         if isinstance(size, int) and size % UNIT:
             raise PluginError(f"staging has rows of {size} bytes, expected whole units of {UNIT}")
 
-    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[FetchTactic]:
-        self.check(inputs)
-        return [FetchTactic()]
-
-    def tactic(self, fields: dict[str, Any]) -> FetchTactic:
-        return FetchTactic(**fields)
-
-    def kernels(self, tactic: FetchTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    def kernels(self, tactic: Threads, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         return (Kernel("fetch", "fetch.cu", "fetch", (("THREADS", tactic.threads),)),)
 
     def bind(
         self,
-        tactic: FetchTactic,
+        tactic: Threads,
         functions: Sequence[Function],
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,

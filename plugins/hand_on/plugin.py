@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp8.plugins.all_reduce.region import PATIENCE
-from fp8.plugins.base import Communicator, Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import Communicator, Kernel, Launcher, OneTactic, PluginError, StepShape, Tensor, Threads
 from fp8.plugins.hand_on.launch import BLOCKS, THREADS, Channel
 
 if TYPE_CHECKING:
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HandOnTactic:
-    threads: int = THREADS
-
-
-@dataclass(frozen=True)
-class HandOn(Plugin):
+class HandOn(OneTactic):
     """x [T, ...] of every rank, all of one type -> y: that of the rank before, bit for bit, but for words of all ones,
     which arrive as another NaN (peers.cuh, to_wire) and are no token; the first rank gets the last one's.
 
@@ -31,6 +26,7 @@ class HandOn(Plugin):
 
     name: ClassVar[str] = "hand_on"
     collective: ClassVar[bool] = True
+    threads: ClassVar[int] = THREADS
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         (x,) = inputs
@@ -45,21 +41,14 @@ class HandOn(Plugin):
         assert x is not None
         return (comm.all_gather(x)[comm.rank - 1].clone(),)
 
-    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[HandOnTactic]:
-        self.infer(inputs)
-        return [HandOnTactic()]
-
-    def tactic(self, fields: dict[str, Any]) -> HandOnTactic:
-        return HandOnTactic(**fields)
-
-    def kernels(self, tactic: HandOnTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    def kernels(self, tactic: Threads, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         own = (("THREADS", tactic.threads), ("BLOCKS", BLOCKS), ("PATIENCE", f"{PATIENCE * 10**9}ull"))
         unused = (("WORLD", 1), ("MOST_BLOCKS", BLOCKS), ("EPOCHS", 0), ("FLAGS", 0))
         return tuple(Kernel("hand_on", "hand_on.cu", entry, (*own, *unused)) for entry in ("send", "receive"))
 
     def bind(  # type: ignore[override]
         self,
-        tactic: HandOnTactic,
+        tactic: Threads,
         functions: Sequence[Function],
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, PluginError, Tensor
+from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, Tensor
+from fp8.plugins.gemm.plugin import Gemm
 from fp8.plugins.quantize.launch import DTYPE_CODES, FEW_TOKENS, RowPlugin, RowTactic, row_launch, whole_rows
 from fp8.plugins.quantize.types import (
     DTYPES,
@@ -66,6 +67,14 @@ class NormQuant(RowPlugin):
             return (*outputs(self.quant, x.dtype, tokens, hidden), *sums)
         rows = check_tensor("rows", rows, ("int32",), (None,))
         return outputs(self.quant, x.dtype, rows.shape[0], hidden)
+
+    def summed_by(self, before: Plugin) -> bool:
+        """Whether `before`, a linear, may write residual_out in place of its own output (`summed`): not where rows are
+        left out."""
+        return self.residual and not self.gather and isinstance(before, Gemm) and before.rows == "T"
+
+    def early_outputs(self, before: Plugin) -> tuple[int, ...]:
+        return (-1,) if self.summed_by(before) else ()
 
     def reference(self, *inputs: torch.Tensor | None, step: object) -> tuple[torch.Tensor, ...]:
         from fp8.plugins.norm_quant.reference import norm_quant

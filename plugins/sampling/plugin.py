@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from fp8.plugins.base import Kernel, Launcher, Plugin, PluginError, StepShape, Tensor
+from fp8.plugins.base import Kernel, Launcher, OneTactic, PluginError, StepShape, Tensor, Threads
 from fp8.plugins.quantize.types import check_tensor
 
 if TYPE_CHECKING:
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SamplingTactic:
-    threads: int = 256
-
-
-@dataclass(frozen=True)
-class Sampling(Plugin):
+class Sampling(OneTactic):
     """logits f32 [L, V], temperature f32 [L], seed int64 [L], counter int32 [L]? -> token int32 [L].
 
     argmax(logits) where temperature <= 0, else argmax(logits / temperature + Gumbel noise): a draw from
@@ -45,32 +40,23 @@ class Sampling(Plugin):
         return (sample(*(*inputs, None)[:4]),)
 
     def check(self, inputs: Sequence[Tensor | None]) -> None:
-        self.infer(inputs)
+        super().check(inputs)
         vocabulary = inputs[0].shape[1]
         if not isinstance(vocabulary, int) or not 0 < vocabulary < 2**31:
             raise PluginError(f"V={vocabulary}, expected a known size below 2^31")
 
-    def tactics(self, inputs: Sequence[Tensor | None], tokens: int) -> list[SamplingTactic]:
-        self.check(inputs)
-        return [SamplingTactic()]
-
-    def tactic(self, fields: dict[str, Any]) -> SamplingTactic:
-        return SamplingTactic(**fields)
-
-    def kernels(self, tactic: SamplingTactic, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
+    def kernels(self, tactic: Threads, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
         constants = (("VOCABULARY", inputs[0].shape[1]), ("THREADS", tactic.threads))
         return (Kernel("sampling", "sampling.cu", "sampling", constants),)
 
-    def workspace(
-        self, tactic: SamplingTactic, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
-    ) -> int:
+    def workspace(self, tactic: Threads, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int) -> int:
         """16 bytes per row: its best key so far and how many blocks have arrived."""
         rows = inputs[0].shape[0]
         return 16 * (rows if isinstance(rows, int) else max(max_sequences, 256))
 
     def bind(
         self,
-        tactic: SamplingTactic,
+        tactic: Threads,
         functions: Sequence[Function],
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
@@ -89,6 +75,6 @@ class Sampling(Plugin):
         return run
 
     @staticmethod
-    def _splits(tactic: SamplingTactic, vocabulary: int, rows: int) -> int:
+    def _splits(tactic: Threads, vocabulary: int, rows: int) -> int:
         """Blocks per row: up to eight per multiprocessor in all, and no thread without four columns."""
         return max(1, min(-(-vocabulary // (4 * tactic.threads)), 8 * 132 // rows))

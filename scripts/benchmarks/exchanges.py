@@ -13,10 +13,10 @@ from fp8.plugins.all_gather.plugin import AllGather, AllGatherTactic
 from fp8.plugins.all_reduce.plugin import AllReduce
 from fp8.plugins.all_reduce.region import SENT_ROWS, region_bytes
 from fp8.plugins.all_reduce_norm_quant.plugin import AllReduceNormQuant, AllReduceNormQuantTactic
-from fp8.plugins.base import Launcher, Plugin, StepShape, types_of
+from fp8.plugins.base import Launcher, Plugin, StepShape, Threads, types_of
 from fp8.plugins.decode_layers.plugin import Whole
 from fp8.plugins.hand_on import launch as hand_on
-from fp8.plugins.hand_on.plugin import HandOn, HandOnTactic
+from fp8.plugins.hand_on.plugin import HandOn
 from fp8.plugins.norm_quant.cases import TOLERANCE as QUANTS
 from fp8.runtime.comm import HostGroup, World
 from fp8.runtime.launcher import RankError
@@ -247,7 +247,7 @@ def label(tactic: Any) -> str:
         if tactic.sent:
             return f"sent, {row}"
         return f"fused, {row}" if tactic.reduce is None else f"{label(tactic.reduce)} + norm_quant"
-    if isinstance(tactic, HandOnTactic):
+    if isinstance(tactic, Threads):
         return f"hand on {tactic.threads}"
     if not tactic.over_peers:
         return "nccl"
