@@ -20,12 +20,16 @@ PLAIN_SQNR, QUANTIZED_SQNR = 80.0, 45.0  # dB; with quantization a last-bit diff
 
 
 class VerificationError(RuntimeError):
-    """A pass changed what the graph computes: names the pass, the SQNR found and the bound."""
+    """A pass changed what the graph computes: names the pass, the SQNR found and the bound. Or there is nothing to hold
+    it against."""
 
 
 def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Signal to quantization noise ratio in dB: 10 log10(|expected|^2 / |found - expected|^2); inf if equal."""
+    """Signal to quantization noise ratio in dB: 10 log10(|expected|^2 / |found - expected|^2); inf if equal, -inf if
+    anything is not finite."""
     signal, noise = expected.double().square().sum(), (found.double() - expected.double()).square().sum()
+    if not torch.isfinite(signal) or not torch.isfinite(noise):
+        return float("-inf")
     return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
 
 
@@ -91,6 +95,8 @@ class Verifier:
         ]
         self.bound = QUANTIZED_SQNR if quantized else PLAIN_SQNR
         self.before = self._logits([graph], 1)
+        if not torch.isfinite(self.before).all():
+            raise VerificationError("the model's logits are not finite before any pass: look for NaN in its weights")
 
     def check(self, name: str, *graphs: gs.Graph, tp_size: int = 1, bound: float | None = None) -> float:
         """SQNR in dB of the graph (of all ranks' graphs, in order) after the pass `name` against before it. Raises

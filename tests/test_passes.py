@@ -16,7 +16,7 @@ from fp8.builder.passes.lower_attention import lower_attention
 from fp8.builder.passes.merge_linears import merge_linears
 from fp8.builder.rewrite import apart, tensor_type, together
 from fp8.builder.target import Target
-from fp8.builder.verify import PLAIN_SQNR, QUANTIZED_SQNR, VerificationError, Verifier
+from fp8.builder.verify import PLAIN_SQNR, QUANTIZED_SQNR, VerificationError, Verifier, sqnr
 from fp8.builder.weights import to_torch
 
 SHAPES = {
@@ -76,6 +76,26 @@ def test_a_pass_that_changes_the_result_is_caught(tmp_path):
     norm.attrs["epsilon"] = 0.1
     with pytest.raises(VerificationError, match=r"pass broken changed the result: SQNR .* dB, expected at least 45 dB"):
         verifier.check("broken", graph)
+
+
+def test_a_pass_after_which_nothing_is_a_number_is_caught(tmp_path):
+    """NaN is no noise that is not above zero."""
+    source, graph, target = emitted(tmp_path)
+    verifier = Verifier(graph, source.config.vocab_size, target.limits, quantized=True)
+    norm = next(n for n in graph.nodes if n.op == "RMSNormalization")
+    norm.attrs["epsilon"] = float("nan")
+    with pytest.raises(VerificationError, match="pass broken changed the result: SQNR -inf dB"):
+        verifier.check("broken", graph)
+    with pytest.raises(VerificationError, match="the model's logits are not finite before any pass"):
+        Verifier(graph, source.config.vocab_size, target.limits, quantized=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_near(value):
+    x = torch.ones(3)
+    broken = torch.tensor([1.0, value, 1.0])
+    assert sqnr(x, x) == float("inf") and sqnr(x, 2 * x) == pytest.approx(10 * np.log10(4))
+    assert sqnr(broken, x) == sqnr(x, broken) == sqnr(broken, broken) == float("-inf")
 
 
 def test_the_verifier_does_not_change_the_default_dtype(tmp_path):
