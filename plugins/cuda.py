@@ -76,8 +76,8 @@ def tensor_map(
     """A TMA descriptor, innermost dimension first: `shape` and `box` in elements, `strides` in bytes for dims 1 and up.
 
     A box may hang over the edge: loads fill zeros, stores are clipped. Nothing is promoted in the L2 cache: with
-    L2_PROMOTION_L2_256B boxes of 128 to 1024 bytes a row stream from an H200's memory at 3.8 to 4.3 TB/s, with any
-    smaller one or none at 4.5 to 4.57, as fast as contiguous bytes.
+    L2_PROMOTION_L2_256B boxes stream from an H200's memory at 4.1 to 4.3 TB/s, without it at 4.5 to 4.57, as fast as
+    contiguous bytes (docs/performance/reads.json).
     """
     c64, c32 = driver.cuuint64_t, driver.cuuint32_t
     return ok(
