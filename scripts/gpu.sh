@@ -92,11 +92,11 @@ for part in $parts; do
       bench 180 throughput llama-3.1-8b-throughput --engine_dir llama-3.1-8b "${lengths[@]}" --max_seconds 4 ;;
     llama-7b-bf16)
       made all
-      grid llama-7b-bf16 --runs 2 ;;
+      grid llama-7b-bf16 --runs 2 --prompt_runs 3 ;;
     first-token)
       made first-token
       for name in llama-7b-first-token llama-7b-first-token-bf16-kv; do
-        bench 90 latency $name --engine_dir $name "${prompts[@]}" --runs 5 --max_seconds 1
+        bench 90 latency $name --engine_dir $name "${prompts[@]}" --max_seconds 2
       done ;;
     whole)
       made all

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -45,6 +46,7 @@ from fp8.scripts.benchmarks import (
     startup,
     work,
 )
+from fp8.scripts.benchmarks import latency as latency_mode
 from fp8.scripts.benchmarks import throughput as throughput_mode
 from fp8.scripts.benchmarks.kernel_cases import Timed
 
@@ -60,16 +62,51 @@ def latency(engine: Path, *flags: str) -> int:
 
 def test_latency_reports_every_batch_size(engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "bench.json"
-    sizes = ["--batch_size", "1", "3", "--input_len", "40", "--output_len", "5", "--runs", "2"]
+    sizes = ["--batch_size", "1", "3", "--input_len", "40", "--output_len", "5", "--runs", "2", "--prompt_runs", "3"]
     assert latency(engine_dir, *sizes, "--output", str(output)) == 0
     result = json.loads(output.read_text())
     assert {"command", "commit", "device", "date"} <= set(result)
     for row, batch in zip(result["results"], (1, 3), strict=True):
         assert row["batch_size"] == batch and len(row["all_seconds"]) == 2
         assert row["tokens_per_second"] == pytest.approx(batch * 5 / row["seconds"])
-        assert 0 < row["first_token_ms"] < row["seconds"] * 1e3
+        assert 0 < row["first_token_ms_in_runs"] < row["seconds"] * 1e3
+        assert len(row["all_first_token_ms"]) == 3
+        assert row["first_token_ms"] == pytest.approx(statistics.median(row["all_first_token_ms"]))
         assert row["bound_tokens_per_second"] is None, "the bound is the GPU's"
     assert "tokens_per_second" in capsys.readouterr().out
+
+
+def test_where_nothing_is_decoded_a_run_is_its_first_token(engine_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    flags = ["--input_len", "40", "--output_len", "1", "--prompt_runs", "2", "--output", str(output)]
+    assert latency(engine_dir, *flags) == 0
+    (row,) = json.loads(output.read_text())["results"]
+    pairs = list(zip(row["all_first_token_ms"], row["all_seconds"], strict=True))
+    assert len(pairs) == 2 and all(first <= 1e3 * total for first, total in pairs)
+    assert row["tokens_per_second"] == pytest.approx(1 / row["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("count", "seconds", "most", "expected"),
+    [
+        (3, 0.0, None, 3),
+        (3, 2.0, None, 4),  # short ones go on until their time has passed
+        (7, 0.0, 1.2, 3),  # of long ones none begins after their time
+        (7, 0.0, 0.1, 1),
+        (1, 9.0, 1.2, 3),
+    ],
+)
+def test_runs_go_on_for_as_many_or_as_long_as_asked_for(
+    count: int, seconds: float, most: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(latency_mode.time, "perf_counter", lambda: now[0])
+
+    def run() -> latency_mode.Run:
+        now[0] += 0.5
+        return latency_mode.Run(0.4, 0.5)
+
+    assert len(latency_mode._several(run, count, seconds, most)) == expected
 
 
 @pytest.mark.parametrize(
