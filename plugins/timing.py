@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,11 +19,12 @@ GRAPH_SECONDS = 5e-4  # a graph lasts about as long, so that its own launch does
 
 @dataclass(frozen=True)
 class Pace:
-    """How long contestants run: `turns` times `seconds` each, one after the other in a turn; a quarter as many turns
-    before, but at least one, are not counted."""
+    """How long contestants run: `turns` times `seconds` each, one after the other in a turn; `before` turns before, a
+    quarter as many unless told, but at least one, are not counted."""
 
     turns: int
     seconds: float
+    before: int | None = None
 
 
 BRIEF = Pace(4, 0.005)
@@ -104,11 +106,25 @@ def compare(graphs: Sequence[Graph], pace: Pace) -> list[float]:
     """Microseconds of a launch of each: the median over all replays. They take turns, so that clocks and power are the
     same for all, and each turn begins with another one: under the power limit a place in the turn was worth 3%."""
     taken: list[list[float]] = [[] for _ in graphs]
-    before = max(1, pace.turns // 4)
+    before = max(1, pace.turns // 4 if pace.before is None else pace.before)
     for turn in range(before + pace.turns):
         for i in range(turn, turn + len(graphs)):
             found = replays(graphs[i % len(graphs)], pace.seconds)
             taken[i % len(graphs)] += found if turn >= before else []
+    return [statistics.median(times) for times in taken]
+
+
+def in_bursts(graphs: Sequence[Graph], turns: int, seconds: float, pause: float) -> list[float]:
+    """Microseconds of a launch of each, in bursts of `seconds` after pauses: at clocks that the power limit, which acts
+    some 40 ms later, does not lower. The median over all replays."""
+    import torch
+
+    taken: list[list[float]] = [[] for _ in graphs]
+    for _ in range(turns):
+        for graph, found in zip(graphs, taken, strict=True):
+            torch.cuda.synchronize()
+            time.sleep(pause)
+            found += replays(graph, seconds)
     return [statistics.median(times) for times in taken]
 
 

@@ -78,7 +78,7 @@ for part in $parts; do
   say "$part"
   begin=$SECONDS
   case $part in
-    kernel) bench 180 kernel kernel --max_seconds 100 ;;
+    kernel) bench 180 kernel kernel --max_seconds 130 ;;
     llama-7b)
       made all
       bench 200 startup llama-7b-startup --checkpoint_dir llama-7b-checkpoint --engine_dir llama-7b -- "${small[@]}"

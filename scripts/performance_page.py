@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError, write_atomically
-from fp8.scripts.benchmarks.kernel_cases import PRODUCTS
+from fp8.scripts.benchmarks.kernel_cases import BURSTS, PRODUCTS
 from fp8.scripts.benchmarks.targets import BATCHES
 from fp8.scripts.record import Spread, load, number, spreads, state
 
 WHY = re.compile(r"<!-- why (?P<name>[^>]+?) -->\n+(?=[^<#\s])")
 MARKED = re.compile(r"(<!-- table (?P<name>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = Sequence[dict[str, Any]]
+CASES = {"prompts": "attention prompt ", "blockwise": "gemm fp8 blockwise "}  # how names begin, by section
+VARIANTS = (PRODUCTS, BURSTS)  # of a case: columns of its line
 
 
 def render(page: str, record: dict[str, Any], again: dict[str, Any] | None = None) -> str:
@@ -51,8 +53,10 @@ def _table(name: str, record: dict[str, Any], again: dict[str, Any] | None) -> s
         )
     if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
         return _by_batch(rows)
-    if name in ("gemm shapes", "prompts"):
-        return _by_rows(rows) if name == "gemm shapes" else _by_prompts(rows)
+    if name == "gemm shapes":
+        return _by_rows(rows)
+    if name in CASES:
+        return _by_cases(rows, CASES[name])
     head = ["", "measured", "target", "peer", "", "of the ceiling", ""]
     return _markdown(head, [_cells(row) for row in rows])
 
@@ -111,9 +115,8 @@ def _by_batch(rows: Rows) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    sign = "at least" if row["at_least"] else "at most"
     peer = f"{_value(row['anchor'], row['unit'])} ({row['whose']})" if row["anchor"] is not None else ""
-    target = "" if row["target"] is None else f"{sign} {_value(row['target'], row['unit'])}"
+    target = "" if row["target"] is None else f"{_sign(row)} {_value(row['target'], row['unit'])}"
     share = "" if row["of_the_ceiling"] is None else f"{row['of_the_ceiling']:.0%}"
     return [row["name"], _figure(row), target, peer, row["unit"], share, state(row)]
 
@@ -129,19 +132,24 @@ def _by_rows(rows: Rows) -> str:
     return _grid("NxK", lines)
 
 
-def _by_prompts(rows: Rows) -> str:
-    """A line per case of attention over prompts, a column per figure; what is missed is bold."""
+def _by_cases(rows: Rows, prefix: str) -> str:
+    """A line per case, a column per figure; what is missed is bold."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        case, _, what = row["name"].removeprefix("attention prompt ").partition(": ")
-        line = lines.setdefault(case.removesuffix(PRODUCTS), {})
-        line[what + (PRODUCTS if case.endswith(PRODUCTS) else "")] = (
-            f"{_marked(row)} (at least {number(row['target'])})"
-        )
-        if what == "TFLOP/s":
-            line["peer, TFLOP/s"] = f"{number(row['anchor'])} ({row['whose']})"
-            line["of the ceiling"] = "" if row["of_the_ceiling"] is None else f"{row['of_the_ceiling']:.0%}"
+        case, _, what = row["name"].removeprefix(prefix).partition(": ")
+        variant = next((v for v in VARIANTS if case.endswith(v)), "")
+        line = lines.setdefault(case.removesuffix(variant), {})
+        wanted = f" ({_sign(row)} {number(row['target'])})" if row["target"] is not None else ""
+        line[what + variant] = _marked(row) + wanted
+        if not what.startswith("ratio"):
+            line[f"peer, {what}{variant}"] = f"{number(row['anchor'])} ({row['whose']})"
+            if row["of_the_ceiling"] is not None:
+                line["of the ceiling" + variant] = f"{row['of_the_ceiling']:.0%}"
     return _grid("", lines)
+
+
+def _sign(row: dict[str, Any]) -> str:
+    return "at least" if row["at_least"] else "at most"
 
 
 def _marked(row: dict[str, Any]) -> str:

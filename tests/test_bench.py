@@ -25,6 +25,7 @@ from fp8.builder import engine as engine_format
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.engine import Limits
 from fp8.models.config import load as load_model
+from fp8.plugins import timing
 from fp8.plugins.base import StepShape, types_of
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.plugins.timing import Graph, Pace
@@ -383,11 +384,44 @@ def test_deep_gemm_is_a_peer_of_what_it_can_do(monkeypatch: pytest.MonkeyPatch) 
     inputs = case.make(torch.Generator().manual_seed(0), "cpu")
     (expected,) = case.plugin.reference(*inputs, step=case.step)
     found = peers.peers_of(case.plugin, case.step, inputs)
-    assert list(found) == ["DeepGEMM"]
+    assert list(found) == ["cuBLASLt", "DeepGEMM"]
     found["DeepGEMM"](inputs)()
     torch.testing.assert_close(outputs[0], expected, rtol=1e-2, atol=1e-2)
     for other in (gemm_cases.case(7, 200, 384, "block8"), gemm_cases.case(7, 200, 384, "block", out="float32")):
         assert not peers.peers_of(other.plugin, other.step, other.make(torch.Generator().manual_seed(0), "cpu"))
+
+
+def test_scales_in_blocks_go_to_torch_in_the_layouts_that_tell_it_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's ScaledBlas.cpp knows blocks of 1 x 128 by 128 x 128 by strides: (1, M) of x's scales, and of those of w^T
+    (1, K / 128 rounded up to 4)."""
+
+    def scaled_mm(
+        a: torch.Tensor, b: torch.Tensor, s: torch.Tensor, t: torch.Tensor, *, out_dtype: object, out: torch.Tensor
+    ) -> torch.Tensor:
+        assert a.stride(1) == b.stride(0) == 1 and s.dtype == t.dtype == torch.float32
+        assert s.shape == (7, 3) and s.stride() == (1, 7) and t.shape == (3, 2) and t.stride() == (1, 4)
+        x, w = (
+            a.float() * s.repeat_interleave(128, 1),
+            b.t().float() * t.t().repeat_interleave(128, 1).repeat_interleave(128, 0)[:200],
+        )
+        return out.copy_(x @ w.t())
+
+    case = gemm_cases.case(7, 200, 384, "block")
+    inputs = case.make(torch.Generator().manual_seed(0), "cpu")
+    (expected,) = case.plugin.reference(*inputs, step=case.step)
+    launch = peers.peers_of(case.plugin, case.step, inputs)["cuBLASLt"](inputs)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    torch.testing.assert_close(launch(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_bursts_follow_a_pause_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("idle"))
+    monkeypatch.setattr(timing.time, "sleep", seen.append)
+    monkeypatch.setattr(timing, "replays", lambda graph, seconds: seen.append((graph, seconds)) or [len(seen)])
+    assert timing.in_bursts(["a", "b"], 2, 0.012, 0.02) == [6.0, 9.0]  # type: ignore[list-item]
+    once = ["idle", 0.02, ("a", 0.012), "idle", 0.02, ("b", 0.012)]
+    assert seen == 2 * once
 
 
 def test_startup_measures_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -473,8 +507,14 @@ def test_contestants_under_load_alternate_quickly_and_take_a_bounded_time() -> N
     def graph(seconds: float, count: int = 1) -> Graph:
         return Graph(None, (), count, seconds)  # type: ignore[arg-type]
 
-    assert kernel_rows._loaded([graph(15e-6, 33), graph(14e-6, 35)]) == Pace(kernel_rows.TURNS, kernel_rows.TURN)
-    for seconds in (0.006, 0.04, 0.2):
-        pace = kernel_rows._loaded([graph(seconds), graph(seconds)])
-        taken = pace.turns * max(pace.seconds, seconds)
-        assert pace.turns >= 3 and taken <= max(kernel_rows.LOADED, 3 * seconds)
+    pace = kernel_rows._loaded([graph(15e-6, 33), graph(14e-6, 35)])
+    assert pace == Pace(kernel_rows.TURNS, kernel_rows.TURN, 5)
+    assert kernel_rows._loaded([graph(15e-6, 33)]) == Pace(kernel_rows.TURNS, kernel_rows.TURN, 10)
+    for count in (1, 2, 6):
+        for seconds in (0.006, 0.04, 0.2):
+            pace = kernel_rows._loaded([graph(seconds)] * count)
+            turn = count * max(pace.seconds, seconds)
+            assert pace.before is not None and pace.before * turn >= kernel_rows.HEATED, "the clock is steady by then"
+            assert pace.turns >= 3 and pace.turns * turn <= max(
+                3 * turn, min(kernel_rows.LOADED * count, kernel_rows.STEADY - kernel_rows.HEATED)
+            )

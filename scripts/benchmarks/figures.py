@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8.builder.engine import EngineError
-from fp8.scripts.benchmarks.kernel_cases import PRODUCTS, timed_cases
+from fp8.scripts.benchmarks.kernel_cases import BURSTS, PRODUCTS, timed_cases
 from fp8.scripts.benchmarks.targets import CHECKED
 from fp8.scripts.random_checkpoint import PRESETS
 
@@ -61,6 +61,11 @@ def _kernel(_: str, document: Document) -> Figures:
         yield f"{row['name']}: TB/s", row["tb_per_second"]
         yield f"{row['name']}: TFLOP/s", row["tflops"]
         yield f"{row['name']}: of the ceiling", row["fraction"]
+        if row.get("burst_us"):
+            yield f"{row['name']}{BURSTS}: us", row["burst_us"]
+            yield f"{row['name']}{BURSTS}: TFLOP/s", row["tflops"] * row["us"] / row["burst_us"]
+        if row.get("peer_burst_us"):
+            yield f"{row['name']}{BURSTS}: ratio to {row['peer']}", row["peer_burst_us"] / row["burst_us"]
         if row["peer_us"]:
             yield f"{row['name']}: ratio to {row['peer']}", row["ratio"]
             if "write_us" in row:

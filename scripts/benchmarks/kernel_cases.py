@@ -21,7 +21,8 @@ LINEARS = (
 )  # fmt: skip
 ROWS = (1, 16, 64, 128, 512, 2048, 8192)
 BLOCKWISE = ((12288, 4096), (4096, 4096), (24576, 4096), (4096, 14336), (7168, 16384))
-BLOCKWISE_ROWS = (64, 128, 512, 2048, 4096, 8192)
+BLOCKWISE_FEW, BLOCKWISE_MANY = (64, 128), (512, 2048, 4096, 8192)  # rows; the latter are timed in bursts, too
+BURSTS = ", bursts"  # of a figure that is of bursts, not of sustained load
 MODES = {"per-tensor": "static", "rowwise": "rowwise"}
 FILLED = 4096  # tokens that short prompts are batched up to
 PROMPTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -34,12 +35,13 @@ NORM_TOKENS = (1, 64, 2048, 16384)
 @dataclass(frozen=True)
 class Timed:
     """A case under the name of its figure. `rows` are the inputs whose first dimension counts a step's tokens: with
-    them symbolic, tactics are those that an engine would have."""
+    them symbolic, tactics are those that an engine would have. `bursts`: timed in bursts, too."""
 
     name: str
     plugin: str
     case: Case
     rows: tuple[int, ...] = ()
+    bursts: bool = False
 
 
 def timed_cases() -> list[Timed]:
@@ -67,8 +69,9 @@ def _rows(mode: str) -> tuple[int, ...]:
 def _blockwise() -> Iterator[Timed]:
     """Activations scaled 1 x 128, weights 128 x 128."""
     for n, k in BLOCKWISE:
-        for m in BLOCKWISE_ROWS:
-            yield Timed(f"gemm fp8 blockwise {m}x{n}x{k}", "gemm", gemm.case(m, n, k, "block"), (0, 2))
+        for m in (*BLOCKWISE_FEW, *BLOCKWISE_MANY):
+            name = f"gemm fp8 blockwise {m}x{n}x{k}"
+            yield Timed(name, "gemm", gemm.case(m, n, k, "block"), (0, 2), bursts=m in BLOCKWISE_MANY)
 
 
 def _swiglu() -> Iterator[Timed]:

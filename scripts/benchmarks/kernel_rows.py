@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from fp8.builder.tune import Site
 from fp8.plugins import compile
 from fp8.plugins.base import Kernel, PluginError, Tensor, types_of
-from fp8.plugins.timing import GRAPH_SECONDS, Graph, Pace, capture, compare
+from fp8.plugins.timing import GRAPH_SECONDS, Graph, Pace, capture, compare, in_bursts
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases
 from fp8.scripts.benchmarks.ceilings import Ceilings
@@ -24,9 +25,15 @@ from fp8.scripts.benchmarks.peers import peers_of
 MAX_NUM_TOKENS = 8192  # of the engine whose tactics are timed
 BRIEF = Pace(4, 0.01)
 # Under load contestants alternate faster than the power limit reacts, so that it falls on both alike.
-TURNS, TURN, LOADED = 16, 0.01, 0.2  # seconds of a turn, and of all a contestant's turns
+TURNS, TURN, LOADED = 16, 0.01, 0.16  # seconds of a turn, and of all a contestant's turns
+# After a rest the SM clock of an H200 is 1.48 to 1.57 GHz for 40 to 100 ms of such load, then steady at 1.25 to 1.34;
+# 0.67 s after the begin it falls, to 0.88 at first, for 0.2 s, and so again and again. What counts lies in between.
+HEATED, STEADY = 0.1, 0.6  # seconds after the load's begin
+# Seconds after a case under load: until a light one, which else is timed at the load's clocks, and until the next load,
+# so that it begins anew (after 0.05 to 0.3 s one row was the same within 1%).
+REST, PAUSED = 0.2, 0.1
 LOADED_GRAPH = 4e-3  # seconds: of graphs of 0.5 ms, their own launch would be 1% where a kernel takes as long
-REST = 0.2  # seconds between a case under load and one that is not, which else is timed at the clocks of the former
+BURSTS, BURST, PAUSE = 3, 0.012, 0.02  # 6 to 25 ms after 20 to 200 are the same within 0.5%
 HEAVY = 5e10  # FLOP from which a case is timed under load, as is one that the tensor cores bound
 KEPT = 24 << 30  # bytes of freed memory that torch may hold for the cases to come
 CEILINGS = -1  # asks for them, in place of a case
@@ -88,11 +95,13 @@ class Measured:
         self._chosen, self._functions = chosen, Functions()
         self._compiling: dict[Kernel, Future] = {}
         self._made: set[str] = set()
-        self._heated = -REST  # when the last case under load ended
+        self._load_ended = 0.0  # when the last load ended
 
     @cached_property
     def _measured(self) -> tuple[Ceilings, dict[str, str | None]]:
-        return ceilings.measure()
+        found = ceilings.measure()
+        self._load_ended = time.monotonic()
+        return found
 
     @property
     def ceilings(self) -> Ceilings:
@@ -153,11 +162,11 @@ class Measured:
         peers = _peer_graphs(buffers, row, lasting) if self._chosen.peers else {}
         write = buffers.captured_write(tactics[0], self._functions.of(kernels[0])) if peers else None
         graphs = [*ours, *peers.values()]
-        if not heavy:
-            time.sleep(max(0.0, self._heated + REST - time.monotonic()))
+        time.sleep(max(0.0, self._load_ended + (PAUSED if heavy else REST) - time.monotonic()))
         times = compare(graphs, _loaded(graphs) if heavy else BRIEF)
+        bursts = in_bursts(graphs, BURSTS, BURST, PAUSE) if t.bursts else []
         if heavy:
-            self._heated = time.monotonic()
+            self._load_ended = time.monotonic()
         us, tactic = min(zip(times, tactics, strict=False), key=lambda pair: pair[0])
         peer_us = dict(zip(peers, times[len(ours) :], strict=True))
         peer, best = next(iter(peer_us.items()), (None, None))
@@ -166,13 +175,16 @@ class Measured:
             "fraction": max(memory, cores) * 1e6 / us, "peer": peer, "peer_us": best, "ratio": best and best / us,
             "all_peers_us": peer_us, "tactic": dataclasses.asdict(tactic), "sustained": heavy,
             **({"write_us": compare([write], BRIEF)[0]} if write else {}),
+            **({"burst_us": min(bursts[: len(ours)])} if bursts else {}),
+            **({"peer_burst_us": bursts[len(ours)]} if bursts[len(ours) :] else {}),
         }  # fmt: skip
 
 
 def _loaded(graphs: Sequence[Graph]) -> Pace:
-    """Fewer turns where a launch is longer than one."""
+    """Fewer turns where a launch is longer than one, or contestants are many."""
     together = sum(max(TURN, g.seconds * g.count) for g in graphs)
-    return Pace(max(3, min(TURNS, int(LOADED * len(graphs) / together))), TURN)
+    turns = int(min(LOADED * len(graphs), STEADY - HEATED) / together)
+    return Pace(max(3, min(TURNS, turns)), TURN, math.ceil(HEATED / together))
 
 
 def _peer_graphs(buffers: CaseBuffers, row: Row, lasting: float) -> dict[str, Graph]:

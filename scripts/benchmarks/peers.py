@@ -58,12 +58,28 @@ def _scaled_product(tensors: Tensors) -> Launch:
 
 
 def _blockwise_peers(plugin: Plugin, tensors: Tensors) -> dict[str, Peer]:
-    """Scaled in blocks of 128 x 128, with bfloat16 results: DeepGEMM's, where a package of it is installed."""
+    """Scaled in blocks of 128 x 128, with bfloat16 results: cuBLASLt's, and DeepGEMM's where a package of it is
+    installed."""
     w, w_scale = tensors[1], tensors[3]
     assert w is not None and w_scale is not None
     square = w_scale.shape[0] == -(-w.shape[0] // SCALE_BLOCK)
-    plain = plugin.name == "gemm" and plugin.attributes()["out_dtype"] == "bfloat16"
-    return {"DeepGEMM": _deep_gemm} if square and plain and importlib.util.find_spec("deep_gemm") else {}
+    if not square or plugin.name != "gemm" or plugin.attributes()["out_dtype"] != "bfloat16":
+        return {}
+    return {"cuBLASLt": _scaled_blocks, **({"DeepGEMM": _deep_gemm} if importlib.util.find_spec("deep_gemm") else {})}
+
+
+def _scaled_blocks(tensors: Tensors) -> Launch:
+    """torch._scaled_mm, which knows scales in blocks (CUDA 12.9, sm_90) by their strides: of x by columns, of w by rows
+    of a multiple of four."""
+    import torch
+
+    x, w, x_scale, w_scale = tensors[:4]
+    assert x is not None and w is not None and x_scale is not None and w_scale is not None
+    n, blocks = w_scale.shape
+    rows = torch.zeros(n, -(-blocks // 4) * 4, device=x.device)[:, :blocks].copy_(w_scale)
+    scales = x_scale.t().contiguous().t(), rows.t()
+    out = torch.empty(x.shape[0], w.shape[0], dtype=torch.bfloat16, device=x.device)
+    return lambda: torch._scaled_mm(x, w.t(), *scales, out_dtype=out.dtype, out=out)
 
 
 def _deep_gemm(tensors: Tensors) -> Launch:
