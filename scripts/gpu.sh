@@ -13,7 +13,7 @@
 #                   interpreted on the CPU                                                       example.txt engines.json
 #     service       random arrivals, sampling, beams, prefixes, streaming, debug tensors on the example   service.json
 #     whole         the 8B shape's throughput of whole queues, as vLLM was measured              llama-3.1-8b-whole.json
-#     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.*.log
+#     sanitizer     compute-sanitizer memcheck and racecheck over the small cases                sanitizer.*.*.log
 #
 # Parts run in this order. Engines are made while kernels are measured; they hold no matrices (random_engine), but for
 # those of llama-7b, 14 GB in $TMPDIR. A part that fails or takes too long loses its own figures alone.
@@ -70,6 +70,20 @@ grid() { # grid ENGINE [ARGUMENT...]
   bench 120 latency "$1" --engine_dir "$1" --batch_size 1 8 16 32 64 --input_len 1024 --output_len 128 "${@:2}"
 }
 
+sanitize() { # sanitize TOOL: the small cases, dealt out to processes side by side; racecheck takes minutes for some
+  local tool=$1 shares=12 i jobs=() wrong=0
+  for i in $(seq $shares); do
+    timeout 200 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "$PYTHON" -m fp8.scripts.gpu_round \
+      --small --no-bench --tactics 2 --share "$i/$shares" --max_seconds 100 >"$out/sanitizer.$tool.$i.log" 2>&1 &
+    jobs+=($!)
+  done
+  for i in $(seq $shares); do
+    wait "${jobs[i - 1]}" || { wrong=1; say "$tool $i/$shares exits with $?: sanitizer.$tool.$i.log"; }
+  done
+  grep -ah "gpu_round: .* cases" "$out/sanitizer.$tool".*.log
+  return $wrong
+}
+
 set -m # the work ahead is a group of processes, ended as one
 { ahead || true; touch "$work/all.made"; } &
 set +m
@@ -105,10 +119,7 @@ for part in $parts; do
     kernels)
       timeout 300 "$PYTHON" -m fp8.scripts.gpu_round --no-bench --output "$out/kernels.json" --commit "$commit" || failed=1 ;;
     sanitizer)
-      for tool in memcheck racecheck; do
-        compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 "$PYTHON" -m fp8.scripts.gpu_round --small --no-bench \
-          --tactics 2 2>&1 | tee "$out/sanitizer.$tool.log" | tail -n 3 || failed=1
-      done ;;
+      for tool in memcheck racecheck; do sanitize $tool || failed=1; done ;;
     example)
       "$PYTHON" -m fp8.scripts.quickstart --work_dir "$work/example" | tee "$out/example.txt" || failed=1
       ln -s "$PWD/examples" "$work/examples"

@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,8 +45,9 @@ Progress = Callable[[str, int, int], None]
 Cases = Sequence[tuple[str, Case]]
 
 
-def in_turn(chosen: Chosen, cases: Cases, bench: bool, show: Progress) -> Iterator[list[Row]]:
-    """Each case's rows, all by this process, as compute-sanitizer wants it; ends where the GPU is lost to it."""
+def in_turn(chosen: Chosen, cases: Cases, bench: bool, show: Progress, *, end: float) -> Iterator[list[Row]]:
+    """Each case's rows, all by this process, as compute-sanitizer wants it; ends where the GPU is lost to it, and
+    begins no case after `end`, of time.monotonic()."""
     import torch
 
     run = Round(chosen.seed, chosen.tactics)
@@ -54,7 +57,7 @@ def in_turn(chosen: Chosen, cases: Cases, bench: bool, show: Progress) -> Iterat
             run.time(case, rows)
         yield rows
         show("cases", done, len(cases))
-        if run.lost:
+        if run.lost or time.monotonic() > end:
             return
         torch.cuda.empty_cache()
 
@@ -112,6 +115,14 @@ def table(rows: Sequence[Row], every: bool) -> Table:
     return out
 
 
+def share(text: str) -> tuple[int, int]:
+    """`3/16`: every sixteenth case from the third on, as Chosen has it."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
+    return int(found[1]) - 1, int(found[2])
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plugin", default="", help="only this plugin")
@@ -124,6 +135,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--tactics", type=positive, default=8, help="at most so many tactics a case (8)")
     parser.add_argument("--every-tactic", action="store_true", help="print a line for each tactic")
+    parser.add_argument(
+        "--share", type=share, default=(0, 1), metavar="I/N", help="only every N-th case, from the I-th on"
+    )
+    parser.add_argument(
+        "--max_seconds", type=float, default=math.inf, help="of a round by one process: begin no case after so many"
+    )
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; the time by default")
     parser.add_argument("--output", type=Path, help="write the rows as JSON here")
     add_argument(parser)
@@ -139,13 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu_round: needs a Hopper GPU (sm_90), found {found}; run it on a machine with an H100 or H200.")
         return 2
     seed = int(time.time()) % 2**31 if args.seed is None else args.seed
-    chosen = Chosen(args.plugin, args.case, args.small, args.tactics, seed)
+    chosen = Chosen(args.plugin, args.case, args.small, args.tactics, seed, args.share)
     cases, workers = chosen.cases(), args.workers or default_workers(args.small)
     rows: list[Row] = []
     begin = time.monotonic()
     try:
         with stages(Console(stderr=True), disable=not sys.stderr.isatty()) as (show, _):
-            do: Callable[..., Iterable[list[Row]]] = partial(side_by_side, workers=workers) if workers > 1 else in_turn
+            one: Callable[..., Iterable[list[Row]]] = partial(in_turn, end=begin + args.max_seconds)
+            do = one if workers == 1 else partial(side_by_side, workers=workers)
             for of_case in do(chosen, cases, not args.no_bench, show):
                 rows += of_case
     finally:  # what was found until an interrupt, too

@@ -1,5 +1,7 @@
 """Every plugin, by its own cases: without a GPU types, references and compilation; with one the whole round."""
 
+import argparse
+import itertools
 import os
 import signal
 from dataclasses import asdict, replace
@@ -114,6 +116,17 @@ def test_cases_checked_side_by_side_are_lost_alone_and_timed_by_one_process(tmp_
     assert all(not row.failure and row.us == 1.0 for row in right)
     assert rows["dies"].us is None and rows["breaks"].us is None
     assert [p for p in told if p[1] == p[2]] == [("checks", 6, 6), ("alone", 1, 1), ("times", 4, 4)]
+
+
+def test_shares_of_a_round_are_all_of_it() -> None:
+    whole = [case.name for _, case in Chosen("norm_quant").cases()]
+    dealt = [
+        [case.name for _, case in Chosen("norm_quant", share=gpu_round.share(f"{i}/3")).cases()] for i in (1, 2, 3)
+    ]
+    assert sorted(itertools.chain(*dealt)) == sorted(whole) and max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    for text in ("0/3", "4/3", "3", "1/0", "-1/3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not I/N with I from 1 to N"):
+            gpu_round.share(text)
 
 
 def test_the_round_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture) -> None:

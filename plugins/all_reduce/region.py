@@ -75,8 +75,13 @@ def sent_constants(world: int) -> tuple[tuple[str, int | str], ...]:
     return (*constants(world), ("SENT_BYTES", PUSH_SLOT + PUSH_SCALES), ("SENT_BEGUN", PUSH_SLOT))
 
 
+def layers_area(world: int) -> int:
+    """Where decode_layers' count of layers and its shares lie."""
+    return _areas(world)[4]
+
+
 def layers_constants(world: int) -> tuple[tuple[str, int | str], ...]:
-    return (*constants(world), ("LAYERS_AREA", f"{_areas(world)[4]}ull"), ("LAYERS_SUMS", LAYERS_SUMS))
+    return (*constants(world), ("LAYERS_AREA", f"{layers_area(world)}ull"), ("LAYERS_SUMS", LAYERS_SUMS))
 
 
 def sent_area(world: int, slot: int) -> ctypes.c_uint64:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fp8.plugins import base, compile
 from fp8.plugins.base import Case, Launcher, Plugin, types_of
 from fp8.plugins.timing import GRAPH_SECONDS, Graph, capture, sets_for
+from fp8.scripts.benchmarks.lone_rank import LoneRank
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,8 @@ class CaseBuffers:
         import torch
 
         self.case, self.plugin, self.device = case, case.plugin, device
+        self.comm = LoneRank(case.plugin, device) if case.plugin.collective else None
+        self.bind = case.plugin.bind if self.comm is None else self.comm.bind
         self.given = case.make(torch.Generator(device).manual_seed(seed), device)
         self.types = types_of(self.given)
         self.plugin.check(self.types)
@@ -81,7 +84,7 @@ class CaseBuffers:
     def expected(self) -> list[torch.Tensor]:
         """The reference's outputs, and what it writes in place as it leaves it."""
         copies = [t if t is None else t.clone() for t in self.given]
-        found = list(self.plugin.reference(*copies, step=self.case.step))
+        found = list(base.run_reference(self.plugin, copies, self.case.step, self.comm))
         caches = [i for pair in self.places for i in pair]
         return found + [copies[i] for i in caches or self.plugin.updates]
 
@@ -116,7 +119,7 @@ class CaseBuffers:
 
     def captured(self, tactic: Any, functions: Sequence[Function], lasting: float = GRAPH_SECONDS) -> Graph:
         """A graph of the tactic's launches over the sets."""
-        return self._captured(self.plugin.bind, tactic, functions, lasting)
+        return self._captured(self.bind, tactic, functions, lasting)
 
     def captured_write(self, tactic: Any, functions: Sequence[Function]) -> Graph | None:
         """Of attention over prompts, what comes before the products: rotary embedding, quantization, cache write."""

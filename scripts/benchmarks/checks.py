@@ -13,6 +13,7 @@ from fp8.plugins.base import Case
 from fp8.plugins.timing import BRIEF, compare
 from fp8.scripts.benchmarks.case_buffers import CaseBuffers, Functions, all_cases
 from fp8.scripts.benchmarks.isolated import Answers
+from fp8.scripts.benchmarks.lone_rank import runs_alone
 
 if TYPE_CHECKING:
     import torch
@@ -39,18 +40,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which cases; `tactics`: at most so many of each, the plugin's favourites first; `seed`: of the inputs."""
+    """Which cases; `tactics`: at most so many of each, the plugin's favourites first; `seed`: of the inputs; `share`:
+    the first of them and how many further the next one is."""
 
     plugin: str = ""
     part: str = ""
     small: bool = False
     tactics: int = 8
     seed: int = 0
+    share: tuple[int, int] = (0, 1)
 
     def cases(self) -> list[tuple[str, Case]]:
         """(plugin name, case); without those that need several GPUs."""
-        alone = [(name, case) for name, case in all_cases(self.plugin, self.part) if not case.plugin.collective]
-        return [(name, case) for name, case in alone if not self.small or _is_small(case)]
+        alone = [(name, case) for name, case in all_cases(self.plugin, self.part) if runs_alone(case.plugin)]
+        fit = [(name, case) for name, case in alone if not self.small or _is_small(case)]
+        return fit[self.share[0] :: self.share[1]]
 
 
 def _is_small(case: Case) -> bool:
@@ -68,7 +72,7 @@ class CheckedCase(CaseBuffers):
         for _ in range(2):
             inputs = self.fresh_inputs()
             outputs, guards = self.outputs()
-            self.plugin.bind(tactic, functions, [*inputs, *outputs], workspace)(self.case.step)
+            self.bind(tactic, functions, [*inputs, *outputs], workspace)(self.case.step)
             torch.cuda.synchronize()
             assert all(bool((g == 255).all()) for g in guards), "memory behind an output was written"
             for pair in self.places:
@@ -128,7 +132,9 @@ class Round:
         return rows
 
     def time(self, case: Case, rows: Sequence[Row]) -> None:
-        """Of the tactics that were right."""
+        """Of the tactics that were right; not where others would be waited for."""
+        if case.plugin.collective:
+            return
         buffers = CheckedCase(case, self.seed, self.device)
         for row in rows:
             if row.failure or self.lost:

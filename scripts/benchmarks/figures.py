@@ -77,7 +77,7 @@ def _kernel(_: str, document: Document) -> Figures:
 
 def _gpu_round(_: str, document: Document) -> Figures:
     """How much of a whole round was right; of every tactic's time, the best: these have no peer in the same run."""
-    if not {"--plugin", "--case", "--small"} & set(str(document["command"]).split()):
+    if not {"--plugin", "--case", "--small", "--share"} & set(str(document["command"]).split()):
         yield f"{CHECKED}: cases", len({(row["plugin"], row["case"]) for row in document["rows"]})
         yield f"{CHECKED}: runs", len(document["rows"])
         yield f"{CHECKED}: failures", sum(bool(row["failure"]) for row in document["rows"])
