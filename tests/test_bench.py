@@ -27,6 +27,7 @@ from fp8.builder.engine import Limits
 from fp8.models.config import load as load_model
 from fp8.plugins import timing
 from fp8.plugins.base import StepShape, types_of
+from fp8.plugins.compile import compile_kernel
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.plugins.timing import Graph, Pace
 from fp8.runtime.kv_cache import BlockPool
@@ -156,10 +157,27 @@ def test_a_step_s_work_is_that_of_its_formulas(tmp_path: Path) -> None:
     down = found["model.layers.0.mlp.down_proj"]
     hidden, mlp, heads, dim = tiny_engine.HIDDEN, tiny_engine.MLP, tiny_engine.HEADS, tiny_engine.HEAD_DIM
     assert down.flops == 2 * 2 * hidden * mlp and down.bytes == 4 * (hidden * mlp + 2 * mlp + 2 * hidden)
+    assert down.written == 4 * 2 * hidden
     attention = found["model.layers.0.self_attn"]
     assert attention.flops == 4 * 2 * 70 * heads * dim
     kv = 2 * 70 * 2 * tiny_engine.KV_HEADS * dim
     assert attention.bytes == kv + 4 * 2 * (tiny_engine.QKV + tiny_engine.WIDTH)
+    assert attention.written == kv // 70 + 4 * 2 * tiny_engine.WIDTH, "one token of each sequence, and y"
+    norm = next(work for name, work in found.items() if name.startswith("model.layers.0.post_attention_layernorm"))
+    assert norm.bytes == 2 * norm.written + 4 * hidden, "two tensors read and two written, and the weight"
+
+
+def test_what_is_written_goes_at_the_rate_of_a_copy_and_what_is_read_beyond_it_at_that_of_a_read() -> None:
+    found = ceilings.Ceilings(5.0, 4.0, 100.0, 10.0)
+    assert found.memory_seconds(40.0, 0.0) == 8.0
+    assert found.memory_seconds(40.0, 20.0) == found.memory_seconds(40.0, 40.0) == 10.0
+    assert found.memory_seconds(40.0, 10.0) == 20.0 / 4 + 20.0 / 5
+    assert (found.product_seconds(200.0, "float8_e4m3fn"), found.product_seconds(200.0, "bfloat16")) == (2.0, 20.0)
+
+
+def test_the_kernel_that_only_reads_compiles() -> None:
+    found = compile_kernel(ceilings.READING)
+    assert not found.spill_bytes and not found.serialized
 
 
 def test_roofline_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,9 @@ class Measured:
             if k in self._compiling:
                 self._compiling[k].result()
         dtype = _factor_dtype(buffers)
-        memory, cores = self.ceilings.seconds(t.case.bytes, 0.0, dtype), self.ceilings.seconds(0.0, t.case.flops, dtype)
+        written = sum(out.nbytes for out in buffers.sets[0][len(buffers.inputs) :] if out is not None)
+        memory = self.ceilings.memory_seconds(t.case.bytes, written)
+        cores = self.ceilings.product_seconds(t.case.flops, dtype)
         heavy = t.case.flops >= HEAVY or cores > memory
         lasting = LOADED_GRAPH if heavy else GRAPH_SECONDS
         ours = [buffers.captured(one, self._functions.of(k), lasting) for one, k in zip(tactics, kernels, strict=True)]

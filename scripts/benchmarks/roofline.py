@@ -25,7 +25,7 @@ from fp8.runtime.session import Session
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, random_tokens
 from fp8.scripts.benchmarks.ceilings import Ceilings
-from fp8.scripts.benchmarks.work import label, work_of
+from fp8.scripts.benchmarks.work import Work, label, work_of
 from fp8.scripts.run import positive
 
 MIXTURE = re.compile(r"(\d+)x(\d+)((?:\+\d+x\d+(?:@\d+)?)+)")
@@ -132,13 +132,18 @@ def _measure(
     times, shapes = session.time_launches(rows, runs), session.executor.shapes(shape)
     for step, seconds, live in zip(session.executor.as_run(shape), times, shapes, strict=True):
         work = work_of(session.plan, step, live, rows)
-        least = None if found is None else found.seconds(work.bytes, work.flops, work.dtype)
+        least = None if found is None else _least(found, work)
         groups[label(step), step.plugin].append((seconds, work.bytes, work.flops, least))
     alone = sum(one[0] for group in groups.values() for one in group)
     kernels = [_row(name, *key, group, alone) for key, group in groups.items()]
     kernels.sort(key=lambda row: -(row["loss_us"] if row["loss_us"] is not None else row["us"]))
     total = [one for group in groups.values() for one in group]
     return [{**_row(name, "whole step", "", total, alone), **_timed(whole, kernels)}, *kernels]
+
+
+def _least(found: Ceilings, work: Work) -> float:
+    """Seconds."""
+    return max(found.memory_seconds(work.bytes, work.written), found.product_seconds(work.flops, work.dtype))
 
 
 def _row(name: str, kernel: str, plugin: str, group: list[tuple], alone: float) -> dict[str, Any]:
