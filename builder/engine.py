@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PIECE = 16 << 20  # bytes of a file that are hashed by themselves
 
 Kind = str  # "input" | "weight" | "activation" | "kv_cache" | "output"

@@ -145,12 +145,13 @@ def test_cache_layouts_convert_into_each_other(dtype: str) -> None:
         assert found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
 
 
-def test_packed_values_are_transposed_and_permuted_in_groups_of_32() -> None:
+def test_packed_values_of_16_tokens_are_transposed_and_permuted() -> None:
     value = torch.arange(64).view(1, 64, 1, 1).expand(1, 64, 1, 64).to(E4M3)
     _, packed = layout.pack_cache(value, value)
     assert sorted(layout.PERMUTATION) == list(range(32))
     token = [group + t for group in (0, 32) for t in layout.PERMUTATION]
-    assert torch.equal(packed[0, 0, 5].float(), torch.tensor(token, dtype=torch.float32).to(E4M3).float())
+    dimension = packed[0, 0].view(4, 64, 16)[:, 5].flatten()
+    assert torch.equal(dimension.float(), torch.tensor(token, dtype=torch.float32).to(E4M3).float())
 
 
 BASE = next(c for c in SMALL if c.name.startswith("chunks 8/1x128 e4m3"))

@@ -87,7 +87,7 @@ def test_another_format_version_is_refused(copy, monkeypatch):
     monkeypatch.setattr(engine, "FORMAT_VERSION", 1)
     (copy / "rank0.engine").write_bytes(engine.engine_bytes(loaded.plan, loaded.cubins))
     monkeypatch.undo()
-    with pytest.raises(EngineError, match="format version 1, this package reads 2; build it again"):
+    with pytest.raises(EngineError, match="format version 1, this package reads 3; build it again"):
         engine.load(copy)
 
 

@@ -35,6 +35,9 @@
 // time: 35.7, 123, 520; what the kernel before does not write asked for before it ends, and four blocks at 1024 sequences:
 // 34.8, 119, 519; three warps with two slots each instead of two with three: 34.7, 118.5, 518. Of the 36.2, 158 and 525, the
 // products were 1.6, 28 and 6, and the newest token's write 0.9, 7 and 8.
+// Values of 16 tokens together, which a new one makes 16 lines dirty of, and not 64 (read without L2 promotion): us at 16, 32 and
+// 64 x 1088 with 32 KV heads 34.9, 73.0, 141.5 before, 34.4, 71.3, 137.0 since, 36.0 and 35.0 at 64 x 1088 with 8, 126.0 and
+// 124.4 at 64 x 4096, 506 and 497 with 32. Before, 7% at 64 x 1088 with 32 KV heads were the newest token's write, 5% with 8.
 // Words instead of partial results, a counter and its fences, and up to 132 units in blocks of eight warps, one on a
 // multiprocessor: a layer of llama-7B at 1 x 300 takes 59.2 instead of 60.6 us, at 2 x 1088 64.4 (66.3), at 4 67.5 (70.1); of
 // llama-3.1-8B at 1 x 1088 62.9 (63.7), at 2 66.6 (68.3), at 8 68.7 (71.3).
@@ -45,7 +48,8 @@
 // warp (64 x 1024 with 32 KV heads 139 instead of 144, but 58 instead of 48 with 8, 1024 x 192 146 instead of 142); blocks
 // of one warp (40 instead of 35); the newest token's whole page of values written back instead of its bytes (139 instead of
 // 138, 126 instead of 119); 256 instead of 512 values merged at a time by blocks of four warps (1 x 1024 5.3 instead of 5.0);
-// L2 hints to evict keys and values first (nothing but what a benchmark's sets in turn leave).
+// L2 hints to evict keys and values first (nothing but what a benchmark's sets in turn leave); warps that go on to the next unit
+// while one of them merges what all have left of the last (0); units always cut (-1 to +2%).
 //
 // Constants: HEAD_DIM, KV_HEADS, GROUP, FP8_CACHE, DTYPE (of qkv and the output, and of the cache if not FP8), ROTARY_DIM
 // (0 = none), VEC (divides ROTARY_DIM / 2), QUANT_OUT, SOFTMAX_SCALE, WARPS, SLOTS, BLOCKS_PER_SM, LEAST (tiles of a run of

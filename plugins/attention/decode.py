@@ -197,8 +197,8 @@ def bind(
     of.check_context(tables.shape[1] * BLOCK_SIZE)
     span, keys = min(of.head_dim, 128 // key.element_size()), key.view(-1, of.head_dim)
     whole, end = (matrix_map(keys, span, tokens, span * key.element_size()) for tokens in (of.tile, END))
-    if of.fp8:  # a page's values as rows of 128 bytes, two dimensions in each
-        values = matrix_map(value.view(-1, 128), 128, of.head_dim // 2)
+    if of.fp8:  # a page's values as they lie
+        values = matrix_map(value.view(-1, 128), 128, of.head_dim // 2, 0)
     else:
         values = matrix_map(value.view(-1, of.head_dim), 64, of.tile)
     sequences, unit_cost, prompts = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()

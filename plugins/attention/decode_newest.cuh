@@ -96,13 +96,12 @@ template <bool VALUES> DEVICE void add_newest(const Fresh& fresh, u8* cache, u32
   const u64 head = (u64)(fresh.slot / PAGE) * KV_HEADS + fresh.head;
   const u8* from = fresh.rows[ROWS + VALUES];
   if (FP8_CACHE && VALUES) {
-    const int place = value_place(token);
+    const int offset = value_offset(token) + lane * VALUE_GROUP;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 32; i++) {
-      const int d = 32 * i + lane;
-      const u8 code = from[d];
-      *(u8*)shared_pointer(slot + swizzled_values(d, place / 16) + place % 16) = code;
-      if (fresh.writes) cache[(head * HEAD_DIM + d) * PAGE + place] = code;
+      const int at = offset + 32 * i * VALUE_GROUP;
+      *(u8*)shared_pointer(slot + at) = from[32 * i + lane];
+      if (fresh.writes) cache[head * HEAD_DIM * PAGE + at] = from[32 * i + lane];
     }
   } else {
 #pragma unroll

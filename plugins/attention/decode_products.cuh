@@ -9,8 +9,6 @@
 template <int Span> DEVICE u32 swizzled(int row, int chunk) {
   return row * Span + ((chunk ^ (Span == 128 ? row : row / 2)) << 4);
 }
-// Of 16-byte unit `chunk` < 4 of the transposed values' row d: a row of TMA's box holds two of them.
-DEVICE u32 swizzled_values(int d, int chunk) { return d / 16 * 1024 + swizzled<128>(d / 2 % 8, d % 2 * 4 + chunk); }
 
 // d += a b over 32 bytes of a row of the cache: step k of b, and in e4m3 also the step after it. As rows of 16 bytes,
 // ldmatrix's matrices hold rows 0-7 and 8-15 of the first half, then of the second.
@@ -50,8 +48,8 @@ DEVICE void multiply_keys(float (&s)[S_TILES][COLUMN_TILES][4], const u32 (&q)[C
   }
 }
 
-// o^T += V^T P^T over a tile of values. The e4m3 values lie transposed, their tokens in an order by which 32 bits of a row,
-// taken apart, are what a thread needs of tokens 2c, 2c + 1 and 2c + 8, 2c + 9.
+// o^T += V^T P^T over a tile of values. The e4m3 values of 16 tokens lie transposed, the tokens in an order by which 32 bits
+// of a row, taken apart, are what a thread needs of tokens 2c, 2c + 1 and 2c + 8, 2c + 9.
 DEVICE void multiply_values(float (&o)[O_TILES][COLUMN_TILES][4], const u32 (&p)[COLUMN_TILES][S_TILES][2], u32 values) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -61,7 +59,7 @@ DEVICE void multiply_values(float (&o)[O_TILES][COLUMN_TILES][4], const u32 (&p)
     for (int k = 0; k < S_TILES; k += 2 / BYTES) {
       u32 a[4];
       if (FP8_CACHE) {
-        ldmatrix_x4(values + i * 1024 + swizzled_values(lane % 16, k + lane / 16), a);
+        ldmatrix_x4(values + ((k + lane / 16) * HEAD_DIM + 16 * i + lane % 16) * VALUE_GROUP, a);
       } else {
         const int chunk = 2 * i + lane / 8 % 2;
         const u32 half = chunk / 8 * TILE * 128 + (2 * k + lane / 16) * 8 * 128;

@@ -100,10 +100,10 @@ DEVICE u64 row_descriptor(u32 address) {
   constexpr u64 layout = SWIZZLE == 128 ? 1 : 2, stride = 8 * SWIZZLE >> 4;
   return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (stride << 32) | (layout << 62);
 }
-// e4m3: V^T pages of 64-byte rows (64-byte swizzle). 16 bits: rows of V, read transposed; the leading offset steps over
-// 64 dimensions, the stride over 8 tokens.
+// e4m3: V^T in rows of 16 tokens (no swizzle); the leading offset steps over 16 tokens, the stride over 8 dimensions. 16 bits:
+// rows of V, read transposed; the leading offset steps over 64 dimensions, the stride over 8 tokens.
 DEVICE u64 value_descriptor(u32 address) {
-  constexpr u64 layout = FP8_CACHE ? 2 : 1, stride = FP8_CACHE ? 512 >> 4 : 1024 >> 4, leading = FP8_CACHE ? 1 : ATOM_BYTES >> 4;
+  constexpr u64 layout = FP8_CACHE ? 0 : 1, stride = FP8_CACHE ? 128 >> 4 : 1024 >> 4, leading = FP8_CACHE ? HEAD_DIM : ATOM_BYTES >> 4;
   return (u64)((address & 0x3FFFF) >> 4) | (leading << 16) | (stride << 32) | (layout << 62);
 }
 
@@ -120,7 +120,7 @@ DEVICE void issue_qk(float (&s)[TILE_KV / 2], u64 q, u64 k) {
 DEVICE void issue_pv(float (&o)[HEAD_DIM / 2], const u32 (&p)[PV_STEPS][4], u64 v, int onto = 0) {
 #pragma unroll
   for (int i = 0; i < PV_STEPS; i++) {
-    const u64 at = FP8_CACHE ? i / 2 * (HEAD_DIM * 64 >> 4) + i % 2 * 2 : i * (16 * 128 >> 4);
+    const u64 at = i * (FP8_CACHE ? 32 * HEAD_DIM >> 4 : 16 * 128 >> 4);
     const int accumulate = FP8_CACHE ? (i != 0 ? 1 : onto) : 1;
     if constexpr (FP8_CACHE) wgmma_rs_e4m3(o, p[i], v + at, accumulate);
     else if constexpr (DTYPE == 0) wgmma_rs_bf16<1>(o, p[i], v + at, accumulate);
@@ -228,8 +228,8 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
         const u32 v_bar = shared_address(&b.v_full[ring.stage]), v_to = v_smem + ring.stage * TILE_BYTES;
         mbarrier_arrive_expect_tx(v_bar, TILE_BYTES);
         if constexpr (FP8_CACHE) {
-          tma_load_2d(v_to, v_map, v_bar, 0, (page0 * NUM_KV_HEADS + kv_head) * HEAD_DIM);
-          tma_load_2d(v_to + HEAD_DIM * PAGE, v_map, v_bar, 0, (page1 * NUM_KV_HEADS + kv_head) * HEAD_DIM);
+          tma_load_2d(v_to, v_map, v_bar, 0, (page0 * NUM_KV_HEADS + kv_head) * (HEAD_DIM / 2));
+          tma_load_2d(v_to + HEAD_DIM * PAGE, v_map, v_bar, 0, (page1 * NUM_KV_HEADS + kv_head) * (HEAD_DIM / 2));
         } else {
 #pragma unroll
           for (int a = 0; a < ATOMS; a++) {

@@ -160,5 +160,5 @@ def _cache_maps(plugin: Attention, tensors: Sequence[torch.Tensor | None]) -> li
     swizzle = min(plugin.head_dim * key.element_size(), 128)
     keys = matrix_map(key.view(-1, plugin.head_dim), swizzle // key.element_size(), 64, swizzle)
     if key.element_size() == 1:
-        return [keys, matrix_map(value.view(-1, 64), 64, plugin.head_dim, 64)]
+        return [keys, matrix_map(value.view(-1, 128), 128, plugin.head_dim // 2, 0)]
     return [keys, matrix_map(value.view(-1, plugin.head_dim), swizzle // value.element_size(), 64, swizzle)]

@@ -1,7 +1,7 @@
 // The rows of prefill, and those of no sequence: rotary embedding of q and k in float32, quantization of q, k and v (or
 // rounding to the cache's 16-bit type), and the write of k and v into the paged cache by slot. One thread takes VEC
 // rotation pairs of HEADS heads of one token. e4m3 values go through threads that take VALUE_DIMS dimensions of one token,
-// so that a warp of consecutive tokens writes the transposed, permuted page rows in whole 32-byte sectors. All loads of a
+// so that a warp of consecutive tokens writes whole rows of 16 of them. All loads of a
 // thread are in flight at once. The first block writes the work list of the prefill kernel. Decode rows do it themselves. Where
 // the linear in front can, it does all of this in its epilogue (gemm_heads.cuh).
 //
@@ -77,7 +77,7 @@ DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_
   Raw<8> raw[VALUE_DIMS / 8];
 #pragma unroll
   for (int i = 0; i < VALUE_DIMS / 8; i++) raw[i].load(from + 8 * i);
-  u8* to = value_cache + (((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM + dim) * 64 + value_place(slot % 64);
+  u8* to = value_cache + ((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM * 64 + value_offset(slot % 64) + dim * VALUE_GROUP;
 #pragma unroll
   for (int i = 0; i < VALUE_DIMS / 8; i++) {
     float x[8];
@@ -85,7 +85,7 @@ DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_
 #pragma unroll
     for (int k = 0; k < 8; k += 2) {
       const u16 codes = e4m3x2(v_scale.divide(x[k]), v_scale.divide(x[k + 1]));
-      to[(8 * i + k) * 64] = (u8)codes, to[(8 * i + k + 1) * 64] = codes >> 8;
+      to[(8 * i + k) * VALUE_GROUP] = (u8)codes, to[(8 * i + k + 1) * VALUE_GROUP] = codes >> 8;
     }
   }
 }

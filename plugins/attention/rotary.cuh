@@ -85,3 +85,8 @@ template <int N, class Divided> DEVICE void store_codes(u8* to, const float (&x)
 
 // The place of a page's token, < 64, in a row of its transposed e4m3 values. layout.py: PERMUTATION.
 DEVICE int value_place(int token) { return (token & 48) | (token & 6) << 1 | (token & 8) >> 2 | (token & 1); }
+// And in a page of a head, in bytes, of its first dimension: each further one comes VALUE_GROUP bytes later.
+constexpr int VALUE_GROUP = 16;
+DEVICE int value_offset(int token) {
+  return value_place(token) / VALUE_GROUP * (HEAD_DIM * VALUE_GROUP) + value_place(token) % VALUE_GROUP;
+}

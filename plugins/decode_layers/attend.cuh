@@ -58,11 +58,11 @@ DEVICE void add_key(const Layer& layer, u32 keys, int row, u64 head, int slot, i
   *(u16*)(layer.key_cache + (head * TILE + slot % TILE) * HEAD_DIM + d) = codes;
 }
 DEVICE void add_value(const Layer& layer, u32 values, int row, u64 head, int slot, int d, u16 codes) {
-  const int place = value_place(row);
+  const int first = value_offset(row) + d * VALUE_GROUP;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    *(u8*)shared_pointer(values + (d + i) * TILE + ((place / 16 ^ (d + i) / 2 % 4) << 4) + place % 16) = codes >> 8 * i;
-    layer.value_cache[(head * HEAD_DIM + d + i) * TILE + place] = codes >> 8 * i;
+    *(u8*)shared_pointer(values + first + i * VALUE_GROUP) = codes >> 8 * i;
+    layer.value_cache[head * HEAD_DIM * TILE + first + i * VALUE_GROUP] = codes >> 8 * i;
   }
 }
 
@@ -159,7 +159,7 @@ DEVICE void soften(Tile& tile, const float (&scores)[GROUP][TILE], u8* p, float 
 
 // The run's tiles. `tag`: of this layer, whole. Every warpgroup takes its part, AT_ONCE tiles at a time.
 DEVICE void attend(const Params& p, const Layer& layer, const Run& run, const Token& token, const Ring& ring, const Place& place, Attending* shared, bool first_layer, u32 tag) {
-  constexpr u64 KEYS = 1ull << 62 | 64ull << 32 | 1ull << 16, VALUES = 2ull << 62 | 32ull << 32 | 1ull << 16, B = 8ull << 32 | (u64)GROUP << 16;
+  constexpr u64 KEYS = 1ull << 62 | 64ull << 32 | 1ull << 16, VALUES = 8ull << 32 | (u64)HEAD_DIM << 16, B = 8ull << 32 | (u64)GROUP << 16;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, group = warp / 4, mine = warp % 4;
   const int half = (run.count + WARPGROUPS - 1) / WARPGROUPS, end = min(run.count, (group + 1) * half);
   const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (layer.q_scale * layer.k_scale);
@@ -208,7 +208,7 @@ DEVICE void attend(const Params& p, const Layer& layer, const Run& run, const To
 #pragma unroll
       for (int k = 0; k < TILE / 32; k++)
 #pragma unroll
-        for (int b = 0; b < 2; b++) wgmma_ss_e4m3(o[b], VALUES | (values + b * (64 * TILE / 16) + 2 * k), B | (weights + 2 * GROUP * k), k);
+        for (int b = 0; b < 2; b++) wgmma_ss_e4m3(o[b], VALUES | (values + b * 64 + 2 * HEAD_DIM * k), B | (weights + 2 * GROUP * k), k);
       wgmma_commit_group();
       wgmma_wait_group<0>();
       Tile& tile = ((Tile*)p.partials)[run.begin + start + t];

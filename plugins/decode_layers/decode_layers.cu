@@ -55,7 +55,7 @@ DEVICE void produce(const Params& p, const Ring& ring, const Run& run) {
       if (k + 1 < run.count) page = p.block_tables[tile];
       const u32 full = next(), to = ring.data + place.stage * STAGE;
       tma_load_2d(to, &layer.keys, full, 0, row * TILE);
-      tma_load_2d(to + KEYS_BYTES, &layer.values, full, 0, row * HEAD_DIM);
+      tma_load_2d(to + KEYS_BYTES, &layer.values, full, 0, row * (HEAD_DIM / 2));
       done();
     }
 #pragma unroll 1

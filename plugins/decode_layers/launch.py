@@ -85,7 +85,7 @@ def _layer(w: dict[str, Any]) -> bytes:
     key, value = w["key_cache"], w["value_cache"]
     head_dim = key.shape[-1]
     maps = [matrix_map(key.view(-1, head_dim), head_dim, BLOCK_SIZE)]
-    maps.append(matrix_map(value.view(-1, BLOCK_SIZE), BLOCK_SIZE, head_dim, BLOCK_SIZE))
+    maps.append(matrix_map(value.view(-1, 128), 128, head_dim // 2, 0))
     for name in LINEARS:
         weight = w[f"{name}_weight"]
         if weight is not None:  # columns of 128 of K behind one another: a stage is one box

@@ -98,12 +98,12 @@ DEVICE void move_rows(const u8* buffers, u8* to, const Cache& cache, const Place
   }
 }
 
-// e4m3 values, transposed: lanes are consecutive tokens, so that a page's rows are written in sectors.
+// e4m3 values, transposed: lanes are consecutive tokens, so that whole rows of 16 are written.
 DEVICE void move_columns(const u8* buffers, u8* values, int row, int slot, int head, MiddleDivisor by) {
   int warp = threadIdx.x / 32 % 4;
   int r = warp % 2 * 32 + threadIdx.x % 32, column = warp / 2 * 64;
   if (slot < 0) return;
-  u8* to = values + (((u64)(slot / 64) * KV_HEADS + head + column / HEAD_DIM) * HEAD_DIM + column % HEAD_DIM) * 64 + value_place(slot % 64);
+  u8* to = values + ((u64)(slot / 64) * KV_HEADS + head + column / HEAD_DIM) * HEAD_DIM * 64 + value_offset(slot % 64) + column % HEAD_DIM * VALUE_GROUP;
 #pragma unroll
   for (int i = 0; i < 64; i += 8) {
     Raw<8> raw;
@@ -113,7 +113,7 @@ DEVICE void move_columns(const u8* buffers, u8* values, int row, int slot, int h
 #pragma unroll
     for (int k = 0; k < 8; k += 2) {
       const u16 codes = e4m3x2(by.divide(x[k]), by.divide(x[k + 1]));
-      to[(i + k) * 64] = (u8)codes, to[(i + k + 1) * 64] = codes >> 8;
+      to[(i + k) * VALUE_GROUP] = (u8)codes, to[(i + k + 1) * VALUE_GROUP] = codes >> 8;
     }
   }
 }
