@@ -25,6 +25,18 @@
 // WINDOW 3: 321.7, 323.4), one 304.0. With four: a rank's share after the other 316.0, a pause between two looks 317.1, codes that
 // are there not asked for again 325.0. To its own memory first, a finisher is no slower (302.2).
 //
+// Several tokens in one launch, each of its own sequence of 1088, were right and slower than a launch for each step: wgmma's eight
+// columns are theirs, a warp sends for x chunk by chunk, a block has the same rows of o and down and norms them itself, from
+// sums of squares of all blocks. Eight layers as above, us at 2, 4 and 8 tokens, and beside them separate launches in the same run:
+//                                        llama-7B                          llama-3.1-8B
+//   x in memory, flags behind fences   626, 666 (551, 575)               849, 857 (749, 758)
+//   a chunk's flags by acquiring loads   658, 697, 776 (565, 590, 664)     911, 910, 926 (767, 779, 795)
+//   gate_up's flags by a warp of their own, the norms' codes as words with tags, of which a block polls 64 KB for 8 tokens
+//                                      811, 874, 999 (542, 563, 637)     1055, 1064, 1117 (730, 738, 758)
+// By time stamps of the first (8B, 2 tokens): 2.5 us from a norm's codes to the next x (a fence, a flag, a look, a copy), 1 more
+// to its last chunk; a fence for each unit of gate_up takes longer than the unit (29.5 us for 21 us of streaming); 5 us until a
+// sequence's last part is joined. Of the last: 8 to 10 us from the norm's sums to the next x. Without any fence as slow.
+//
 // Constants: HIDDEN, MLP, KV_HEADS, GROUP, DTYPE, EPSILON, SOFTMAX_SCALE, LAYERS, GRID; HEAD_DIM,
 // FP8_CACHE, ROTARY_DIM (128, 1, 128); STAGES, WINDOW, WARPGROUPS; of several ranks those of sums.cuh.
 #include "join.cuh"
