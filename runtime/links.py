@@ -6,6 +6,7 @@ the last one to the first, each rank to its counterpart: all ranks of a stage ho
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections import deque
@@ -204,6 +205,13 @@ class GpuLinks:
             shape = (plan.limits.max_num_tokens, int(buffer.shape[1]))
             self.hidden = torch.zeros(shape, dtype=getattr(torch, buffer.dtype), device=device)
         self._connect(world, device)
+
+    def without_peer_memory(self) -> GpuLinks:
+        """The same ranks, with NCCL alone between those of a stage."""
+        found = copy.copy(self)
+        found.group = copy.copy(self.group)
+        found.group.regions = None  # type: ignore[attr-defined]
+        return found
 
     def _connect(self, world: World, device: torch.device) -> None:
         """NCCL connects two GPUs when they first exchange something, and the calls wait for each other: here, where all

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class Command:
     """What rank 0 has the others do. `inputs`: the live parts of a step's packed fields."""
 
-    what: str  # "step", "logits" (of all tokens; nothing is sampled), "time" (launch by launch), or "stop"
+    what: str  # "step"; "logits" (of all tokens; nothing is sampled), "time" (launch by launch), "repeat"; or "stop"
     shape: StepShape | None = None
     inputs: dict[str, np.ndarray] | None = None  # None of a step: they are what the step before left on the device
     options: Options | None = None
     copies: Mapping[int, int] | None = None  # KV blocks, before the step
     behind: int = 0  # how many steps before was the last one whose tokens it takes in unread; 0: the stages
-    repeats: int = 0  # of "time"
+    repeats: int = 0  # of "time" and "repeat"
 
 
 @dataclass(frozen=True)

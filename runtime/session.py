@@ -22,6 +22,7 @@ from fp8.runtime.logprobs import TokenLogprobs
 from fp8.runtime.ranks import Command, Ranks, Reply
 from fp8.runtime.record import Recorder
 from fp8.runtime.reference import MakeWeight, ReferenceExecutor, kv_buffers
+from fp8.runtime.repeats import Repeated, Repeats
 from fp8.runtime.sampler import compiled_fetch, compiled_sampler, reference_sampler
 from fp8.runtime.sampling_options import Drawn, History, Options, OptionSampler, options_of
 from fp8.runtime.scheduler import Row
@@ -148,12 +149,11 @@ class Session:
 
         from fp8.runtime import compiled
 
-        assert self._stream is not None and (self._links is None or isinstance(self._links, GpuLinks))
+        assert self._stream is not None
         with self._scope():
             self._inputs = StepInputs(self.limits, self.device, self.max_unread)
-            self.executor = executor = compiled.CompiledExecutor(
-                engine, self._weights, self._inputs, self.num_blocks, self._links
-            )
+            self._engine = engine
+            self.executor = executor = self.another_executor()
             if self._samples:
                 self._sample = compiled_sampler(engine, self._inputs, executor.result)
             self._graphs, self._logits_graphs = compiled.Graphs(self._launch), compiled.Graphs(self._forward)
@@ -161,6 +161,15 @@ class Session:
                 self._fetch = compiled_fetch(engine, self._inputs)
             self._events = [torch.cuda.Event() for _ in range(self.max_unread)]
         self._stream.synchronize()
+
+    def another_executor(self, peer_memory: bool = True) -> CompiledExecutor:
+        """Of this GPU's weights and inputs, with buffers and caches of its own; without `peer_memory` its launches
+        reach other ranks through NCCL alone. For who compares launches: the session's own steps know nothing of it."""
+        from fp8.runtime import compiled
+
+        assert self._links is None or isinstance(self._links, GpuLinks)
+        links = self._links if peer_memory or self._links is None else self._links.without_peer_memory()
+        return compiled.CompiledExecutor(self._engine, self._weights, self._inputs, self.num_blocks, links)
 
     def enqueue(self, rows: Sequence[Row], copies: Mapping[int, int] | None = None) -> Ticket:
         """Packs and starts a step; its tokens come from `read`. Before it, KV blocks get the contents of others: those
@@ -279,6 +288,36 @@ class Session:
             self._wait(stage)
         return logits
 
+    def repeat(self, rows: Sequence[Row], times: int) -> Repeated:
+        """What the logits of a step are that runs so often, one behind the other, as when serving but that nothing is
+        sampled; writes the K and V of `rows`. In a pipeline each waits for the one before."""
+        stage = self._turn
+        if self.stages > 1:
+            repeats = Repeats()
+            for _ in range(times):
+                repeats.add(self.token_logits(rows))
+            return repeats.found()
+        with self._guard(), self._scope():
+            self._wait(stage)
+            shape = self._packer.pack(rows, self._inputs.host[stage])
+            self._tell("repeat", shape, stage, repeats=times)
+            found = self._repeat(shape, stage, times)
+            if self.ranks is not None:
+                self.ranks.end()
+        return found
+
+    def _repeat(self, shape: StepShape, stage: int, times: int) -> Repeated:
+        launch, rows, repeats = self._run, shape.logits_rows, Repeats()
+        if self._logits_graphs is not None and shape.decode_sequences == shape.sequences == rows:
+            shape, launch = self._pad(shape, stage), self._logits_graphs.run
+        self._upload(shape, stage)
+        for _ in range(times):
+            repeats.add(launch(shape)[:rows])
+        if self._graphs is not None:
+            self._events[stage].record()
+            self._wait(stage)
+        return repeats.found()
+
     def follow(self) -> None:
         """Runs the steps that rank 0 schedules, until it says stop. For every other rank."""
         assert self.ranks is not None
@@ -304,6 +343,9 @@ class Session:
                 logits = self._score(shape, stage)
                 if self.ranks.tells:
                     self.ranks.send_logits(logits)
+                return
+            if command.what == "repeat":
+                self._repeat(shape, stage, command.repeats)
                 return
             if command.what == "time":
                 self._time(shape, stage, command.repeats)
@@ -362,12 +404,14 @@ class Session:
         return seconds
 
     def place(self, rows: Sequence[Row]) -> StepShape:
-        """Uploads a decode step's inputs, padded as its graph is, and launches nothing: for who times launches. Of
-        several ranks, all call it."""
+        """Uploads a step's inputs, those of a decode step padded as its graph is, and launches nothing: for who times
+        launches, or compares them. Of several ranks, all call it."""
         stage = self._turn
         with self._scope():
             self._wait(stage)
-            shape = self._pad(self._packer.pack(rows, self._inputs.host[stage]), stage)
+            shape = self._packer.pack(rows, self._inputs.host[stage])
+            if shape.decode_sequences == shape.sequences:
+                shape = self._pad(shape, stage)
             self._upload(shape, stage)
         if self._stream is not None:
             self._stream.synchronize()

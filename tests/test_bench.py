@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import signal
 import statistics
@@ -31,6 +32,7 @@ from fp8.plugins.compile import compile_kernel
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.plugins.timing import Graph, Pace
 from fp8.runtime.kv_cache import BlockPool
+from fp8.runtime.reference import ReferenceExecutor
 from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.scheduler import Scheduler
 from fp8.runtime.session import Session
@@ -109,6 +111,50 @@ def test_runs_go_on_for_as_many_or_as_long_as_asked_for(
         return latency_mode.Run(0.4, 0.5)
 
     assert len(latency_mode._several(run, count, seconds, most)) == expected
+
+
+def values(path: Path) -> list[tuple[int, int, int]]:
+    rows = json.loads(path.read_text())["results"]
+    names = ("repeated_steps", "unsteady_steps", "not_finite_steps")
+    return [tuple(row[name] for name in names) for row in rows if names[0] in row]
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, every: int, value: float) -> None:
+    """Every so many steps of single tokens one logit is another."""
+    run, steps = ReferenceExecutor.run, itertools.count(1)
+
+    def changed(self: ReferenceExecutor, shape: StepShape, *arguments: object) -> torch.Tensor:
+        logits = run(self, shape, *arguments)
+        if shape.decode_sequences == shape.tokens and next(steps) % every == 0:
+            logits = logits.clone()
+            logits[-1, 7] = value
+        return logits
+
+    monkeypatch.setattr(ReferenceExecutor, "run", changed)
+
+
+@pytest.mark.parametrize(("value", "not_finite"), [(3.5, 0), (math.nan, 10), (math.inf, 10)])
+def test_values_stand_beside_times(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    value: float, not_finite: int,
+) -> None:  # fmt: skip
+    """A time of wrong logits is no figure: the row says so, and the status."""
+    output, sizes = tmp_path / "found.json", ["--input_len", "40", "--output_len", "5", "--runs", "1"]
+    assert latency(engine_dir, *sizes, "--batch_size", "1", "3", "--output", str(output)) == 0
+    assert values(output) == [(44, 0, 0)] * 2
+    assert latency(engine_dir, "--input_len", "9", "--output_len", "1", "--runs", "1", "--output", str(output)) == 0
+    assert values(output) == [(4, 0, 0)]
+    steps = ["--engine_dir", str(engine_dir), "--device", "cpu", "--context_len", "70", "--prompt_len", "50"]
+    assert bench.main(["roofline", *steps, "--runs", "1", "--output", str(output)]) == 0
+    assert values(output) == [(40, 0, 0), (4, 0, 0)]
+    capsys.readouterr()
+    broken(monkeypatch, 4, value)
+    assert latency(engine_dir, *sizes, "--batch_size", "3", "--output", str(output)) == 1
+    assert values(output) == [(44, 10, not_finite)]
+    found = f"of 44 equal steps 10 gave other bits, {not_finite} logits that are not finite"
+    assert f"fp8-bench: batch 3, 40 in, 5 out: {found}" in capsys.readouterr().err
+    assert bench.main(["roofline", *steps, "--runs", "1", "--output", str(output)]) == 1
+    assert values(output)[0][0] == 40 and values(output)[0][1] and values(output)[1] == (4, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from fp8.builder.engine import EngineError
 from fp8.scripts.benchmarks.kernel_cases import BURSTS, PRODUCTS, timed_cases
-from fp8.scripts.benchmarks.targets import CHECKED
+from fp8.scripts.benchmarks.targets import CHECKED, REPEATED, WRONG
 from fp8.scripts.random_checkpoint import PRESETS
 
 Document = dict[str, Any]
@@ -40,10 +40,12 @@ def read(directory: Path) -> dict[str, Document]:
 
 
 def figures(documents: dict[str, Document]) -> dict[str, float]:
-    """All figures by name. Where two files hold the same figure, fp8-bench's is taken."""
+    """All figures by name. Where two files hold the same figure, fp8-bench's is taken; counts of steps are added up."""
     found: dict[str, float] = {}
     for name, document in sorted(documents.items(), key=lambda item: _kind(item[1]) == "gpu_round"):
         for key, value in READERS[_kind(document)](name, document):
+            if key.endswith((f": {REPEATED}", f": {WRONG}")):
+                found[key] = found.get(key, 0) + value
             found.setdefault(key, value)
     return found
 
@@ -102,6 +104,14 @@ def _latency(name: str, document: Document) -> Figures:
         yield f"{key}: time per token ms", row["time_per_output_token_ms"]
         if row["fraction_of_bound"]:
             yield f"{key}: of the bound", row["fraction_of_bound"]
+    yield from _values(name, document)
+
+
+def _values(name: str, document: Document) -> Figures:
+    for row in document["results"]:
+        if "repeated_steps" in row:
+            yield f"{shape(name, document)}: {REPEATED}", row["repeated_steps"]
+            yield f"{shape(name, document)}: {WRONG}", row["unsteady_steps"] + row["not_finite_steps"]
 
 
 def _throughput(name: str, document: Document) -> Figures:
@@ -133,6 +143,18 @@ def _ranks(_: str, document: Document) -> Figures:
         yield f"{key}: perplexity, off one rank's", abs(row["perplexity"] / row["perplexity_one"] - 1)
 
 
+def _wide(_: str, document: Document) -> Figures:
+    for directory in dict.fromkeys(row["engine"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["engine"] == directory]
+        model = next((m for m in PRESETS if m in Path(directory).name), Path(directory).name)
+        key = f"{model} of few layers,{place(rows[0])}"
+        yield f"{key}: steps", sum(row["steps"] for row in rows)
+        wrong = (row["steps"] if row["ranks_differ"] else row["unsteady"] + row["not_finite"] for row in rows)
+        yield f"{key}: steps with other bits, or not finite", sum(wrong)
+        for way in dict.fromkeys(row["way"] for row in rows):
+            yield f"{key}, {way}: logits, SQNR to NCCL's", min(r["worst_db"] for r in rows if r["way"] == way)
+
+
 def _all_reduce(_: str, document: Document) -> Figures:
     for row in document["rows"]:
         yield f"{row['name']}: us", row["us"]
@@ -154,7 +176,8 @@ def _nothing(_: str, __: Document) -> Figures:
 
 READERS: dict[str, Callable[[str, Document], Figures]] = {
     "kernel": _kernel, "gpu_round": _gpu_round, "latency": _latency, "throughput": _throughput, "startup": _startup,
-    "gpu_engines": _engines, "gpu_ranks": _ranks, "all_reduce": _all_reduce, "roofline": _nothing, "host": _nothing,
+    "gpu_engines": _engines, "gpu_ranks": _ranks, "all_reduce": _all_reduce, "roofline": _values, "host": _nothing,
+    "gpu_wide": _wide, "gpu_faults": _nothing,
 }  # fmt: skip
 
 

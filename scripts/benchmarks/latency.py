@@ -7,6 +7,9 @@ card to card and from run to run. That first token is told beside (`first_token_
 
 A run before those that count loads the kernels and captures the CUDA graphs: the same prompts, and as many tokens as it
 takes until all of them decode together. The load before first tokens takes two steps' worth of prompt at most.
+
+Behind them all, a decode step of all of them and a step of one prompt run again and again: where the logits are not the
+same bits each time, or not finite, the row says so, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fp8.runtime.kv_cache import blocks_for
 from fp8.runtime.llm import LLM
 from fp8.runtime.request import RequestError, SamplingParams
+from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, open_llm, random_tokens
 from fp8.scripts.benchmarks.bound import bound
+from fp8.scripts.benchmarks.roofline import step_rows
+from fp8.scripts.benchmarks.values import repeated, wrong
 from fp8.scripts.run import positive
 
 WARM_STEPS = 4  # of decoding
@@ -55,10 +61,11 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     llm = open_llm(args, reuse_prefixes=False)
     _check(args, llm.session)
     rows: list[dict[str, Any]] = []
-    facts = {"engine": engine_facts(llm.session.plan, args.engine_dir)}
+    facts = {"engine": engine_facts(llm.session.plan, args.engine_dir), "failed": False}
     for length in args.input_len:
         for batch in args.batch_size:
             rows.append(_measure(llm, args, batch, length))
+            facts["failed"] |= wrong(rows[-1], f"batch {batch}, {length} in, {args.output_len} out")
             args.save(rows, facts)
     return rows, facts
 
@@ -103,6 +110,7 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
         "seconds": total, "first_token_ms": first * 1e3, "time_per_output_token_ms": per_token * 1e3,
         "bound_tokens_per_second": limit if on_gpu else None, "fraction_of_bound": rate / limit if on_gpu else None,
         "first_token_ms_in_runs": statistics.median(r.first_token for r in runs) * 1e3,
+        **repeated(llm.session, *_steps(llm.session, args, batch, length)),
         "all_seconds": [r.total for r in runs], "all_first_token_ms": [r.first_token * 1e3 for r in alone],
     }  # fmt: skip
 
@@ -115,13 +123,22 @@ class Run:
     total: float
 
 
+def _steps(session: Session, args: argparse.Namespace, batch: int, length: int) -> Iterator[list[Row]]:
+    """Of the kinds that were timed."""
+    if args.output_len > 1:
+        yield step_rows(session, [(length + args.output_len, 1)] * batch, args.seed)
+    most = min(length, session.limits.max_num_tokens, session.max_logits_rows if session.stages > 1 else length)
+    yield step_rows(session, [(most, most)], args.seed)
+
+
 def _prompts(llm: LLM, source: random.Random, batch: int, length: int) -> list[list[int]]:
     return [random_tokens(source, length, llm.session.model.vocab_size) for _ in range(batch)]
 
 
 def _several(run: Callable[[], Run], count: int, seconds: float, most: float | None = None) -> list[Run]:
     """One behind the other: at least `count`, for at least `seconds`; but only those that begin within `most`."""
-    begin, runs, taken = time.perf_counter(), [], 0.0
+    runs: list[Run] = []
+    begin, taken = time.perf_counter(), 0.0
     while not runs or ((len(runs) < count or taken < seconds) and (most is None or taken <= most)):
         runs.append(run())
         taken = time.perf_counter() - begin

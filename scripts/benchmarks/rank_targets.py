@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fp8.scripts.benchmarks.targets import FP8, Target
+from fp8.scripts.benchmarks.targets import FP8, Target, values
 
 NCCL_US = {8: 9.7, 32: 10.2, 128: 10.4, 512: 13.1, 2048: 29.7, 8192: 47.6, 32768: 143.8}  # KiB of bfloat16
 SYMMETRIC_US = {8: 6.4, 32: 7.2, 128: 7.3, 512: 8.0, 2048: 13.0}
@@ -21,12 +21,20 @@ DECIBEL = {"bf16": 35.0, "fp8": 25.0, FP8: 25.0}
 PERPLEXITY = 0.003
 TP_TIME, PP_RATE = 0.65, 1.6  # of one GPU's
 LLAMA_70B_MS = 11.5
+WIDE = ("llama-7b", "llama-2-70b")  # models of few layers whose steps are compared
+WAYS, NEAR_NCCL = ("launches", "one launch"), 12.0
 
 
 def targets(gpus: int) -> list[Target]:
     """Anchors and targets of speed are those of two GPUs; with more, the same rows stand without."""
     models, sums = ([*rows] if gpus == 2 else [*map(_told, rows)] for rows in (_models(gpus), _all_reduce()))
-    return [*_engines(gpus), *models, *_right(), *sums]
+    timed = (
+        f"llama-7b {FP8}",
+        f"llama-7b {FP8} tp {gpus}",
+        f"llama-7b {FP8} pp {gpus}",
+        f"llama-2-70b {FP8} tp {gpus}",
+    )
+    return [*_engines(gpus), *_wide(gpus), *models, *values("ranks: values", timed), *_right(), *sums]
 
 
 def _told(t: Target) -> Target:
@@ -46,6 +54,18 @@ def _engines(gpus: int) -> Iterator[Target]:
             yield Target("ranks: engines", name, "dB", (name,), decibel)
             name = f"{key}: perplexity, off one rank's"
             yield Target("ranks: engines", name, "", (name,), PERPLEXITY, False)
+
+
+def _wide(gpus: int) -> Iterator[Target]:
+    """Whole steps of wide models, by every way through them."""
+    for model in WIDE:
+        key = f"{model} of few layers, tp {gpus}"
+        for what, most in (("steps", None), ("steps with other bits, or not finite", 0)):
+            name = f"{key}: {what}"
+            yield Target("ranks: steps", name, "steps", (name,), most, most is None)
+        for way in WAYS:
+            name = f"{key}, {way}: logits, SQNR to NCCL's"
+            yield Target("ranks: steps", name, "dB", (name,), NEAR_NCCL)
 
 
 def _models(gpus: int) -> Iterator[Target]:

@@ -2,7 +2,8 @@
 ask for.
 
 Every step of the plan is launched and timed by itself, so that kernels do not overlap; "whole step" beside them is the
-step as it runs when serving: as a CUDA graph (decode), kernels overlapping.
+step as it runs when serving: as a CUDA graph (decode), kernels overlapping. So it runs again and again behind that:
+where its logits are not the same bits each time, or not finite, its row says so, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fp8.runtime.session import Session
 from fp8.scripts.benchmarks import ceilings
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, random_tokens
 from fp8.scripts.benchmarks.ceilings import Ceilings
+from fp8.scripts.benchmarks.values import repeated, wrong
 from fp8.scripts.benchmarks.work import Work, label, work_of
 from fp8.scripts.run import positive
 
@@ -79,10 +81,16 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     fill_cache(session)
     found = ceilings.measure()[0] if session.device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
-    facts = {"engine": engine_facts(session.plan, args.engine_dir), "ceilings": found and found.as_dict()}
+    facts = {
+        "engine": engine_facts(session.plan, args.engine_dir),
+        "ceilings": found and found.as_dict(),
+        "failed": False,
+    }
     for asked in _asked(args):
         step = step_rows(session, asked.sequences, args.seed)
-        rows += _measure(session, found, asked.name, step, args.runs)
+        measured = _measure(session, found, asked.name, step, args.runs)
+        facts["failed"] |= wrong(measured[0], asked.name)
+        rows += measured
         args.save(rows, facts)
     return rows, facts
 
@@ -138,7 +146,8 @@ def _measure(
     kernels = [_row(name, *key, group, alone) for key, group in groups.items()]
     kernels.sort(key=lambda row: -(row["loss_us"] if row["loss_us"] is not None else row["us"]))
     total = [one for group in groups.values() for one in group]
-    return [{**_row(name, "whole step", "", total, alone), **_timed(whole, kernels)}, *kernels]
+    values = repeated(session, rows)
+    return [{**_row(name, "whole step", "", total, alone), **_timed(whole, kernels), **values}, *kernels]
 
 
 def _least(found: Ceilings, work: Work) -> float:

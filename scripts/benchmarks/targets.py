@@ -55,7 +55,7 @@ class Target:
 def targets() -> list[Target]:
     return [
         *_whole_model(), *_first_token(), *_throughput(), *_startup(), *_gemm(), *_blockwise(), *_prompts(),
-        *_decodes(), *_norms(), *_accuracy(),
+        *_decodes(), *_norms(), *_accuracy(), *values("values", VALUES),
     ]  # fmt: skip
 
 
@@ -294,3 +294,15 @@ def _accuracy() -> Iterator[Target]:
     for what, wanted in (("cases", None), ("runs", None), ("failures", 0)):
         name = f"{CHECKED}: {what}"
         yield Target("accuracy", name, what, (name,), wanted, wanted is None)
+
+
+REPEATED, WRONG = "equal steps", "equal steps with other bits, or not finite"  # of fp8-bench latency and roofline
+VALUES = (f"llama-7b {FP8}", f"llama-3.1-8b {FP8}", "llama-7b bf16", "llama-7b fp8")
+
+
+def values(section: str, engines: Sequence[str]) -> Iterator[Target]:
+    """Of every engine whose steps are timed."""
+    for engine in engines:
+        for what, most in ((REPEATED, None), (WRONG, 0)):
+            name = f"{engine}: {what}"
+            yield Target(section, name, "steps", (name,), most, most is None)
