@@ -7,6 +7,8 @@
 #                 where a decode step's time goes at tp N                                 llama-7b-tpN-roofline.json
 #     llama-70b   Llama-2-70B's shape, likewise, at tp N: time per token at batch 1                     llama-2-70b*.json
 #     engines     the example in BF16, FP8 and FP8 with FP8 KV, at tp N and pp N, against one rank      engines.json
+#     wide        both shapes with four layers at tp N: one launch, a launch each, NCCL, same logits?      wide.json
+#     faults      (not by default) a rank of decode steps is stopped, killed, stands still: an end in time?   faults.json
 #
 # N is the number of GPUs. Needs an mpirun and mpi4py (fp8-engine[mpi]); $MPIRUN names another than the one on PATH, with
 # its options. The CPU makes all engines while the all-reduces are measured; no matrix of the 7B and 70B shapes is
@@ -16,7 +18,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 . scripts/round.sh
-start_round 'all_reduce llama-7b llama-70b engines' '' "$@"
+start_round 'all_reduce llama-7b llama-70b engines wide' 'faults' "$@"
 if [ "$device" = cpu ]; then
   gpus=2 target=cpu
   length=(--input_len 32 --output_len 8 --runs 1)
@@ -83,6 +85,8 @@ ahead() { # makes what the parts measure, by the CPU alone, all at once
         hollow llama-7b-tp llama-7b --tp_size "$gpus" &
         hollow llama-7b-pp llama-7b --pp_size "$gpus" & ;;
       llama-70b) hollow llama-2-70b-tp llama-2-70b --tp_size "$gpus" & ;;
+      wide) for m in llama-7b llama-2-70b; do hollow few-$m $m --num_layers 4 --tp_size "$gpus" & done ;;
+      faults) hollow faulty llama-7b --num_layers 4 --tp_size "$gpus" & ;;
     esac
   done
   wait
@@ -115,6 +119,11 @@ for part in ${parts/all_reduce/}; do
       [ "$device" = cuda ] || windows=(--max_windows 2)
       ranks "$gpus" 120 gpu_ranks --device $device --data examples/heldout.txt --commit "$commit" \
         --output "$out/engines.json" "${windows[@]}" "${pairs[@]}" || failed=1 ;;
+    wide) # a CPU has but one way
+      [ "$device" = cpu ] || ranks "$gpus" 40 gpu_wide --commit "$commit" --output "$out/wide.json" few-llama-7b few-llama-2-70b || failed=1 ;;
+    faults)
+      MPIRUN="${mpirun[*]}" timeout 60 "$PYTHON" -m fp8.scripts.gpu_faults --engine_dir "$work/faulty" --device $device \
+        --commit "$commit" --output "$out/faults.json" || failed=1 ;;
   esac
   say "$part took $((SECONDS - begin)) s"
 done

@@ -19,6 +19,7 @@ from rank_jobs import Ended, job, module, mpirun, run
 from fp8.runtime.tokenizer import load_tokenizer
 from fp8.scripts.build import main as build
 from fp8.scripts.evaluate import main as evaluate
+from fp8.scripts.gpu_faults import main as faults
 from fp8.scripts.quantize import main as quantize
 from fp8.scripts.run import main as run_here
 
@@ -159,16 +160,19 @@ def test_fp8_eval_gives_the_perplexity_of_one_rank(engines, tmp_path):
     assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4) and found["tokens"] == alone["tokens"]
 
 
-def test_fp8_bench_measures_all_ranks_together(engines, tmp_path):
+@pytest.mark.parametrize(("name", "tp_size"), [("e21", 2), ("e12", 1)])
+def test_fp8_bench_measures_all_ranks_together(engines, tmp_path, name, tp_size):
     sizes = ["--batch_size", "1", "4", "--input_len", "20", "--output_len", "5", "--runs", "1", "--output"]
     ended = run(
-        mpirun((2, module("bench", "latency", "--engine_dir", engines / "e21", *sizes, tmp_path / "found.json")))
+        mpirun((2, module("bench", "latency", "--engine_dir", engines / name, *sizes, tmp_path / "found.json")))
     )
     assert ended.status == 0, ended.err
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["batch_size"] for row in found["results"]] == [1, 4] and ended.out.count("output_len") == 1
     engine = json.loads((EXAMPLE / "tiny-python-llama" / "config.json").read_text())
-    assert (found["engine"]["tp_size"], found["engine"]["mlp_size"]) == (2, engine["intermediate_size"])
+    assert (found["engine"]["tp_size"], found["engine"]["mlp_size"]) == (tp_size, engine["intermediate_size"])
+    checked = [[row[f"{kind}_steps"] for kind in ("repeated", "unsteady", "not_finite")] for row in found["results"]]
+    assert checked == [[44, 0, 0]] * 2
 
 
 def test_fp8_bench_times_the_launches_of_all_ranks(engines, tmp_path):
@@ -242,6 +246,17 @@ def test_a_stopped_rank_ends_the_job(engines, rank):
         started.wait_for_output()
         started.kill(rank, signal.SIGSTOP)
         check_fault(started.end(), f"rank {rank} ", "gave no sign of life for 4 s")
+
+
+def test_a_rank_that_stands_still_while_others_wait_for_it_ends_the_job(engines, tmp_path, capsys):
+    output = tmp_path / "faults.json"
+    flags = ["--device", "cpu", "--rank_timeout", "2", "--faults", "rank 0 stands still", "--output", str(output)]
+    assert faults(["--engine_dir", str(engines / "e21"), *flags]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["met"] and row["status"] and row["seconds"] < row["allowed_seconds"] and not row["left"]
+    assert "gpu_faults: rank 0 " in row["says"] and "made no progress for 2 s" in row["says"]
+    assert faults(["--engine_dir", str(tmp_path)]) == 1
+    assert "is no engine" in capsys.readouterr().err
 
 
 LIMITED = """
