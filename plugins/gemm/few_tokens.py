@@ -240,11 +240,12 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
     and 64 tokens on an H200. Its first choice was within 1.3% of the fastest but for four cases of 35 (up to 6%); its
     first three held one within 0.3%, but once (4%). `alone` and `split` are fitted anew to 98 timings, with the sums
     as they are now and every start at 5/32 of w left: then the first choice was within 1.6% of the fastest in 15 cases.
+    Memory is read at 4.55 TB/s since maps are without L2 promotion, 4.25 before: one first choice of 28 became another.
     """
     weights = n * k_bytes
     ctas = -(-n // t.ROWS) * t.SPLIT
     slots = SMS * t.ctas_per_sm
-    memory = weights / 4.25e6
+    memory = weights / 4.55e6
     l2 = (weights + ctas * tokens * k_bytes / t.SPLIT) / 9.7e6
     wgmmas = -(-ctas // SMS) * t.tiles * 4 * k_bytes / t.SPLIT / ATOM / t.FOLD  # per SM
     mma = wgmmas * max(21, t.TOKENS * t.FOLD / 2) / 1.9e3  # 64 rows of A bound each, then the products
