@@ -40,6 +40,7 @@ from fp8.scripts import bench, build, random_checkpoint, random_engine, run
 from fp8.scripts.benchmarks import (
     arguments,
     bound,
+    case_buffers,
     ceilings,
     device_clock,
     isolated,
@@ -352,6 +353,25 @@ def test_the_device_is_busy_while_steps_follow_each_other(monkeypatch: pytest.Mo
     assert clock.facts() == {"device_ms_per_step": None, "device_busy": None}
 
 
+def test_the_clock_is_counted_behind_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two waits a step, of 1000 and of 101,000 clocks, each with 0.01 ms of its own: at 1250 MHz, and once at 1600."""
+    waits: list[int] = []
+    times = [t + step for step in range(3) for t in (0.0, 0.0108, 0.0108 + 0.0908)]
+    times += [t + 3 for t in (0.0, 0.010625, 0.010625 + 0.073125)]
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(_Event, "times", times)
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    session = SimpleNamespace(device=torch.device("cuda"), around_step=None)
+    clock = device_clock.CoreClock(session)  # type: ignore[arg-type]
+    assert clock.mhz() is None
+    with clock.counting():
+        for _ in range(4):
+            with session.around_step():
+                assert len(waits) % 2 == 0
+    assert waits == [1000, 101_000] * 4 and session.around_step is None
+    assert clock.mhz() == pytest.approx(1250)
+
+
 def throughput(engine: Path, *flags: str) -> int:
     return bench.main(["throughput", "--engine_dir", str(engine), "--device", "cpu", *flags])
 
@@ -420,6 +440,19 @@ def test_throughput_refuses_what_the_engine_cannot_hold(engine_dir: Path, capsys
     assert "1 values of --input_len and 2 of --max_batch_size" in capsys.readouterr().err
     assert throughput(engine_dir, "--input_len", "50", "--output_len", "9", "--max_batch_size", "9") == 1
     assert "--max_batch_size 9 exceeds the engine's, 8" in capsys.readouterr().err
+
+
+def test_matrices_of_a_case_lie_in_several_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = case_buffers.CaseBuffers(gemm_cases.case(2, 32, 64, "static"), 0, "cpu")
+    monkeypatch.setattr(case_buffers, "sets_for", lambda size: 1)
+    first, *others = buffers.sets
+    assert len(others) == 2
+    for tensors in others:
+        assert all(a is None or a.data_ptr() != b.data_ptr() for a, b in zip(first, tensors, strict=True))
+        assert all(torch.equal(first[i].view(torch.uint8), tensors[i].view(torch.uint8)) for i in (0, 1))
+    del buffers.sets
+    monkeypatch.setattr(case_buffers, "SMALLER", 0)
+    assert len(buffers.sets) == 1
 
 
 def test_kernels_are_timed_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,8 @@ def _kernel(_: str, document: Document) -> Figures:
         yield f"{row['name']}: TB/s", row["tb_per_second"]
         yield f"{row['name']}: TFLOP/s", row["tflops"]
         yield f"{row['name']}: of the ceiling", row["fraction"]
+        if row.get("bound_by") == "memory":
+            yield f"{row['name']}: us, bound by memory", row["us"]
         if row.get("burst_us"):
             yield f"{row['name']}{BURSTS}: us", row["burst_us"]
             yield f"{row['name']}{BURSTS}: TFLOP/s", row["tflops"] * row["us"] / row["burst_us"]
@@ -101,6 +103,8 @@ def _latency(name: str, document: Document) -> Figures:
         key = f"{shape(name, document)}, {row['input_len']} in, {row['output_len']} out, batch {row['batch_size']}"
         yield f"{key}: tokens/s", row["tokens_per_second"]
         yield f"{key}: first token ms", row["first_token_ms"]
+        if row.get("first_token_mhz"):
+            yield f"{key}: first token MHz", row["first_token_mhz"]
         yield f"{key}: time per token ms", row["time_per_output_token_ms"]
         if row["fraction_of_bound"]:
             yield f"{key}: of the bound", row["fraction_of_bound"]

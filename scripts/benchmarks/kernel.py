@@ -20,10 +20,10 @@ SILENT = 60.0  # seconds after which a case is given up
 SAVED = 10  # rows at a time
 MOST_LOST = 8  # processes: that many say that something is wrong beside the cases
 DESCRIPTION = """Times kernels on a Hopper GPU: random data, CUDA graphs over buffers that rotate through more memory
-than the L2 cache holds, peers in turn, sustained load where a case is large. Ceilings (read, copy, FP8 and BF16
-products) are measured first, and "fraction" is of what they allow: bytes that are written, and as many that are read,
-at the rate of the copy, what is read beyond them at that of the read. Without --own, the cases are those of the
-record."""
+than the L2 cache holds, peers in turn, sustained load where a case is large, else bursts after pauses. Ceilings (read,
+copy, FP8 and BF16 products) are measured first, and "fraction" is of what they allow: bytes that are written, and as
+many that are read, at the rate of the copy, what is read beyond them at that of the read. Without --own, the cases are
+those of the record."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

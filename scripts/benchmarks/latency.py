@@ -29,6 +29,7 @@ from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, open_llm, random_tokens
 from fp8.scripts.benchmarks.bound import bound
+from fp8.scripts.benchmarks.device_clock import CoreClock
 from fp8.scripts.benchmarks.roofline import step_rows
 from fp8.scripts.benchmarks.values import repeated, wrong
 from fp8.scripts.run import positive
@@ -98,7 +99,9 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
         runs = _several(lambda: _run(llm, prompts, args.output_len), args.runs, 0.0, args.max_seconds)
     on_gpu = llm.session.device.type == "cuda"  # a CPU needs no load: its clock is not measured
     _several(lambda: _run(llm, short, 1), 1, LOAD_SECONDS * on_gpu)
-    alone = _several(lambda: _run(llm, prompts, 1), args.prompt_runs, COUNTED_SECONDS * on_gpu, args.max_seconds)
+    clock = CoreClock(llm.session)
+    with clock.counting():
+        alone = _several(lambda: _run(llm, prompts, 1), args.prompt_runs, COUNTED_SECONDS * on_gpu, args.max_seconds)
     runs = runs or alone
     first = statistics.median(r.first_token for r in alone)
     total = statistics.median(r.total for r in runs)
@@ -109,7 +112,7 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
         "batch_size": batch, "input_len": length, "output_len": args.output_len, "tokens_per_second": rate,
         "seconds": total, "first_token_ms": first * 1e3, "time_per_output_token_ms": per_token * 1e3,
         "bound_tokens_per_second": limit if on_gpu else None, "fraction_of_bound": rate / limit if on_gpu else None,
-        "first_token_ms_in_runs": statistics.median(r.first_token for r in runs) * 1e3,
+        "first_token_mhz": clock.mhz(), "first_token_ms_in_runs": statistics.median(r.first_token for r in runs) * 1e3,
         **repeated(llm.session, *_steps(llm.session, args, batch, length)),
         "all_seconds": [r.total for r in runs], "all_first_token_ms": [r.first_token * 1e3 for r in alone],
     }  # fmt: skip
