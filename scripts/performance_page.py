@@ -91,10 +91,14 @@ def _spread(found: Sequence[Spread]) -> str:
     for section in dict.fromkeys(s.section for s in found):
         here = [s for s in found if s.section == section]
         shares = [f"{share:.1%}" for share in (statistics.median(s.fraction for s in here), here[0].fraction)]
-        apart = ", ".join(s.name.removesuffix(f": {s.name.rpartition(': ')[2]}") for s in here if s.too_far)
+        apart, cards = (
+            ", ".join(s.name.removesuffix(f": {s.name.rpartition(': ')[2]}") for s in here if far(s))
+            for far in (lambda s: s.too_far, lambda s: s.by_the_card)
+        )
         allowed = "" if here[0].most is None else f"{here[0].most:.0%}"
-        rows.append([section, str(len(here)), *shares, allowed, apart])
-    return _markdown(["section", "rows", "median spread", "largest", "allowed", "further apart"], sorted(rows))
+        rows.append([section, str(len(here)), *shares, allowed, apart, cards])
+    head = ["section", "rows", "median spread", "largest", "allowed", "further apart", "by the card alone"]
+    return _markdown(head, sorted(rows))
 
 
 def _by_batch(rows: Rows) -> str:

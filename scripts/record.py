@@ -7,6 +7,11 @@
 A row is {name, figure, unit, anchor, whose, target, at_least, met, section, us, of_the_ceiling}; figure is null where
 nothing was measured, the last two are a kernel's: its time, and the fraction of what memory or tensor cores gave in the
 same run.
+
+Two runs are compared by their figures. Some are the card's as much as ours: such a row has {own, own_unit}, and where
+the figures are apart and these agree, --compare says that it is the card. Of a ratio to a peer, where memory bounds the
+kernel, that is our time: cuBLASLt's is up to 10% apart between two cards, or two minutes. Of a first token under steady
+load it is the SM clocks that it takes: how many a second has is up to the card's power.
 """
 
 from __future__ import annotations
@@ -58,12 +63,23 @@ def record(documents: dict[str, Document], gpus: int = 1) -> dict[str, Any]:
 
 
 def _row(target: Target, found: dict[str, float]) -> dict[str, Any]:
-    figure, (kernel, _, _) = target.figure(found), target.name.rpartition(": ")
+    figure, kernel = target.figure(found), target.name.rpartition(": ")[0]
     return {
         "name": target.name, "figure": figure, "unit": target.unit, "anchor": target.anchor, "whose": target.whose,
         "target": target.target, "at_least": target.at_least, "met": target.met(figure), "section": target.section,
         "us": found.get(f"{kernel}: us"), "of_the_ceiling": found.get(f"{kernel}: of the ceiling"),
+        **_own(target, found),
     }  # fmt: skip
+
+
+def _own(target: Target, found: dict[str, float]) -> dict[str, Any]:
+    """What two runs are to agree on, where it is not the figure."""
+    kernel, _, what = target.name.rpartition(": ")
+    mhz = found.get(f"{kernel}: first token MHz")
+    if what == "first token ms" and mhz:
+        return {"own": found[target.name] * mhz / 1e3, "own_unit": "million clocks"}
+    us = found.get(f"{kernel}: us, bound by memory")
+    return {"own": us, "own_unit": "us"} if what.startswith("ratio to") and us else {}
 
 
 def state(row: dict[str, Any]) -> str:
@@ -91,16 +107,24 @@ def number(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far a row of one record is from the same row of another, as a fraction of the first."""
+    """How far a row of one record is from the same row of another, as a fraction of the first. `own`: of both, what of
+    the figure is the software's, where the rest is the card's."""
 
     name: str
     section: str
     first: float
     second: float
+    own: tuple[float, float] | None = None
+    own_unit: str = ""
 
     @property
     def fraction(self) -> float:
         return abs(self.second / self.first - 1)
+
+    @property
+    def own_fraction(self) -> float:
+        """As far as the figures, where all of it is the software's."""
+        return abs(self.own[1] / self.own[0] - 1) if self.own else self.fraction
 
     @property
     def most(self) -> float | None:
@@ -108,25 +132,34 @@ class Spread:
 
     @property
     def too_far(self) -> bool:
-        return self.most is not None and self.fraction > self.most
+        return self.most is not None and min(self.fraction, self.own_fraction) > self.most
+
+    @property
+    def by_the_card(self) -> bool:
+        """The figures are too far apart, and ours is not."""
+        return self.most is not None and self.own_fraction <= self.most < self.fraction
 
 
 def spreads(first: dict[str, Any], second: dict[str, Any]) -> list[Spread]:
     """Of every row that both hold, the widest first."""
-    others = {row["name"]: row["figure"] for row in second["rows"]}
-    found = [
-        Spread(row["name"], row["section"], row["figure"], others[row["name"]])
-        for row in first["rows"]
-        if row["figure"] and others.get(row["name"])
-    ]
+    others = {row["name"]: row for row in second["rows"] if row["figure"]}
+    found = [_spread(row, others[row["name"]]) for row in first["rows"] if row["figure"] and row["name"] in others]
     return sorted(found, key=lambda spread: -spread.fraction)
 
 
+def _spread(row: dict[str, Any], other: dict[str, Any]) -> Spread:
+    figures = row["name"], row["section"], row["figure"], other["figure"]
+    if "own" not in row or "own" not in other:  # as in records of before
+        return Spread(*figures)
+    return Spread(*figures, (row["own"], other["own"]), row["own_unit"])
+
+
 def compare(found: Sequence[Spread]) -> Table:
-    out = Table("name", "first", "second", "spread", "", box=None)
+    out = Table("name", "first", "second", "spread", "of ours", "", box=None)
     for s in found:
-        verdict = f"more than {s.most:.0%}" if s.too_far else ""
-        out.add_row(s.name, number(s.first), number(s.second), f"{s.fraction:.1%}", verdict)
+        verdict = f"more than {s.most:.0%}" if s.too_far else "the card's" if s.by_the_card else ""
+        ours = f"{s.own_fraction:.1%} of {number(s.own[0])} {s.own_unit}" if s.own else ""
+        out.add_row(s.name, number(s.first), number(s.second), f"{s.fraction:.1%}", ours, verdict)
     return out
 
 
@@ -158,9 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.compare:
             found = spreads(*map(load, args.compare))
             console.print(compare(found))
-            apart = sum(s.too_far for s in found)
+            apart, cards = sum(s.too_far for s in found), sum(s.by_the_card for s in found)
             print(
                 f"{apart} of {len(found)} rows further apart than {KERNELS:.0%} (kernels) or {WHOLE:.0%} (whole model)"
+                f"; {cards} more by the card alone, as our own time or clocks agree"
             )
             return 1 if apart else 0
         made = record(read(args.input), args.gpus)

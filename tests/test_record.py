@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -125,8 +126,39 @@ def test_two_runs_are_compared_row_by_row(
     assert record.main(["--compare", *map(str, paths)]) == status
     printed = capsys.readouterr().out
     page = performance_page.render("<!-- table spread -->\n<!-- end -->\n", *map(record.load, paths))
-    assert f"| llama-7b | 1 | {spread:.1%} | {spread:.1%} | 3% | {'whole ' * status}|" in page
+    assert f"| llama-7b | 1 | {spread:.1%} | {spread:.1%} | 3% | {'whole ' * status}| |" in page
     assert f"{spread:.1%}" in printed and f"{status} of 3 rows further apart" in printed and "only here" not in printed
+
+
+def test_a_peer_s_time_and_the_card_s_clock_are_not_judged(tmp_path: Path) -> None:
+    """Of a ratio where memory bounds us our time is, of a first token under load its clocks; of all else the figure."""
+    light, heavy = "gemm fp8 rowwise 1x12288x4096", "gemm fp8 rowwise 2048x12288x4096"
+    made = []
+    for name, us, peer_us, first, mhz in (("a", 10.0, 15.0, 12.0, 1400.0), ("b", 10.1, 18.0, 12.6, 1350.0)):
+        kernels = [
+            {"name": case, "plugin": "gemm", "us": us, "tb_per_second": 4.0, "tflops": 1.0, "fraction": 0.9,
+             "bound_by": bound, "peer": "cuBLASLt", "peer_us": peer_us, "ratio": peer_us / us}
+            for case, bound in ((light, "memory"), (heavy, "tensor cores"))
+        ]  # fmt: skip
+        grid = latency("llama-7b", 1, 505.0)
+        grid["results"][0] |= {"first_token_ms": first, "first_token_mhz": mhz}
+        document = {"mode": "kernel", "command": "fp8-bench kernel", "ceilings": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kernel.json").write_text(json.dumps({**document, "results": kernels}))
+        (tmp_path / name / "llama-7b.json").write_text(json.dumps(grid))
+        made.append(record.record(figures.read(tmp_path / name)))
+    found = {s.name: s for s in record.spreads(*made)}
+    ratio, product = (found[f"{case}: ratio to cuBLASLt"] for case in (light, heavy))
+    assert ratio.own == (10.0, 10.1) and ratio.own_unit == "us" and ratio.by_the_card and not ratio.too_far
+    assert ratio.fraction == pytest.approx(1.8 / 1.01 / 1.5 - 1)
+    assert product.own is None and product.too_far and not product.by_the_card
+    (token,) = (s for s in found.values() if "first token" in s.name)
+    assert token.own == pytest.approx((16.8, 17.01)) and token.fraction == pytest.approx(0.05) and token.by_the_card
+    assert dataclasses.replace(ratio, own=(10.0, 10.6)).too_far, "our own time is apart, too"
+    assert not dataclasses.replace(ratio, second=ratio.first, own=(10.0, 10.6)).too_far, "the figures agree"
+    for row in made[1]["rows"]:
+        row.pop("own", None)
+    assert all(s.own is None for s in record.spreads(*made)), "a record of before has figures alone"
 
 
 def test_a_page_with_an_unknown_table_is_refused() -> None:
