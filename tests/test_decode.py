@@ -54,6 +54,28 @@ def test_odd_numbers_of_rotation_pairs_have_kernels() -> None:
     assert compile.compile_all(every)
 
 
+@pytest.mark.parametrize(
+    "kv_heads, sequences, warps, blocks, parts",
+    [
+        (8, 1, 8, 32, 0),  # of one sequence the kernel knows the length
+        (8, 4, 8, 128, 4),
+        (8, 8, 9, 132, 2),
+        (8, 12, 9, 132, 0),  # 96 blocks of 132 would have a unit
+        (8, 16, 9, 132, 1),
+        (8, 32, 6, 264, 1),
+        (8, 64, 3, 528, 1),
+        (32, 4, 9, 132, 1),
+        (32, 32, 3, 528, 0),  # a block has several units
+    ],
+)
+def test_contexts_of_one_length_are_dealt_without_counting(
+    kv_heads: int, sequences: int, warps: int, blocks: int, parts: int
+) -> None:
+    tactic = Decode(3, 2, 4)
+    which, grid, found = decode.dealing(Shape(128, kv_heads, 32 // kv_heads, True), tactic, sequences, 2048)
+    assert (tactic.variants()[which].decode_warps, grid, found) == (warps, blocks, parts)
+
+
 def test_groups_of_more_than_sixteen_heads_are_several_units() -> None:
     assert Shape(128, 8, 16, True).units == 8
     assert Shape(128, 8, 17, True).units == 16

@@ -41,6 +41,13 @@
 // Words instead of partial results, a counter and its fences, and up to 132 units in blocks of eight warps, one on a
 // multiprocessor: a layer of llama-7B at 1 x 300 takes 59.2 instead of 60.6 us, at 2 x 1088 64.4 (66.3), at 4 67.5 (70.1); of
 // llama-3.1-8B at 1 x 1088 62.9 (63.7), at 2 66.6 (68.3), at 8 68.7 (71.3).
+// The kernel before holds an SM's shared memory to its end, so that the memory has nothing to do from there to a block's first
+// tiles. Contexts of one length are dealt without counts and barriers, a unit to each block or to several in even runs; facts are
+// sent for before the tiles, where registers allow; nine warps take up to 18 tiles in two rounds; and few units' keys and values
+// are the first to leave the L2 cache, for what all layers need. A layer of llama-3.1-8B in a chain, us less at 8, 16, 32 and 64
+// x 1088, one after the other: 1.2, 0.2, 0.2, 0.4; facts 0.5, 0.1, 0, -0.7 (not there); leaving first 0.4, 0.8, 0, -2.9 (not
+// there); nine warps instead of eight 0.3, 0.8. Without gain: lengths, tables and angles loaded to stay in the L2 cache (-0.3 to
+// 0.1), keys alone sent for before the wait (-0.4 to 0.3).
 // Tried, no gain: clusters of 2, 4 or 8 blocks that join through distributed shared memory (st.async): no faster than the
 // words, and only 30 clusters of four find a multiprocessor for each block; the others, and all that comes after, wait.
 // Also sending for the first unit's row of qkv before the first tiles (9.4 instead of 10.0 us at 1 x 1024 with
@@ -70,7 +77,7 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
        const __grid_constant__ TensorMap k_end_map, const u16* qkv, const int* position_ids, const int* slot_mapping,
        const int* block_tables, const int* sequence_lengths, const float* cos, const float* sin, u8* key_cache,
        u8* value_cache, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale, void* y,
-       Partial* partials, int sequences, int max_blocks, int unit_cost, int prompts) {
+       Partial* partials, int sequences, int max_blocks, int unit_cost, int prompts, int parts) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
   if (!prompts) griddepcontrol_launch_dependents();
@@ -93,43 +100,57 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   // evenly.
   int nothing = unit_cost, least = WARPS;  // tiles of a run
   if (sequences == 1 && unit_cost == 0) {
-    const int tiles = (sequence_lengths[0] + TILE - 1) / TILE, parts = max(1, (int)gridDim.x / UNITS);
-    least = max(LEAST, (tiles + parts - 1) / parts);
-    nothing = (least - tiles % least) % least;
+    const int most = (sequence_lengths[0] + TILE - 1) / TILE, each = max(1, (int)gridDim.x / UNITS);
+    least = max(LEAST, (most + each - 1) / each);
+    nothing = (least - most % least) % least;
   }
-  int places;  // in a unit of each sequence
-  const Share share = count_places(shared, sequence_lengths, sequences, nothing, places);
-  const int total = places * UNITS;
   // Later blocks have earlier runs: who waits for a result waits for a block that was started before.
   const int mine = gridDim.x - 1 - blockIdx.x;
-  int run = max(least, (total + (int)gridDim.x - 1) / (int)gridDim.x);
-  const int unit = shared.counts[0], whole = unit ? (run + unit - 1) / unit * unit : run;
-  // Contexts of one length: no unit is cut, if little is lost by it.
-  if (unit * sequences == places && whole - run <= run / 8) run = whole;
-  const int begin = min(total, mine * run);
+  Cursor at;
+  int total, run, begin;
+  const int tiles = tiles_of_all(sequence_lengths, sequences, parts);
+  if (tiles) {
+    run = parts > 1 ? max(least, (tiles + parts - 1) / parts) : tiles;
+    const int runs = (tiles + run - 1) / run, unit = parts > 1 ? mine / runs : mine;
+    at.places = runs * run, nothing = at.places - tiles;
+    total = at.places * UNITS * sequences;
+    at.index = begin = min(total, mine * run);
+    at.sequence = unit / UNITS, at.unit = unit % UNITS, at.tile = (mine - unit * runs) * run;
+  } else {
+    int places;  // in a unit of each sequence
+    const Share share = count_places(shared, sequence_lengths, sequences, nothing, places);
+    total = places * UNITS;
+    run = max(least, (total + (int)gridDim.x - 1) / (int)gridDim.x);
+    const int unit = shared.counts[0], whole = unit ? (run + unit - 1) / unit * unit : run;
+    // Contexts of one length: no unit is cut, if little is lost by it.
+    if (unit * sequences == places && whole - run <= run / 8) run = whole;
+    begin = min(total, mine * run);
+    locate(shared, share, begin);
+  }
   const Maps maps = {&k_map, &v_map, &k_end_map};
   const Problem p = {block_tables, sequence_lengths, shared.counts, max_blocks, nothing, min(total, begin + run)};
   if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
-  locate(shared, share, begin);
   __syncthreads();
 
   Producer producer;
   u32 slot = warp * SLOTS, parity = 0;  // the slot to read next, of all the block's
   auto ring = [&](u32 i) { return shared_address(shared.ring) + i * SLOT_BYTES; };
   auto full = [&](u32 i) { return shared_address(shared.full) + i * 8; };
-  Cursor at;
-  at.seek(p, begin, shared.first, shared.before);
+  if (!tiles) at.seek(p, begin, shared.first, shared.before);
   producer.start(p, at, (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
+  Cursor first = at;
+  first.skip_nothing(p, 1);
+  if (FACTS_FIRST && sequences > 1 && first.index < p.end) incoming.load_facts(inputs, first.sequence);
 #pragma unroll
   for (int i = 0; i < SLOTS; i++) producer.fill(p, maps, ring(slot + i), full(slot + i), i % 2);
-  at.skip_nothing(p, 1);
-  if (sequences > 1 && at.index < p.end) incoming.load_facts(inputs, at.sequence);
+  at = first;
+  if (!FACTS_FIRST && sequences > 1 && at.index < p.end) incoming.load_facts(inputs, at.sequence);
   const Output output = {y, FP8_CACHE ? *v_scale : 1.0f, QUANT_OUT ? *out_scale : 1.0f};
   griddepcontrol_wait();
   // Attention of prompts takes this as the end of the kernels before: it starts where blocks leave a multiprocessor.
   if (prompts) griddepcontrol_launch_dependents();
   if (at.index < p.end) incoming.load_row(inputs, at);
-  clear_empty(shared.counts, sequences, y);
+  if (!tiles) clear_empty(shared.counts, sequences, y);
 
   auto wait = [&] {
     mbarrier_wait(full(slot), parity);

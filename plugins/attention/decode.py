@@ -26,13 +26,14 @@ END = 16  # tokens: where a context ends, keys come in boxes of so many
 UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
 MOST_TILES = 2**16 - 16  # of a context: places are counted in 16 bits, a few of them behind the tiles
 MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
+FEWEST = MULTIPROCESSORS // 4  # units below which one is cut into four parts or more
 
 
 @dataclass(frozen=True)
 class Decode:
     """Warps in a block, slots in each warp's ring, blocks on a multiprocessor: for many units, where small blocks merge
-    cheaply. Few units are cut among the blocks, and larger blocks make fewer partial results: `few` is for those, and
-    `fewest` where there is a multiprocessor for each."""
+    cheaply. Few units are cut among the blocks, and larger blocks make fewer partial results: `few` is for those,
+    `alone` and `fewest` where there is a multiprocessor for each."""
 
     decode_warps: int = 3
     decode_slots: int = 2
@@ -40,15 +41,27 @@ class Decode:
 
     def few(self) -> Decode:
         """What runs a step of few units, with as many slots on a multiprocessor."""
+        if self._twelve:
+            return Decode(6, 2, 2)
         return Decode(4, max(2, self.decode_warps * self.decode_slots * self.decode_blocks // 8), 2)
 
+    def alone(self) -> Decode:
+        """Where a unit has a multiprocessor. Keys and values of a tile for each warp; nine for up to 18 tiles in two
+        rounds."""
+        return Decode(9, 2, 1) if self._twelve else self.fewest()
+
     def fewest(self) -> Decode:
-        """Keys and values of a tile for each warp."""
+        """Where a unit has several."""
         return Decode(8, 2, 1)
 
-    def variants(self) -> tuple[Decode, Decode, Decode]:
-        """For many units, for few, for the fewest."""
-        return self, self.few(), self.fewest()
+    @property
+    def _twelve(self) -> bool:
+        """Whether twelve warps' registers suffice on a multiprocessor, and rows are cut for threes of warps."""
+        return self.decode_warps == 3
+
+    def variants(self) -> tuple[Decode, Decode, Decode, Decode]:
+        """For many units, for few, where a unit has a multiprocessor, and where it has several."""
+        return self, self.few(), self.alone(), self.fewest()
 
     @property
     def grid(self) -> int:
@@ -201,12 +214,13 @@ def bind(
         values = matrix_map(value.view(-1, 128), 128, of.head_dim // 2, 0)
     else:
         values = matrix_map(value.view(-1, of.head_dim), 64, of.tile)
-    sequences, unit_cost, prompts = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    sequences, unit_cost, prompts, parts = (ctypes.c_int() for _ in range(4))
     scales = tensors[10:14]  # q, k, v, out
     width = ctypes.c_int(tables.shape[1])
     steps = [qkv, positions, slots, tables, lengths]
     outputs = [tensors[14], workspace]
-    args = [whole, values, end, *steps, cos, sin, key, value, *scales, *outputs, sequences, width, unit_cost, prompts]
+    numbers = [sequences, width, unit_cost, prompts, parts]
+    args = [whole, values, end, *steps, cos, sin, key, value, *scales, *outputs, *numbers]
     variants = tactic.variants()
     launches = [
         Launch(function, 32 * t.decode_warps, args, of.shared_bytes(t, len(lengths)))
@@ -214,18 +228,26 @@ def bind(
     ]
 
     def run(step: StepShape) -> None:
-        units = step.decode_sequences * of.units
         sequences.value = step.decode_sequences
-        unit_cost.value = UNIT_COST if units >= MANY else 0
+        unit_cost.value = UNIT_COST if step.decode_sequences * of.units >= MANY else 0
         prompts.value = step.sequences > step.decode_sequences
-        which = 0 if units >= MANY else 1 if units > MULTIPROCESSORS else 2
-        used = variants[which]
-        # All blocks run at once: one that came later would have as much to do as the others, and nobody beside it.
-        grid = MULTIPROCESSORS * of.blocks(used, step.decode_sequences)
-        if units < MANY:
-            tiles = -(-step.max_context // of.tile)  # of a unit, at most
-            cut = of.least(used) if step.decode_sequences == 1 and tiles > used.decode_warps else used.decode_warps
-            grid = max(1, min(grid, units * -(-tiles // cut)))
-        launches[which](grid, of.shared_bytes(used, step.decode_sequences))
+        which, grid, parts.value = dealing(of, tactic, step.decode_sequences, step.max_context)
+        launches[which](grid, of.shared_bytes(variants[which], step.decode_sequences))
 
     return run
+
+
+def dealing(of: Shape, tactic: Decode, sequences: int, max_context: int) -> tuple[int, int, int]:
+    """Which variant, in how many blocks, and how many of them for each unit where contexts have one length; 0 where
+    that would leave too many blocks without any."""
+    units = sequences * of.units
+    which = sum(units < least for least in (MANY, MULTIPROCESSORS + 1, FEWEST))
+    used = tactic.variants()[which]
+    # All blocks run at once: one that came later would have as much to do as the others, and nobody beside it.
+    grid = MULTIPROCESSORS * of.blocks(used, sequences)
+    if units < MANY:
+        tiles = -(-max_context // of.tile)  # of a unit, at most
+        cut = of.least(used) if sequences == 1 and tiles > used.decode_warps else used.decode_warps
+        grid = max(1, min(grid, units * -(-tiles // cut)))
+    parts = grid // max(1, units)
+    return which, grid, parts if sequences > 1 and 9 * units * parts >= 8 * grid else 0

@@ -25,6 +25,16 @@ struct Shared {
   u16 counts[2];  // [sequences]: places in a unit
 };
 
+// Tiles of each sequence, if all have as many; else 0, as where `parts` is. Every warp finds out for itself: to deal by it
+// takes neither barriers nor counts.
+DEVICE int tiles_of_all(const int* sequence_lengths, int sequences, int parts) {
+  if (!parts) return 0;
+  const int tiles = (sequence_lengths[0] + TILE - 1) / TILE;
+  bool same = true;
+  for (int i = threadIdx.x % 32; i < sequences; i += 32) same &= (sequence_lengths[i] + TILE - 1) / TILE == tiles;
+  return __all_sync(~0u, same) ? tiles : 0;
+}
+
 // A thread's share of the sequences, neighbours: an odd number of pairs, so that threads beside each other read from
 // different banks. `before` and `sum`: places in one unit of the sequences before them and of them.
 struct Share {

@@ -72,6 +72,10 @@ struct Producer {
     if (WARPS >= 4 || at.tile + 1 < at.tiles(p)) return TILE / END;
     return (__ldg(p.lengths + at.sequence) - at.tile * TILE + END - 1) / END;
   }
+  static __device__ __forceinline__ void send(u32 to, const TensorMap* map, u32 full, int x, int y) {
+    if (ONCE) tma_load_2d_evict_first(to, map, full, x, y);
+    else tma_load_2d(to, map, full, x, y);
+  }
   __device__ __forceinline__ void fill(const Problem& p, const Maps& maps, u32 slot, u32 full, bool values) {
     if (at.index >= p.end) return;
     const int head = page * KV_HEADS + at.unit / PARTS;
@@ -80,16 +84,16 @@ struct Producer {
       const int parts = values ? TILE / END : boxes(p);
       mbarrier_arrive_expect_tx(full, parts * END * HEAD_DIM * BYTES);
       if (FP8_CACHE && values) {
-        tma_load_2d(slot, maps.v, full, 0, head * (HEAD_DIM / 2));
+        send(slot, maps.v, full, 0, head * (HEAD_DIM / 2));
       } else {
 #pragma unroll
         for (int column = 0; column < HEAD_DIM; column += SPAN / BYTES) {
           const u32 to = slot + column * BYTES * TILE;
-          if (parts == TILE / END) tma_load_2d(to, values ? maps.v : maps.k, full, column, row);
+          if (parts == TILE / END) send(to, values ? maps.v : maps.k, full, column, row);
           else
 #pragma unroll
             for (int i = 0; i < TILE / END - 1; i++)
-              if (i < parts) tma_load_2d(to + i * END * SPAN, maps.k_end, full, column, row + i * END);
+              if (i < parts) send(to + i * END * SPAN, maps.k_end, full, column, row + i * END);
         }
       }
     }

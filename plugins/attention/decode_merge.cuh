@@ -44,7 +44,7 @@ struct Result {
   }
   // Adds `count` others in the order of the context, as they arrive, and leaves zeros.
   DEVICE_MEMBER void join(Partial* partials, int count, int r, int c) {
-    constexpr int BATCH = WARPS < 4 ? 2 : 4;  // loads in flight: their latency is what this costs; small blocks lack registers
+    constexpr int BATCH = WARPS < 4 || WARPS * BLOCKS_PER_SM > 8 ? 2 : 4;  // loads in flight: their latency is what this costs; three warps on a scheduler lack registers
 #pragma unroll 1
     for (int start = 0; start < count; start += BATCH) {
       uint4 outputs[BATCH];
