@@ -244,6 +244,18 @@ def test_every_offered_tactic_fits_shared_memory_and_the_grid() -> None:
                 assert t.grid(1, n, many_tokens.SMS) >= t.cluster
 
 
+def test_a_group_of_the_raster_is_what_stays_in_the_l2_cache_in_whole_clusters() -> None:
+    for k in (128, 2048, 4096, 8192, 14336, 28672):
+        p = many_tokens.problem(Gemm(), [*operands(4096, k)[:4], None])
+        for t in many_tokens.enumerate_tactics(p, 8192):
+            group = t.group(k)
+            assert group % t.CLUSTER_M == 0 and group >= 8
+            assert group * t.BLOCK_M <= max(1024, 8 * t.BLOCK_M, many_tokens.STAYING // k)
+            assert dict(many_tokens.kernel(p, t).constants)["GROUP"] == group
+    tile = ManyTokens(128, 128, 6, 1)
+    assert [tile.group(k) for k in (4096, 8192, 14336)] == [24, 12, 8]
+
+
 def test_a_lone_warpgroup_has_two_sets_of_products_where_k_blocks_are_even() -> None:
     def tactics(k: int, accumulation: str = "precise") -> list[ManyTokens]:
         problem = many_tokens.problem(Gemm(accumulation=accumulation), [*operands(12288, k)[:4], None])

@@ -122,6 +122,7 @@ RAGGED += [
     case(300, 520, 1000, "none", "float16", "float16"),
     case(515, 1536, 2048, "none", "bfloat16"),
     case(1500, 1536, 2064),
+    case(3300, 264, 4096),  # the raster's second group has two row blocks
 ]
 PRECISE_CASES = [
     *(case(rows, 392, 320, bias=True, accumulation="precise") for rows in (1, 7, 65, 129, 300)),
