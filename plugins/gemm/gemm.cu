@@ -73,6 +73,8 @@
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
+// Promoted, BUFFERS for all chunks of a tile where the ring leaves room: 64 x 12288 x 4096 13.94 instead of 14.24, 64 x 24576 x
+// 4096 26.4 instead of 26.7; the last tile's in the ring itself: 14.0, 26.5, but 512 x 12288 x 4096 42.0 instead of 41.5.
 // Where weights come first (AHEAD), those of all stages, before x: 64 x 4096 x 4096 8.0 us instead of 7.3, 128 x 12288 x 4096
 // 17.7 instead of 16.5 (per-tensor 15.9 and 15.0): x queued behind what fills every ring, 15 MB. Where more tiles
 // follow, all stages: with three, the same main loop had 1106 instead of 1231 at 2048 x 4096 x 4096 and 1198 instead of 1335

@@ -129,10 +129,10 @@ DEVICE void write(int m, const float (&d)[BLOCK_N / 2], const Arguments& args, c
       const int slot = chunk % BUFFERS;
       mbarrier_wait(added.bars + slot * 8, added.phases >> slot & 1);
       added.phases ^= 1 << slot;
-    } else if (TMA_STORE) {  // the buffer's last store has been read; a tile starts with all of them free
+    } else if (TMA_STORE && (!PROMOTE || chunk == 0 || chunk >= BUFFERS || SPLIT > 1)) {  // a tile starts with all of them free
       if (threadIdx.x % 128 == 0) {
         if (chunk == 0 || SPLIT > 1 || BUFFERS == 1) bulk_wait_group_read<0>();
-        else bulk_wait_group_read<1>();
+        else bulk_wait_group_read<BUFFERS - 1>();  // the buffer's last store has been read
       }
       warpgroup_sync(warpgroup);
     }

@@ -3,7 +3,7 @@
 //
 // Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
 // to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per column,
-// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic. With ADD the output is the sum with what `added` maps.
+// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic; BUFFERS (of 64 rows x CHUNK, a warpgroup). With ADD the output is the sum with what `added` maps.
 #include "fp8/types.cuh"
 #ifndef ADD
 #define ADD 0
@@ -24,7 +24,6 @@ constexpr int TILE_BYTES = BLOCK_N / (SWIGLU ? 2 : 1) * OUT_BYTES;  // of one ou
 constexpr int CHUNK = TILE_BYTES % 128 == 0 ? 128 : TILE_BYTES % 64 == 0 ? 64 : 32;
 constexpr int CHUNKS = TILE_BYTES / CHUNK;
 constexpr int CHUNK_N = BLOCK_N / CHUNKS;                // accumulator columns of a chunk
-constexpr int BUFFERS = !TMA_STORE ? 0 : PROMOTE ? 1 : 2;  // PROMOTE: a stage more is worth more
 constexpr bool SCALED = W_SCALE == 1 || X_SCALE == 1, BLOCKWISE = X_SCALE == 3;
 // BLOCKWISE: columns that share a scale: a group of W_GROUP rows of w, or what is within one wherever the tile lies.
 constexpr int SHARED_N = W_GROUP == 8 ? 8 : BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : BLOCK_N % 32 == 0 ? 32 : 16;

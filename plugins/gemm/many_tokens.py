@@ -121,10 +121,24 @@ class Problem:
         v = self.scale_vector(t)
         return (t.STAGES + 2 * v - 1) // v * v
 
+    def buffers(self, t: ManyTokens) -> int:
+        """A warpgroup's store buffers: two. Where products are promoted, and a stage more is worth more, as many of a
+        tile's chunks as have room beside the ring."""
+        if not self["TMA_STORE"]:
+            return 0
+        if not self["PROMOTE"]:
+            return 2
+        chunk = self.chunk(t.BLOCK_N)
+        chunks = t.BLOCK_N // (1 + self["SWIGLU"]) * self.out_bytes // chunk
+        return max(1, min(chunks, (SHARED_MAX - self._shared(t, 0)) // (t.warpgroups * 64 * chunk)))
+
     def shared(self, t: ManyTokens) -> int:
         """Bytes of dynamic shared memory: stages, store buffers, scales and biases, barriers."""
+        return self._shared(t, self.buffers(t))
+
+    def _shared(self, t: ManyTokens, count: int) -> int:
         stages = t.STAGES * (t.BLOCK_M + t.BLOCK_N) * ATOM
-        buffers = (2 - self["PROMOTE"]) * 64 * self.chunk(t.BLOCK_N) * self["TMA_STORE"]
+        buffers = count * 64 * self.chunk(t.BLOCK_N)
         filled = 16 * self._values.get("ADD", 0)
         vectors = (int(self["W_SCALE"] == 1 or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
         width = min(self["W_GROUP"], math.gcd(t.BLOCK_N, SCALE_BLOCK))
@@ -278,7 +292,7 @@ def kernel(p: Problem, t: ManyTokens) -> Kernel:
     knobs = {"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "STAGES": t.STAGES, "PINGPONG": t.PINGPONG}
     knobs["GROUP"] = t.group(p.k_blocks * ATOM)
     knobs |= {"CLUSTER_M": t.CLUSTER_M, "CLUSTER_N": t.CLUSTER_N, "SPLIT": t.SPLIT, "SETS": t.SETS}
-    knobs["SCALE_VECTOR"] = p.scale_vector(t)
+    knobs |= {"SCALE_VECTOR": p.scale_vector(t), "BUFFERS": p.buffers(t)}
     return Kernel("gemm", "gemm.cu", "gemm", p.constants + tuple(knobs.items()))
 
 
