@@ -3,7 +3,8 @@
 //
 // Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
 // to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per column,
-// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic; BUFFERS (of 64 rows x CHUNK, a warpgroup). With ADD the output is the sum with what `added` maps.
+// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic; BUFFERS (a warpgroup's, of 64 rows x CHUNK). With ADD the output is the
+// sum with what `added` maps.
 #include "fp8/types.cuh"
 #ifndef ADD
 #define ADD 0
