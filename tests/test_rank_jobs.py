@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import sys
@@ -248,7 +249,9 @@ def test_a_stopped_rank_ends_the_job(engines, rank):
         check_fault(started.end(), f"rank {rank} ", "gave no sign of life for 4 s")
 
 
-def test_a_rank_that_stands_still_while_others_wait_for_it_ends_the_job(engines, tmp_path, capsys):
+def test_a_rank_that_stands_still_while_others_wait_for_it_ends_the_job(engines, tmp_path, capsys, monkeypatch):
+    beside = Path(sys.executable).parent  # where the tests' packages put an mpirun
+    monkeypatch.setenv("PATH", str(beside), prepend=os.pathsep)
     output = tmp_path / "faults.json"
     flags = ["--device", "cpu", "--rank_timeout", "2", "--faults", "rank 0 stands still", "--output", str(output)]
     assert faults(["--engine_dir", str(engines / "e21"), *flags]) == 0
