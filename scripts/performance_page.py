@@ -90,9 +90,11 @@ def _spread(found: Sequence[Spread]) -> str:
     rows = []
     for section in dict.fromkeys(s.section for s in found):
         here = [s for s in found if s.section == section]
+        begins = {"".join(s.name.rpartition(", ")[:2]) for s in here}
+        shared = begins.pop() if len(begins) == 1 else ""
         shares = [f"{share:.1%}" for share in (statistics.median(s.fraction for s in here), here[0].fraction)]
         apart, cards = (
-            ", ".join(s.name.removesuffix(f": {s.name.rpartition(': ')[2]}") for s in here if far(s))
+            "; ".join(s.name.removeprefix(shared) for s in here if far(s))
             for far in (lambda s: s.too_far, lambda s: s.by_the_card)
         )
         allowed = "" if here[0].most is None else f"{here[0].most:.0%}"
