@@ -37,6 +37,7 @@ HEADER = (
     "device", "driver", "torch", "max_sm_clock", "sm_clock", "memory_clock", "power_limit", "power_draw", "temperature",
 )  # fmt: skip
 KERNELS, WHOLE = 0.05, 0.03  # how far two runs of the same commit may be apart
+COUNTS = ("cases", "failures", "runs", "steps")  # units
 ALLOWED = {
     **dict.fromkeys(("gemm", "gemm shapes", "blockwise", "prompts", "decodes", "norms", "all-reduce"), KERNELS),
     **dict.fromkeys(("llama-7b", "llama-3.1-8b", "llama-7b bf16", "first token", "throughput", "ranks: models"), WHOLE),
@@ -141,9 +142,10 @@ class Spread:
 
 
 def spreads(first: dict[str, Any], second: dict[str, Any]) -> list[Spread]:
-    """Of every row that both hold, the widest first."""
+    """Of every row that both hold, the widest first; counts of what was checked are no measurements."""
     others = {row["name"]: row for row in second["rows"] if row["figure"]}
-    found = [_spread(row, others[row["name"]]) for row in first["rows"] if row["figure"] and row["name"] in others]
+    measured = (row for row in first["rows"] if row["figure"] and row.get("unit") not in COUNTS)
+    found = [_spread(row, others[row["name"]]) for row in measured if row["name"] in others]
     return sorted(found, key=lambda spread: -spread.fraction)
 
 

@@ -120,6 +120,7 @@ def test_two_runs_are_compared_row_by_row(
             {"name": "kernel", "section": "gemm", "figure": 10.0 * factor, "met": True},
             {"name": "build", "section": "startup", "figure": 10.0 * (factor + spread), "met": True},
             {"name": "only here", "section": "gemm", "figure": None if name == "a" else 1.0, "met": True},
+            {"name": "checked", "section": "values", "figure": 10.0 * factor, "unit": "steps", "met": None},
         ]
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps({"sources": {}, "rows": rows}))
@@ -128,6 +129,7 @@ def test_two_runs_are_compared_row_by_row(
     page = performance_page.render("<!-- table spread -->\n<!-- end -->\n", *map(record.load, paths))
     assert f"| llama-7b | 1 | {spread:.1%} | {spread:.1%} | 3% | {'whole ' * status}| |" in page
     assert f"{spread:.1%}" in printed and f"{status} of 3 rows further apart" in printed and "only here" not in printed
+    assert "checked" not in printed
 
 
 def test_a_peer_s_time_and_the_card_s_clock_are_not_judged(tmp_path: Path) -> None:
