@@ -12,7 +12,6 @@ Exits with 1 if what is asked for is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fp8.builder.engine import write_atomically
 from fp8.builder.verify import sqnr
 from fp8.runtime.kv_cache import blocks_for
 from fp8.runtime.request import Request, SamplingParams
@@ -31,7 +29,7 @@ from fp8.runtime.scheduler import Row
 from fp8.runtime.scoring import token_losses
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import load_tokenizer
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 
 if TYPE_CHECKING:
     import torch
@@ -120,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(r["engine"], r["format"], r["kv_cache_dtype"], *figures, "yes" if r["met"] else "NO")
     Console().print(table)
     if args.output:
-        write_atomically(
-            args.output, [json.dumps({**provenance("gpu_engines", argv, args.commit), "rows": rows}, indent=1).encode()]
-        )
+        save_results(args.output, "gpu_engines", argv, args.commit, {"rows": rows})
     return 0 if all(r["met"] for r in rows) else 1
 
 

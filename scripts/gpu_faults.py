@@ -30,14 +30,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp8.builder.engine import write_atomically
 from fp8.runtime.comm import World
 from fp8.runtime.launcher import launched
 from fp8.runtime.session import Session
 from fp8.scripts.argument_types import new_file, seconds
 from fp8.scripts.benchmarks.arguments import make_weight
 from fp8.scripts.benchmarks.roofline import step_rows
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 
 FAULTS = ("rank 1 stopped", "rank 0 stopped", "rank 1 killed", "rank 0 stands still")
 LIMIT = 5.0  # seconds of --rank_timeout
@@ -148,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_row(row["fault"], taken, f"{row['allowed_seconds']:g}", str(row["met"]), row["says"])
     Console(width=160).print(table)
     if args.output:
-        found = {**provenance("gpu_faults", argv, args.commit), "rows": rows}
-        write_atomically(args.output, [json.dumps(found, indent=1).encode()])
+        save_results(args.output, "gpu_faults", argv, args.commit, {"rows": rows})
     return 0 if all(row["met"] for row in rows) else 1
 
 

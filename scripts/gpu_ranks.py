@@ -12,7 +12,6 @@ tokens were nearer than five deviations of the logits' difference. Exits with 1 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp8.builder.engine import write_atomically
 from fp8.builder.verify import sqnr
 from fp8.runtime.comm import RANK_TIMEOUT, World
 from fp8.runtime.launcher import RankError, launched
@@ -32,7 +30,7 @@ from fp8.runtime.sampling_params import SamplingParams
 from fp8.runtime.session import Session
 from fp8.scripts.argument_types import positive
 from fp8.scripts.gpu_engines import FP8_DB, HIGH_PRECISION_DB, PERPLEXITY, WINDOW, logits, perplexity
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 from fp8.scripts.ranks import OPENING_ERRORS
 
 PROMPTS, PROMPT_TOKENS, OUTPUT_TOKENS = 7, 40, 48
@@ -167,8 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_row(row["engine"], row["format"], row["kv_cache_dtype"], *figures)
     Console(width=160).print(table)
     if args.output:
-        facts = {**provenance("gpu_ranks", argv, args.commit), "rows": rows}
-        write_atomically(args.output, [json.dumps(facts, indent=1).encode()])
+        save_results(args.output, "gpu_ranks", argv, args.commit, {"rows": rows})
     return 0 if all(row["met"] for row in rows) else 1
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import re
@@ -35,7 +34,7 @@ from fp8.scripts.argument_types import positive
 from fp8.scripts.benchmarks.checks import Chosen, Round, Row, checking
 from fp8.scripts.benchmarks.isolated import Answers, Lost, ask_all
 from fp8.scripts.progress import stages
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 
 SILENT = 300.0  # seconds after which a case is given up: its kernels may have to be compiled, beside those of others
 MEMORY = 10 << 30  # bytes of the GPU's for each process
@@ -178,7 +177,7 @@ def tell(
     ran = len({(row.plugin, row.case) for row in rows})
     if args.output:
         facts = {"seed": seed, "cases": cases, "seconds": seconds, "rows": [asdict(row) for row in rows]}
-        args.output.write_text(json.dumps({**provenance("gpu_round", argv, args.commit), **facts}, indent=1))
+        save_results(args.output, "gpu_round", argv, args.commit, facts)
     failed = sum(bool(row.failure) for row in rows)
     print(f"gpu_round: {ran} of {cases} cases, {len(rows)} runs, {failed} failed (seed {seed}, {seconds:.0f} s)")
     return 1 if failed or not cases or ran < cases else 0

@@ -18,7 +18,6 @@ with 1 if anything else is found.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +28,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp8.builder.engine import write_atomically
 from fp8.runtime.llm import LLM
 from fp8.scripts.argument_types import new_file
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 from fp8.scripts.quickstart import EXAMPLES, StepFailed, Variant, command
 from fp8.scripts.service_checks.beams import beams
 from fp8.scripts.service_checks.engine import Engine
@@ -117,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_row(r["name"], "yes" if r["passed"] else "NO", f"{r['seconds']:.1f}")
     console.print(table)
     if args.output:
-        facts = {**provenance("gpu_service", argv, args.commit), "checks": found}
-        write_atomically(args.output, [json.dumps(facts, indent=1).encode()])
+        save_results(args.output, "gpu_service", argv, args.commit, {"checks": found})
     return 0 if found and all(r["passed"] for r in found) else 1
 
 

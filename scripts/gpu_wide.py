@@ -15,7 +15,6 @@ if what is asked for is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fp8.builder.engine import EngineError, write_atomically
+from fp8.builder.engine import EngineError
 from fp8.plugins.base import StepShape
 from fp8.plugins.timing import captured
 from fp8.runtime.kv_cache import blocks_for
@@ -37,7 +36,7 @@ from fp8.runtime.session import Session
 from fp8.scripts.argument_types import new_file, positive
 from fp8.scripts.benchmarks.arguments import make_weight, random_tokens
 from fp8.scripts.benchmarks.rank_targets import NEAR_NCCL
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 from fp8.scripts.ranks import OPENING_ERRORS, add_rank_arguments, among_peers
 
 if TYPE_CHECKING:
@@ -209,8 +208,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             table.add_row(row["engine"], *(f"{v:.1f}" if isinstance(v := row[c], float) else str(v) for c in COLUMNS))
         Console(width=160).print(table)
         if args.output:
-            facts = {**provenance("gpu_wide", argv, args.commit), "rows": [_json(row) for row in rows]}
-            write_atomically(args.output, [json.dumps(facts, indent=1).encode()])
+            save_results(args.output, "gpu_wide", argv, args.commit, {"rows": [_json(row) for row in rows]})
     return 0 if all(row["met"] for row in rows) else 1
 
 

@@ -29,9 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fp8.builder.engine import write_atomically
 from fp8.scripts.argument_types import new_file, positive, seconds
-from fp8.scripts.provenance import add_argument, provenance
+from fp8.scripts.provenance import add_argument, save_results
 
 WARM_UP = 0.2  # of the time
 FREED_SECONDS = 1.0
@@ -317,8 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     report(found, Console(width=100))
     if args.output:
-        facts = {**provenance("load_test", argv, args.commit), **found}
-        write_atomically(args.output, [json.dumps(facts, indent=1).encode()])
+        save_results(args.output, "load_test", argv, args.commit, found)
     return 0 if found["passed"] else 1
 
 

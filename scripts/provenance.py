@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fp8.builder.engine import write_atomically
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,12 @@ def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> di
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def save_results(output: Path, program: str, argv: Sequence[str] | None, commit: str, facts: Mapping[str, Any]) -> None:
+    """A results file of `facts` behind their provenance. Raises OSError, and then leaves what was there."""
+    found = {**provenance(program, argv, commit), **facts}
+    write_atomically(output, [json.dumps(found, indent=1).encode()])
 
 
 def _telling(arguments: list[str]) -> list[str]:
