@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fp8.builder import engine as engine_format
 from fp8.builder.engine import Engine, Plan
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
     from fp8.runtime.compiled import CompiledExecutor, Graphs
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -283,25 +285,33 @@ class Session:
     def _score(self, shape: StepShape, stage: int) -> torch.Tensor:
         self._upload(shape, stage)
         logits = self._run(shape)
+        self._finish(stage)
+        return logits
+
+    def _finish(self, stage: int) -> None:
+        """Waits for what was launched."""
         if self._graphs is not None:
             self._events[stage].record()
             self._wait(stage)
-        return logits
 
     def repeat(self, rows: Sequence[Row], times: int) -> Repeated:
         """What the logits of a step are that runs so often, one behind the other, as when serving but that nothing is
         sampled; writes the K and V of `rows`. In a pipeline each waits for the one before."""
-        stage = self._turn
         if self.stages > 1:
             repeats = Repeats()
             for _ in range(times):
                 repeats.add(self.token_logits(rows))
             return repeats.found()
+        return self._by_all("repeat", rows, times, self._repeat)
+
+    def _by_all(self, what: str, rows: Sequence[Row], repeats: int, do: Callable[[StepShape, int, int], _T]) -> _T:
+        """`do` of the step of `rows`, by every rank; what it gives here. The other ranks are told `what` it is."""
+        stage = self._turn
         with self._guard(), self._scope():
             self._wait(stage)
             shape = self._packer.pack(rows, self._inputs.host[stage])
-            self._tell("repeat", shape, stage, repeats=times)
-            found = self._repeat(shape, stage, times)
+            self._tell(what, shape, stage, repeats=repeats)
+            found = do(shape, stage, repeats)
             if self.ranks is not None:
                 self.ranks.end()
         return found
@@ -313,9 +323,7 @@ class Session:
         self._upload(shape, stage)
         for _ in range(times):
             repeats.add(launch(shape)[:rows])
-        if self._graphs is not None:
-            self._events[stage].record()
-            self._wait(stage)
+        self._finish(stage)
         return repeats.found()
 
     def follow(self) -> None:
@@ -393,15 +401,7 @@ class Session:
     def time_launches(self, rows: Sequence[Row], repeats: int) -> list[float]:
         """Seconds that each step of the plan takes for `rows` by itself; writes their K and V, samples nothing. Of
         several ranks, which share the layers, those of rank 0."""
-        stage = self._turn
-        with self._guard(), self._scope():
-            self._wait(stage)
-            shape = self._packer.pack(rows, self._inputs.host[stage])
-            self._tell("time", shape, stage, repeats=repeats)
-            seconds = self._time(shape, stage, repeats)
-            if self.ranks is not None:
-                self.ranks.end()
-        return seconds
+        return self._by_all("time", rows, repeats, self._time)
 
     def place(self, rows: Sequence[Row]) -> StepShape:
         """Uploads a step's inputs, those of a decode step padded as its graph is, and launches nothing: for who times
