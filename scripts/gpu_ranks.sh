@@ -122,8 +122,8 @@ for part in ${parts/all_reduce/}; do
     wide) # a CPU has but one way
       [ "$device" = cpu ] || ranks "$gpus" 40 gpu_wide --commit "$commit" --output "$out/wide.json" few-llama-7b few-llama-2-70b || failed=1 ;;
     faults)
-      MPIRUN="${mpirun[*]}" timeout 60 "$PYTHON" -m fp8.scripts.gpu_faults --engine_dir "$work/faulty" --device $device \
-        --commit "$commit" --output "$out/faults.json" || failed=1 ;;
+      (cd "$work" && MPIRUN="${mpirun[*]}" timeout 60 "$PYTHON" -m fp8.scripts.gpu_faults --engine_dir faulty --device $device \
+        --commit "$commit" --output "$out/faults.json") || failed=1 ;;
   esac
   say "$part took $((SECONDS - begin)) s"
 done
