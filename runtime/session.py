@@ -87,12 +87,12 @@ class Session:
         self._links: Links | None = None
         self._returned: Returned | None = None  # where another stage samples for this one
         self._options, self._history = OptionSampler(self.limits, self.device), History()
-        self._scope: Callable[[], AbstractContextManager] = torch.inference_mode
+        self.scope: Callable[[], AbstractContextManager] = torch.inference_mode  # what is enqueued within is in order
         self._turn = 0
         self._fetch: Launcher | None = None  # a step begins with it where its inputs are not uploaded before
         self._replies: dict[int, Reply] = {}  # of the stage that samples, by staging buffer
         self.recorder: Recorder | None = None  # where set, every step runs eagerly and its buffers go there
-        self.around_step: Callable[[], AbstractContextManager] = nullcontext  # what is enqueued before and after each
+        self.around_step: Callable[[StepShape], AbstractContextManager] = nullcontext  # what is enqueued around each
         self._open(engine, max_kv_blocks, kv_cache_free_gpu_memory_fraction, world)
         if world is not None:
             world.opened = True
@@ -108,7 +108,7 @@ class Session:
         self.num_blocks = preflight.common_blocks(world, available)
         if world is not None:
             assert self.ranks is not None
-            with self.ranks.guard(), self._scope():
+            with self.ranks.guard(), self.scope():
                 self._links = GpuLinks(world, engine, self.device) if on_gpu else HostLinks(world, self.plan)
         preflight.all_or_none(world, lambda: allocate(engine))
         if world is not None and not isinstance(self.executor, ReferenceExecutor):
@@ -139,8 +139,8 @@ class Session:
         compiled.check_device(self.plan, self.device)
         torch.cuda.set_device(self.device)
         stream = self._stream = torch.cuda.Stream()
-        self._scope = lambda: torch.cuda.stream(stream)
-        with self._scope():
+        self.scope = lambda: torch.cuda.stream(stream)
+        with self.scope():
             free = torch.cuda.mem_get_info()[0]
             available = compiled.pool_blocks(self.plan, free, fraction)
             self._weights = load_to_gpu(engine, self.device, self._make_weight)
@@ -152,7 +152,7 @@ class Session:
         from fp8.runtime import compiled
 
         assert self._stream is not None
-        with self._scope():
+        with self.scope():
             self._inputs = StepInputs(self.limits, self.device, self.max_unread)
             self._engine = engine
             self.executor = executor = self.another_executor()
@@ -177,14 +177,14 @@ class Session:
         """Packs and starts a step; its tokens come from `read`. Before it, KV blocks get the contents of others: those
         that the keys of `copies` name, of those that its values name."""
         stage, self._turn = self._turn, (self._turn + 1) % self.max_unread
-        with self._guard(), self._scope():
+        with self._guard(), self.scope():
             following = self._packer.follows(rows) if self._advances else None
             packed = following is None
             shape = following or self._packer.pack(rows, self._inputs.host[stage])
             options = options_of(rows, self._history)
             behind = min((row.behind for row in rows if row.behind), default=0)
             self._tell("step", shape, stage, options, copies, behind, packed=packed)
-            with self.around_step():
+            with self.around_step(shape):
                 ticket = self._start(rows, shape, stage, options, copies, behind, packed)
             if self._advances:
                 self._packer.ran(rows, shape)
@@ -241,7 +241,7 @@ class Session:
                 self._replies[ticket.stage] = reply = self.ranks.receive_reply()
                 sampled = reply.sampled
                 assert self._returned is not None
-                with self._scope():
+                with self.scope():
                     self._returned.read()
             else:
                 self._wait(ticket.stage)
@@ -272,7 +272,7 @@ class Session:
         """Logits f32 [T, V] after every token of `rows` (T at most `max_logits_rows`); good until the next step."""
         stage = self._turn
         host = self._inputs.host[stage]
-        with self._guard(), self._scope():
+        with self._guard(), self.scope():
             self._wait(stage)
             shape = self._packer.want_all_logits(self._packer.pack(rows, host), host)
             self._tell("logits", shape, stage)
@@ -307,7 +307,7 @@ class Session:
     def _by_all(self, what: str, rows: Sequence[Row], repeats: int, do: Callable[[StepShape, int, int], _T]) -> _T:
         """`do` of the step of `rows`, by every rank; what it gives here. The other ranks are told `what` it is."""
         stage = self._turn
-        with self._guard(), self._scope():
+        with self._guard(), self.scope():
             self._wait(stage)
             shape = self._packer.pack(rows, self._inputs.host[stage])
             self._tell(what, shape, stage, repeats=repeats)
@@ -336,13 +336,13 @@ class Session:
                 self._perform(command, open_)
                 self.ranks.end()
             if self._returned is not None:
-                with self._scope():
+                with self.scope():
                     self._returned.finish()
 
     def _perform(self, command: Command, open_: deque[Ticket]) -> None:
         assert self.ranks is not None and command.shape is not None
         stage, shape = self._turn, command.shape
-        with self._scope():
+        with self.scope():
             self._wait(stage)  # what is there has been read
             packed = command.inputs is not None
             if command.inputs is not None:
@@ -407,7 +407,7 @@ class Session:
         """Uploads a step's inputs, those of a decode step padded as its graph is, and launches nothing: for who times
         launches, or compares them. Of several ranks, all call it."""
         stage = self._turn
-        with self._scope():
+        with self.scope():
             self._wait(stage)
             shape = self._packer.pack(rows, self._inputs.host[stage])
             if shape.decode_sequences == shape.sequences:

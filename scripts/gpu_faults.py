@@ -30,6 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fp8.plugins.base import StepShape
 from fp8.runtime.comm import World
 from fp8.runtime.launcher import launched
 from fp8.runtime.session import Session
@@ -58,7 +59,7 @@ def decode(args: argparse.Namespace) -> int:
     count = 0
 
     @contextlib.contextmanager
-    def stands_still() -> Iterator[None]:
+    def stands_still(_: StepShape) -> Iterator[None]:
         if count > STEPS:
             print(UNDER_WAY, *pids, flush=True)
             time.sleep(START)

@@ -76,10 +76,11 @@ def _row(target: Target, found: dict[str, float]) -> dict[str, Any]:
 def _own(target: Target, found: dict[str, float]) -> dict[str, Any]:
     """What two runs are to agree on, where it is not the figure."""
     kernel, _, what = target.name.rpartition(": ")
-    mhz = found.get(f"{kernel}: first token MHz")
-    if what == "first token ms" and mhz:
-        return {"own": found[target.name] * mhz / 1e3, "own_unit": "million clocks"}
-    us = found.get(f"{kernel}: us, bound by memory")
+    mhz, us = found.get(f"{target.name}, MHz"), found.get(f"{kernel}: us, bound by memory")
+    if mhz:
+        figure, a_time = found[target.name], target.unit == "ms"
+        clocks = "million clocks" if a_time else f"{target.unit} at 1 GHz".lstrip()
+        return {"own": figure * mhz / 1e3 if a_time else figure / mhz * 1e3, "own_unit": clocks}
     return {"own": us, "own_unit": "us"} if what.startswith("ratio to") and us else {}
 
 

@@ -32,6 +32,7 @@ from fp8.plugins.compile import compile_kernel
 from fp8.plugins.gemm import cases as gemm_cases
 from fp8.plugins.timing import Graph, Pace
 from fp8.runtime.kv_cache import BlockPool
+from fp8.runtime.llm import LLM
 from fp8.runtime.reference import ReferenceExecutor
 from fp8.runtime.request import Request, SamplingParams
 from fp8.runtime.scheduler import Scheduler
@@ -345,7 +346,7 @@ def test_the_device_is_busy_while_steps_follow_each_other(monkeypatch: pytest.Mo
     session = SimpleNamespace(device=torch.device("cuda"))
     clock = device_clock.DeviceClock(session)  # type: ignore[arg-type]
     for again in (False, False, True):
-        with session.around_step():
+        with session.around_step(None):
             pass
         if again:
             assert clock.facts() == {"device_ms_per_step": 19 / 3, "device_busy": 19 / 20}
@@ -353,23 +354,29 @@ def test_the_device_is_busy_while_steps_follow_each_other(monkeypatch: pytest.Mo
     assert clock.facts() == {"device_ms_per_step": None, "device_busy": None}
 
 
-def test_the_clock_is_counted_behind_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two waits a step, of 1000 and of 101,000 clocks, each with 0.01 ms of its own: at 1250 MHz, and once at 1600."""
-    waits: list[int] = []
-    times = [t + step for step in range(3) for t in (0.0, 0.0108, 0.0108 + 0.0908)]
-    times += [t + 3 for t in (0.0, 0.010625, 0.010625 + 0.073125)]
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(_Event, "times", times)
-    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
-    session = SimpleNamespace(device=torch.device("cuda"), around_step=None)
-    clock = device_clock.CoreClock(session)  # type: ignore[arg-type]
-    assert clock.mhz() is None
-    with clock.counting():
-        for _ in range(4):
-            with session.around_step():
-                assert len(waits) % 2 == 0
-    assert waits == [1000, 101_000] * 4 and session.around_step is None
-    assert clock.mhz() == pytest.approx(1250)
+def test_clocks_between_two_stamps_are_those_of_the_multiprocessors_that_both_saw(engine_dir: Path) -> None:
+    """Each counts from a begin of its own; no block came to the second at first, none to the third at the end."""
+    clock = device_clock.CoreClock(Session(engine_dir, "cpu"))
+    stamps = ([[5_000, 100], [0, 0], [70, 100], [9, 200]], [[5_000 + 1_400, 1_100], [3, 1_100], [0, 0], [2_809, 2_200]])
+    begin, end = (device_clock.Stamp(torch.tensor(rows)) for rows in stamps)
+    assert clock.mhz(begin, end) == pytest.approx(1400)
+    assert clock.mhz(clock.stamp(), clock.stamp()) is None, "a CPU has none"
+
+
+def test_stamps_stand_behind_the_steps_that_take_in_prompts(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(engine_dir, "cpu")
+    clock, at = device_clock.CoreClock(llm.session), list[int]()
+    monkeypatch.setattr(clock, "stamp", lambda: at.append(llm.worker.statistics.step_count))
+    before = llm.session.around_step
+    with clock.behind_prompts() as found:
+        llm.generate([list(range(70)), list(range(10, 80))], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert llm.session.limits.max_num_tokens == 96 and at == [0, 1], "140 tokens are two steps"
+    assert len(found) == 2 and llm.session.around_step is before
+
+
+def test_the_kernel_that_stamps_compiles() -> None:
+    found = compile_kernel(device_clock.STAMP)
+    assert not found.spill_bytes and found.registers < 32
 
 
 def throughput(engine: Path, *flags: str) -> int:

@@ -22,6 +22,9 @@ FACTS = {
     "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "mlp_size": "intermediate_size",
 }  # fmt: skip
+CLOCKS = {
+    "tokens/s": "mhz", "of the bound": "mhz", "first token ms": "first_token_mhz", "time per token ms": "decode_mhz",
+}  # fmt: skip
 
 
 def read(directory: Path) -> dict[str, Document]:
@@ -103,12 +106,19 @@ def _latency(name: str, document: Document) -> Figures:
         key = f"{shape(name, document)}, {row['input_len']} in, {row['output_len']} out, batch {row['batch_size']}"
         yield f"{key}: tokens/s", row["tokens_per_second"]
         yield f"{key}: first token ms", row["first_token_ms"]
-        if row.get("first_token_mhz"):
-            yield f"{key}: first token MHz", row["first_token_mhz"]
         yield f"{key}: time per token ms", row["time_per_output_token_ms"]
         if row["fraction_of_bound"]:
             yield f"{key}: of the bound", row["fraction_of_bound"]
+        if not place(document.get("engine", {})):  # the other ranks' cards have clocks of their own
+            for what, clock in CLOCKS.items():
+                yield from _clock(f"{key}: {what}", row.get(clock))
     yield from _values(name, document)
+
+
+def _clock(figure: str, mhz: float | None) -> Figures:
+    """Of the multiprocessors, on average, while what the figure tells of ran."""
+    if mhz:
+        yield f"{figure}, MHz", mhz
 
 
 def _values(name: str, document: Document) -> Figures:
@@ -122,6 +132,7 @@ def _throughput(name: str, document: Document) -> Figures:
     for row in document["results"]:
         key = f"{shape(name, document)}, {row['input_len']}/{row['output_len']}, {row['measured']}"
         yield f"{key}: output tokens/s", row["output_tokens_per_second"]
+        yield from _clock(f"{key}: output tokens/s", row.get("mhz"))
 
 
 def _startup(name: str, document: Document) -> Figures:

@@ -18,8 +18,8 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fp8.runtime.kv_cache import blocks_for
@@ -93,16 +93,16 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
     steps = -(-batch * length // limits.max_num_tokens)  # that the prompts take
     short = _prompts(llm, source, batch, min(length, 2 * limits.max_num_tokens))
     prompts = _prompts(llm, source, batch, length)
-    runs: list[Run] = []
+    clock, runs = CoreClock(llm.session), list[Run]()
     if args.output_len > 1:
         _run(llm, prompts, min(args.output_len, steps + WARM_STEPS))
-        runs = _several(lambda: _run(llm, prompts, args.output_len), args.runs, 0.0, args.max_seconds)
+        runs = _several(lambda: _whole(llm, clock, prompts, args.output_len), args.runs, 0.0, args.max_seconds)
     on_gpu = llm.session.device.type == "cuda"  # a CPU needs no load: its clock is not measured
     _several(lambda: _run(llm, short, 1), 1, LOAD_SECONDS * on_gpu)
-    clock = CoreClock(llm.session)
-    with clock.counting():
-        alone = _several(lambda: _run(llm, prompts, 1), args.prompt_runs, COUNTED_SECONDS * on_gpu, args.max_seconds)
-    runs = runs or alone
+    begin = clock.stamp()
+    alone = _several(lambda: _run(llm, prompts, 1), args.prompt_runs, COUNTED_SECONDS * on_gpu, args.max_seconds)
+    first_mhz = clock.mhz(begin, clock.stamp())
+    runs = runs or [replace(run, mhz=first_mhz) for run in alone]
     first = statistics.median(r.first_token for r in alone)
     total = statistics.median(r.total for r in runs)
     per_token = statistics.median((r.total - r.first_token) / max(args.output_len - 1, 1) for r in runs)
@@ -112,7 +112,8 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
         "batch_size": batch, "input_len": length, "output_len": args.output_len, "tokens_per_second": rate,
         "seconds": total, "first_token_ms": first * 1e3, "time_per_output_token_ms": per_token * 1e3,
         "bound_tokens_per_second": limit if on_gpu else None, "fraction_of_bound": rate / limit if on_gpu else None,
-        "first_token_mhz": clock.mhz(), "first_token_ms_in_runs": statistics.median(r.first_token for r in runs) * 1e3,
+        "mhz": _mean(r.mhz for r in runs), "decode_mhz": _mean(r.decode_mhz for r in runs),
+        "first_token_mhz": first_mhz, "first_token_ms_in_runs": statistics.median(r.first_token for r in runs) * 1e3,
         **repeated(llm.session, *_steps(llm.session, args, batch, length)),
         "all_seconds": [r.total for r in runs], "all_first_token_ms": [r.first_token * 1e3 for r in alone],
     }  # fmt: skip
@@ -120,10 +121,13 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds from the submission of a batch to its last first token, and to the end."""
+    """Seconds from the submission of a batch to its last first token, and to the end; the mean SM clock meanwhile, and
+    behind the last step that takes in prompts (None on a CPU)."""
 
     first_token: float
     total: float
+    mhz: float | None = None
+    decode_mhz: float | None = None
 
 
 def _steps(session: Session, args: argparse.Namespace, batch: int, length: int) -> Iterator[list[Row]]:
@@ -151,3 +155,15 @@ def _several(run: Callable[[], Run], count: int, seconds: float, most: float | N
 def _run(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
     timings = [c.timing for c in llm.generate(prompts, SamplingParams(max_tokens=output_len, ignore_eos=True))]
     return Run(max(t.first_token for t in timings), max(t.total for t in timings))
+
+
+def _whole(llm: LLM, clock: CoreClock, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
+    """With its clocks."""
+    with clock.behind_prompts() as behind:
+        begin, run, end = clock.stamp(), _run(llm, prompts, output_len), clock.stamp()
+    return replace(run, mhz=clock.mhz(begin, end), decode_mhz=clock.mhz([begin, *behind][-1], end))
+
+
+def _mean(clocks: Iterable[float | None]) -> float | None:
+    found = [mhz for mhz in clocks if mhz is not None]
+    return statistics.mean(found) if found else None

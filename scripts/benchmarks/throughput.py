@@ -22,7 +22,7 @@ from fp8.runtime.llm import LLM
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.session import Session
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, open_llm, random_tokens
-from fp8.scripts.benchmarks.device_clock import DeviceClock
+from fp8.scripts.benchmarks.device_clock import CoreClock, DeviceClock
 from fp8.scripts.run import positive
 
 WARM_STEPS = 24  # of the steady state, before its window: CUDA graphs of its sizes are captured
@@ -101,7 +101,7 @@ class Load:
         self.llm, self.worker = llm, llm.worker
         self.max_batch_size = max_batch_size or llm.session.limits.max_batch_size
         self.worker.scheduler.most_running = self.max_batch_size
-        self.clock = DeviceClock(llm.session)
+        self.clock, self.core = DeviceClock(llm.session), CoreClock(llm.session)
         self.input_len, self.output_len, self.num_requests = input_len, output_len, requests
         self._tokens = random_tokens(source, input_len + output_len + (1 << 20), llm.session.model.vocab_size)
         self._ids = itertools.count()
@@ -126,6 +126,7 @@ class Window:
     host: float = 0.0  # seconds of scheduling, packing, enqueueing and taking in
     wait: float = 0.0  # seconds that the host waited for tokens
     seconds: float = 0.0
+    mhz: float | None = None  # the mean SM clock
 
     def step(self, load: Load) -> None:
         begin = time.perf_counter()
@@ -147,10 +148,11 @@ def _whole(load: Load) -> dict[str, Any]:
         load.worker.submit(load.request())
     before = load.worker.scheduler.preemptions
     load.clock.restart()
-    begin = time.perf_counter()
+    stamp, begin = load.core.stamp(), time.perf_counter()
     while load.worker.busy:
         window.step(load)
     window.seconds = time.perf_counter() - begin
+    window.mhz = load.core.mhz(stamp, load.core.stamp())
     return _result(load, "whole", window, before)
 
 
@@ -166,7 +168,9 @@ def _steady(load: Load, max_seconds: float) -> dict[str, Any]:
     _until_one_ends(load, Window(), 0.0, max_seconds)
     window, before, warm = Window(), load.worker.scheduler.preemptions, time.perf_counter() - begin
     load.clock.restart()
+    stamp = load.core.stamp()
     _until_one_ends(load, window, max_seconds, 2 * max_seconds)
+    window.mhz = load.core.mhz(stamp, load.core.stamp())
     return {**_result(load, "steady", window, before), "warmup_seconds": warm}
 
 
@@ -231,6 +235,7 @@ def _result(load: Load, measured: str, window: Window, preemptions: int) -> dict
         "output_tokens_per_second": window.tokens / window.seconds, "seconds": window.seconds,
         "computed_tokens_per_second": window.computed / window.seconds, "steps": window.steps,
         "ms_per_step": window.seconds / steps * 1e3, "host_ms_per_step": window.host / steps * 1e3,
-        "wait_ms_per_step": window.wait / steps * 1e3, **load.clock.facts(), "rows_per_step": window.rows / steps,
+        "wait_ms_per_step": window.wait / steps * 1e3, **load.clock.facts(), "mhz": window.mhz,
+        "rows_per_step": window.rows / steps,
         "preemptions": worker.scheduler.preemptions - preemptions, "kv_blocks": worker.pool.num_blocks,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 // Memory of the other GPUs of a host, reached over NVLink: a region of one layout on every rank; stores, loads and flags
 // that all GPUs see; waits that end.
 // Constants, of plugins/all_reduce/region.py: WORLD, MOST_BLOCKS, EPOCHS, FLAGS, PATIENCE (nanoseconds).
+#include "fp8/registers.cuh"
 #include "fp8/types.cuh"
 
 struct Peers { u64 region[WORLD]; };  // addresses of all ranks' regions, this one's included
@@ -42,11 +43,6 @@ DEVICE u32 load_acquire_system(const void* p) {
 // A word that is its own flag: zero is "not there yet", so words travel complemented, and the one whose complement is zero, a
 // NaN in every type, goes as another NaN.
 DEVICE u32 to_wire(u32 word) { return word == ~0u ? ~0x7FFF7FFFu : ~word; }
-DEVICE u64 global_nanoseconds() {
-  u64 r;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(r));
-  return r;
-}
 DEVICE void trap() { asm volatile("trap;"); }
 
 // A wait for a peer that ends: a rank whose peer does not come fails, with an error that every later call reports, and
