@@ -123,7 +123,7 @@ class Model:
         graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         kept, unsteady = [], 0
         for rows in steps:
-            shape = self.session.place(rows)
+            shape = self.session.probing.place(rows)
             launch: Callable[[], object] = partial(executor.run, shape)
             if shape.decode_sequences == shape.sequences:
                 if shape not in graphs:

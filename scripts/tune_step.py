@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 def shapes_of(session: Session, sizes: Sequence[int], args: argparse.Namespace) -> tuple[StepShape, ...]:
     """The largest comes last, and begins with the others' rows. Raises RequestError."""
     rows = [step_rows(session, [(args.context_len, 1)] * n, args.seed) for n in sizes]
-    return tuple(session.place(r) for r in rows)
+    return tuple(session.probing.place(r) for r in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

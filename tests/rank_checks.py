@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fp8.builder.verify import Exact, exact, float64_by_default, sqnr
-from fp8.runtime import session as sessions
+from fp8.runtime import step_runner
 from fp8.runtime.comm import World
 from fp8.runtime.launcher import launched
 from fp8.runtime.links import HostLinks
@@ -62,8 +62,8 @@ def open_llm(directory: str, exactly: bool, world: World | None = None) -> LLM:
 
 
 def use(exactly: bool) -> None:
-    sessions.ReferenceExecutor = ExactExecutor if exactly else ReferenceExecutor  # type: ignore[misc]
-    sessions.HostLinks = ExactLinks if exactly else HostLinks  # type: ignore[misc]
+    step_runner.ReferenceExecutor = ExactExecutor if exactly else ReferenceExecutor  # type: ignore[misc]
+    step_runner.HostLinks = ExactLinks if exactly else HostLinks  # type: ignore[misc]
 
 
 def results(llm: LLM, tokens: list[int]) -> tuple[torch.Tensor, float, list[list[int]]]:

@@ -32,9 +32,14 @@ def engine_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each step of any session was packed. Of one that was not, its inputs are held against packed ones."""
     found: list[bool] = []
-    start = Session._start
+    enqueue, start, enqueued = Session.enqueue, Session.start, list[list[Row]]()
 
-    def checked(self: Session, rows: list[Row], *arguments: object) -> object:
+    def noted(self: Session, rows: list[Row], *arguments: object) -> object:
+        enqueued.append(rows)
+        return enqueue(self, rows, *arguments)
+
+    def checked(self: Session, *arguments: object) -> object:
+        rows = enqueued[-1]
         found.append(bool(arguments[-1]))
         if not found[-1]:
             host = {name: np.zeros(shape, dtype) for name, (dtype, shape) in layout(self.limits).items()}
@@ -42,19 +47,20 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             shape = packer.pack(rows, host)
             assert shape == arguments[0]
             for name in BY_ROW:
-                assert (self._inputs.device[name][: len(rows)].numpy() == host[name][: len(rows)]).all(), name
+                assert (self.inputs.device[name][: len(rows)].numpy() == host[name][: len(rows)]).all(), name
             columns = -(-shape.max_context // self.limits.block_size)
-            tables = self._inputs.device["block_tables"][: len(rows)].numpy()
+            tables = self.inputs.device["block_tables"][: len(rows)].numpy()
             for row, theirs, ours in zip(rows, tables, host["block_tables"], strict=False):
                 used = row.start // self.limits.block_size + 1
                 assert used <= columns and (theirs[:used] == ours[:used]).all()
-            table = self._inputs.tokens[host["sources"][: len(rows)]]
+            table = self.inputs.tokens[host["sources"][: len(rows)]]
             known = [row.start < len(row.request.tokens) for row in rows]
             packed = np.where(known, host["token_ids"][: len(rows)], table)
-            assert (self._inputs.input_ids[: len(rows)].numpy() == packed).all()
-        return start(self, rows, *arguments)
+            assert (self.inputs.input_ids[: len(rows)].numpy() == packed).all()
+        return start(self, *arguments)
 
-    monkeypatch.setattr(Session, "_start", checked)
+    monkeypatch.setattr(Session, "enqueue", noted)
+    monkeypatch.setattr(Session, "start", checked)
     return found
 
 

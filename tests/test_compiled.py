@@ -95,14 +95,14 @@ def on_stubs(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         self.num_blocks = min(self.num_blocks, 12)
         self.plan = with_tactics(self.plan)
         engine = dataclasses.replace(engine, plan=self.plan)
-        self._inputs = StepInputs(self.limits, self.device, self.max_unread)
-        self.executor = compiled.CompiledExecutor(engine, reference.map_weights(engine), self._inputs, self.num_blocks)
+        self.inputs = StepInputs(self.limits, self.device, self.max_unread)
+        self.executor = compiled.CompiledExecutor(engine, reference.map_weights(engine), self.inputs, self.num_blocks)
         step_kinds = {b.name for b in self.plan.buffers if b.kind in ("input", "activation", "output")}
         wanted = self.executor._wanted.tensors
         every = [*self.executor._tensors.items(), *wanted.items()]
         Stub.step_buffers = {t.data_ptr() for n, t in every if n in step_kinds}
-        self._sample = reference_sampler(self._inputs)
-        self._graphs, self._logits_graphs = Eager(self._launch), Eager(self._run)
+        self._sample = reference_sampler(self.inputs)
+        self.graphs, self.logits_graphs = Eager(self._launch), Eager(self.run)
         self._events = [Event()] * self.max_unread
 
     monkeypatch.setattr(compiled, "load_plugins", stubs)
@@ -129,7 +129,7 @@ def test_buffers_tactics_and_padding_give_the_reference_s_tokens(
 ) -> None:
     llm = LLM(on_stubs, "cpu", lag=1)
     compiled_tokens = [c.token_ids for c in llm.generate(PROMPTS, PARAMS)]
-    assert {rows for rows, _ in llm.session._graphs._graphs} <= {1, 2, 4, 6}, "decode steps are padded"
+    assert {rows for rows, _ in llm.session.graphs._graphs} <= {1, 2, 4, 6}, "decode steps are padded"
     monkeypatch.undo()
     plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
     assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, PARAMS)]
@@ -181,7 +181,7 @@ def test_sampling_options_end_the_graph_at_the_logits(on_stubs: Path, monkeypatc
     params = [SamplingParams(20, 0.8, i, ignore_eos=True, **(options if i % 2 else {})) for i in range(len(PROMPTS))]
     llm = LLM(on_stubs, "cpu", lag=1)
     compiled_tokens = [c.token_ids for c in llm.generate(PROMPTS, params)]
-    assert {rows for rows, _ in llm.session._logits_graphs._graphs} <= {1, 2, 4, 6}, "these steps are padded too"
+    assert {rows for rows, _ in llm.session.logits_graphs._graphs} <= {1, 2, 4, 6}, "these steps are padded too"
     monkeypatch.undo()
     plain = LLM(on_stubs, "cpu", max_kv_blocks=12)
     assert compiled_tokens == [c.token_ids for c in plain.generate(PROMPTS, params)]
@@ -272,8 +272,8 @@ def test_a_recorder_sees_each_buffer_before_its_memory_is_used_again(
         llm = LLM(on_stubs, "cpu", 12, lag=0)
         llm.session.recorder = Keep(llm.session.plan, llm.session.executor.weight)
         llm.generate(PROMPTS[:2], SamplingParams(max_tokens=3, ignore_eos=True))
-        if llm.session._graphs is not None:
-            assert not llm.session._graphs._graphs, "no step is replayed from a CUDA graph"
+        if llm.session.graphs is not None:
+            assert not llm.session.graphs._graphs, "no step is replayed from a CUDA graph"
         monkeypatch.undo()
     assert len(seen[0]) == len(seen[1]) > 3
     for on_buffers, plain in zip(*seen, strict=True):

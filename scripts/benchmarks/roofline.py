@@ -137,7 +137,7 @@ def _measure(
     shape = StepShape(sum(counts), len(rows), singles, max(counts) if singles < len(rows) else 0, longest, len(rows))
     whole = _whole(session, rows, runs)
     groups: dict[tuple[str, str], list[tuple[float, float, float, float | None]]] = defaultdict(list)
-    times, shapes = session.time_launches(rows, runs), session.executor.shapes(shape)
+    times, shapes = session.probing.time_launches(rows, runs), session.executor.shapes(shape)
     for step, seconds, live in zip(session.executor.as_run(shape), times, shapes, strict=True):
         work = work_of(session.plan, step, live, rows)
         least = None if found is None else _least(found, work)
