@@ -10,8 +10,10 @@ same run.
 
 Two runs are compared by their figures. Some are the card's as much as ours: such a row has {own, own_unit}, and where
 the figures are apart and these agree, --compare says that it is the card. Of a ratio to a peer, where memory bounds the
-kernel, that is our time: cuBLASLt's is up to 10% apart between two cards, or two minutes. Of a first token under steady
-load it is the SM clocks that it takes: how many a second has is up to the card's power.
+kernel, that is our time: cuBLASLt's is up to 10% apart between two cards, or two minutes. Of what a whole model does it
+is the SM clocks that it takes (of rank 0's card): how many a second has is up to the card's power. Part of a run waits
+for memory, which has a clock of its own, for fewer SM clocks where these are slower. So of the same software the slower
+run takes more time and not more clocks; where it takes more of both, the clocks say how far the runs are apart.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ HEADER = (
     "device", "driver", "torch", "max_sm_clock", "sm_clock", "memory_clock", "power_limit", "power_draw", "temperature",
 )  # fmt: skip
 KERNELS, WHOLE = 0.05, 0.03  # how far two runs of the same commit may be apart
+CLOCKS = "million clocks"  # of the multiprocessors
 COUNTS = ("cases", "failures", "runs", "steps")  # units
 ALLOWED = {
     **dict.fromkeys(("gemm", "gemm shapes", "blockwise", "prompts", "decodes", "norms", "all-reduce"), KERNELS),
@@ -77,10 +80,10 @@ def _own(target: Target, found: dict[str, float]) -> dict[str, Any]:
     """What two runs are to agree on, where it is not the figure."""
     kernel, _, what = target.name.rpartition(": ")
     mhz, us = found.get(f"{target.name}, MHz"), found.get(f"{kernel}: us, bound by memory")
+    if mhz and target.unit == "ms":
+        return {"own": found[target.name] * mhz / 1e3, "own_unit": CLOCKS}
     if mhz:
-        figure, a_time = found[target.name], target.unit == "ms"
-        clocks = "million clocks" if a_time else f"{target.unit} at 1 GHz".lstrip()
-        return {"own": figure * mhz / 1e3 if a_time else figure / mhz * 1e3, "own_unit": clocks}
+        return {"own": found[target.name] / mhz, "own_unit": f"per {CLOCKS}"}
     return {"own": us, "own_unit": "us"} if what.startswith("ratio to") and us else {}
 
 
@@ -125,8 +128,12 @@ class Spread:
 
     @property
     def own_fraction(self) -> float:
-        """As far as the figures, where all of it is the software's."""
-        return abs(self.own[1] / self.own[0] - 1) if self.own else self.fraction
+        """As far as the figures, where all of it is the software's; 0 where the slower run takes no more clocks."""
+        if self.own is None:
+            return self.fraction
+        apart = self.own[1] / self.own[0] - 1
+        by_clocks = self.own_unit.endswith(CLOCKS) and apart * (self.second - self.first) <= 0
+        return 0.0 if by_clocks else abs(apart)
 
     @property
     def most(self) -> float | None:
@@ -161,7 +168,7 @@ def compare(found: Sequence[Spread]) -> Table:
     out = Table("name", "first", "second", "spread", "of ours", "", box=None)
     for s in found:
         verdict = f"more than {s.most:.0%}" if s.too_far else "the card's" if s.by_the_card else ""
-        ours = f"{s.own_fraction:.1%} of {number(s.own[0])} {s.own_unit}" if s.own else ""
+        ours = f"{s.own_fraction:.1%}: {number(s.own[0])} and {number(s.own[1])} {s.own_unit}" if s.own else ""
         out.add_row(s.name, number(s.first), number(s.second), f"{s.fraction:.1%}", ours, verdict)
     return out
 

@@ -76,6 +76,12 @@ def test_runs_go_on_for_as_many_or_as_long_as_asked_for(
     assert len(latency_mode._several(run, count, seconds, most)) == expected
 
 
+def test_clocks_of_runs_are_those_of_the_median_run() -> None:
+    """Three runs of 400, 600 and 800 million clocks, in another order than their seconds."""
+    assert latency_mode._mhz([(0.5, 800.0), (0.4, 1500.0), (0.4, 2000.0)]) == pytest.approx(600 / 0.4)
+    assert latency_mode._mhz([(0.5, None), (0.4, None)]) is None
+
+
 def values(path: Path) -> list[tuple[int, int, int]]:
     rows = json.loads(path.read_text())["results"]
     names = ("repeated_steps", "unsteady_steps", "not_finite_steps")

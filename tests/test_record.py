@@ -156,11 +156,46 @@ def test_a_peer_s_time_and_the_card_s_clock_are_not_judged(tmp_path: Path) -> No
     assert product.own is None and product.too_far and not product.by_the_card
     (token,) = (s for s in found.values() if "first token" in s.name)
     assert token.own == pytest.approx((16.8, 17.01)) and token.fraction == pytest.approx(0.05) and token.by_the_card
+    assert token.own_fraction == pytest.approx(0.0125), "it takes more time and more clocks"
     assert dataclasses.replace(ratio, own=(10.0, 10.6)).too_far, "our own time is apart, too"
     assert not dataclasses.replace(ratio, second=ratio.first, own=(10.0, 10.6)).too_far, "the figures agree"
     for row in made[1]["rows"]:
         row.pop("own", None)
     assert all(s.own is None for s in record.spreads(*made)), "a record of before has figures alone"
+
+
+@pytest.mark.parametrize(
+    ("slower", "mhz", "own_fraction"),
+    [
+        (1.05, 1400 / 1.05, 0.0),  # all of it takes clocks
+        (1.05, 1400 / 1.15, 0.0),  # memory, which has its own clock, bounds half of it
+        (1.05, 1400 / 1.03, 0.02),  # more than clocks explain, but no more than is allowed
+        (1.05, 1400.0, 0.05),  # equal clocks: the software's, as where they are not known
+        (1.05, 1450.0, 0.0875),  # slower, though clocks are faster
+    ],
+)
+def test_the_slower_run_takes_more_time_and_not_more_clocks(
+    tmp_path: Path, slower: float, mhz: float, own_fraction: float
+) -> None:
+    made = []
+    for name, factor, clock in (("a", 1.0, 1400.0), ("b", slower, mhz)):
+        grid = latency("llama-7b", 16, 4000.0 / factor)
+        (row,) = grid["results"]
+        row |= {"time_per_output_token_ms": 2.0 * factor, "fraction_of_bound": 0.9 / factor}
+        row |= {"mhz": clock, "decode_mhz": clock}
+        queue = {"input_len": 128, "output_len": 128, "measured": "steady", "output_tokens_per_second": 3e4 / factor}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "llama-7b.json").write_text(json.dumps(grid))
+        document = {"mode": "throughput", "command": "fp8-bench throughput", "engine": engine("llama-3.1-8b")}
+        document["results"] = [{**queue, "mhz": clock}]
+        (tmp_path / name / "llama-3.1-8b.json").write_text(json.dumps(document))
+        made.append(record.record(figures.read(tmp_path / name)))
+    found = {s.name.split(": ")[1]: s for s in record.spreads(*made)}
+    assert len(found) == 5 and found.pop("first token ms").own is None, "whose clock was not counted"
+    for spread in found.values():
+        assert spread.own is not None and spread.own_unit.endswith("million clocks")
+        assert spread.own_fraction == pytest.approx(own_fraction, rel=0.1, abs=1e-9)
+        assert spread.by_the_card == (own_fraction <= 0.03) and spread.too_far == (own_fraction > 0.03)
 
 
 def test_a_page_with_an_unknown_table_is_refused() -> None:

@@ -109,14 +109,13 @@ def _latency(name: str, document: Document) -> Figures:
         yield f"{key}: time per token ms", row["time_per_output_token_ms"]
         if row["fraction_of_bound"]:
             yield f"{key}: of the bound", row["fraction_of_bound"]
-        if not place(document.get("engine", {})):  # the other ranks' cards have clocks of their own
-            for what, clock in CLOCKS.items():
-                yield from _clock(f"{key}: {what}", row.get(clock))
+        for what, clock in CLOCKS.items():
+            yield from _clock(f"{key}: {what}", row.get(clock))
     yield from _values(name, document)
 
 
 def _clock(figure: str, mhz: float | None) -> Figures:
-    """Of the multiprocessors, on average, while what the figure tells of ran."""
+    """Of the multiprocessors, on average, while what the figure tells of ran; of several ranks, of rank 0's card."""
     if mhz:
         yield f"{figure}, MHz", mhz
 

@@ -8,6 +8,9 @@ card to card and from run to run. That first token is told beside (`first_token_
 A run before those that count loads the kernels and captures the CUDA graphs: the same prompts, and as many tokens as it
 takes until all of them decode together. The load before first tokens takes two steps' worth of prompt at most.
 
+Beside times stand the mean SM clocks meanwhile (`mhz` of whole runs, `decode_mhz` behind their prompts,
+`first_token_mhz`), counted on the device: how far two cards are apart is mostly that.
+
 Behind them all, a decode step of all of them and a step of one prompt run again and again: where the logits are not the
 same bits each time, or not finite, the row says so, and the exit status is 1.
 """
@@ -112,7 +115,8 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
         "batch_size": batch, "input_len": length, "output_len": args.output_len, "tokens_per_second": rate,
         "seconds": total, "first_token_ms": first * 1e3, "time_per_output_token_ms": per_token * 1e3,
         "bound_tokens_per_second": limit if on_gpu else None, "fraction_of_bound": rate / limit if on_gpu else None,
-        "mhz": _mean(r.mhz for r in runs), "decode_mhz": _mean(r.decode_mhz for r in runs),
+        "mhz": _mhz((r.total, r.mhz) for r in runs),
+        "decode_mhz": _mhz((r.total - r.first_token, r.decode_mhz) for r in runs),
         "first_token_mhz": first_mhz, "first_token_ms_in_runs": statistics.median(r.first_token for r in runs) * 1e3,
         **repeated(llm.session, *_steps(llm.session, args, batch, length)),
         "all_seconds": [r.total for r in runs], "all_first_token_ms": [r.first_token * 1e3 for r in alone],
@@ -164,6 +168,9 @@ def _whole(llm: LLM, clock: CoreClock, prompts: Sequence[Sequence[int]], output_
     return replace(run, mhz=clock.mhz(begin, end), decode_mhz=clock.mhz([begin, *behind][-1], end))
 
 
-def _mean(clocks: Iterable[float | None]) -> float | None:
-    found = [mhz for mhz in clocks if mhz is not None]
-    return statistics.mean(found) if found else None
+def _mhz(counted: Iterable[tuple[float, float | None]]) -> float | None:
+    """Of (seconds, mean clock): the median of clocks over that of seconds. None on a CPU."""
+    known = [(seconds, mhz) for seconds, mhz in counted if mhz is not None]
+    if not known:
+        return None
+    return statistics.median(s * mhz for s, mhz in known) / statistics.median(s for s, _ in known)
