@@ -1,50 +1,53 @@
 // The rows of prefill, and those of no sequence: rotary embedding of q and k in float32, quantization of q, k and v (or
 // rounding to the cache's 16-bit type), and the write of k and v into the paged cache by slot. One thread takes VEC
-// rotation pairs of HEADS heads of one token. e4m3 values go through threads that take VALUE_DIMS dimensions of one token,
-// so that a warp of consecutive tokens writes whole rows of 16 of them. All loads of a
-// thread are in flight at once. The first block writes the work list of the prefill kernel. Decode rows do it themselves. Where
-// the linear in front can, it does all of this in its epilogue (gemm_heads.cuh).
+// rotation pairs of HEADS heads of one token, all loads of which are in flight at once. e4m3 values go through warps that take
+// VALUE_DIMS dimensions of a group of tokens that lie together in a page. The first block writes the work list of the prefill
+// kernel. Decode rows do it themselves. Where the linear in front can, it does all of this in its epilogue (gemm_heads.cuh).
 //
-// us on an H200 (e4m3, 32/8 heads at 1024 and 4096 tokens, 32/32 at 4096 and 16384): 7.0, 23.2, 46.0, 183; with 4 heads and 32
-// dimensions a thread 8.4, 26.3, 45.9, 173; with values stored four tokens in a word 7.5, 23.6, 44.5, 180.
+// us on an H200 (e4m3, 32/8 heads at 1024 and 4096 tokens, 32/32 at 4096 and 16384, 32/32 at 4 x 1021): 7.3, 22.5, 41.4, 160,
+// 45.2; a copy of as many bytes 6.3, 19.7, 37.0, 143, 36.8. One head a thread 6.8, 23.6, 44.2, 168, 47.1, four 7.2, 22.6, 41.5,
+// 160, 45.5. Before, one head a thread and values 16 dimensions of a token, each a byte: 7.2, 23.9, 47.4, 182, 53.2. Blocks of
+// values among those of pairs 7.2, 22.7, 42.9, 164, 46.6, in front of them 7.2, 22.0, 42.3, 161, 42.3.
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM (0 = none), VEC (divides ROTARY_DIM / 2), FP8_CACHE,
-// QUANT_OUT, DTYPE.
+// QUANT_OUT, DTYPE, HEADS, BLOCKS (of 256 threads on a multiprocessor).
 #include "fp8/divide.cuh"
 #include "fp8/sync.cuh"
 #include "rotary.cuh"
 #include "tiles.cuh"
 
-// Per thread, independent loads in flight. To e4m3 there is as much to compute as to wait for: more threads and less of each.
-constexpr int HEADS = FP8_CACHE ? 1 : 4;
-constexpr int VALUE_DIMS = 16;
+constexpr int VALUE_DIMS = 64;  // of a warp
 constexpr int ROW = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;
 constexpr int ROTATED = NUM_HEADS + NUM_KV_HEADS;
 constexpr int MOVED = ROTATED + (FP8_CACHE ? 0 : NUM_KV_HEADS);  // heads of the elementwise part
 constexpr int GROUPS = (MOVED + HEADS - 1) / HEADS;
 constexpr int OUT_BYTES = QUANT_OUT ? 1 : 2;
-static_assert(HEAD_DIM % 16 == 0);
+static_assert(HEAD_DIM % VALUE_DIMS == 0);
+static_assert(!FP8_CACHE || (NUM_HEADS % HEADS == 0 && NUM_KV_HEADS % HEADS == 0), "a thread's heads have one scale");
 
-// Rotates and writes a piece, VEC pairs, of HEADS heads of one token.
+// Rotates and writes a piece, VEC pairs, of HEADS heads of one token. What others wait for is loaded first, and the reciprocal
+// (a branch) comes behind all loads.
 DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_mapping, const float* cos, const float* sin,
-                       u8* key_cache, u8* value_cache, u8* q, u8* y, MiddleDivisor q_scale, MiddleDivisor k_scale, int rows, int token, int group, int piece) {
+                       u8* key_cache, u8* value_cache, u8* q, u8* y, const float* scale, const int* rows, int token, int group, int piece) {
   const Pairs<VEC> pairs(piece);
   Raw<VEC> left[HEADS], right[HEADS];
   float c[VEC], s[VEC];
+  const int position = ROTARY_DIM ? position_ids[token] : 0, slot = slot_mapping[token], used = *rows;
+  const float divisor = FP8_CACHE ? *scale : 1.f;
 #pragma unroll
   for (int i = 0; i < HEADS; i++) {
     const int head = group * HEADS + i;
-    if (head >= MOVED) break;
+    if (MOVED % HEADS && head >= MOVED) break;
     const u16* from = qkv + (u64)token * ROW + head * HEAD_DIM;
     left[i].load(from + pairs.first);
     right[i].load(from + pairs.second);
   }
-  const int slot = slot_mapping[token];
-  if (ROTARY_DIM) pairs.load_angles(c, s, cos, sin, position_ids[token]);
+  if (ROTARY_DIM) pairs.load_angles(c, s, cos, sin, position);
+  const MiddleDivisor by(divisor);
 #pragma unroll
   for (int i = 0; i < HEADS; i++) {
     const int head = group * HEADS + i;
-    if (head >= MOVED) break;
+    if (MOVED % HEADS && head >= MOVED) break;
     float a[VEC], b[VEC];
     left[i].convert(a);
     right[i].convert(b);
@@ -52,7 +55,7 @@ DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_
     u8* to;
     if (head < NUM_HEADS) {
       to = q + ((u64)token * NUM_HEADS + head) * HEAD_DIM * CACHE_BYTES;
-      if (token >= rows) {  // a row of no sequence: the attention kernels do not come here
+      if (token >= used) {  // a row of no sequence: the attention kernels do not come here
         u8* out = y + ((u64)token * NUM_HEADS + head) * HEAD_DIM * OUT_BYTES;
         for (int k = 0; k < VEC * OUT_BYTES; k++) out[pairs.first * OUT_BYTES + k] = out[pairs.second * OUT_BYTES + k] = 0;
       }
@@ -62,35 +65,81 @@ DEVICE void move_pairs(const u16* qkv, const int* position_ids, const int* slot_
       const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
       to = cache + (((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * 64 + slot % 64) * HEAD_DIM * CACHE_BYTES;
     }
-    const MiddleDivisor by = head < NUM_HEADS ? q_scale : k_scale;
     const auto divided = [&](float x) { return by.divide(x); };
     store_codes(to + pairs.first * CACHE_BYTES, a, divided);
     store_codes(to + pairs.second * CACHE_BYTES, b, divided);
   }
 }
 
-// VALUE_DIMS dimensions of one token's value head, to e4m3, transposed. Lanes are consecutive tokens.
-DEVICE void transpose_values(const u16* qkv, const int* slot_mapping, u8* value_cache, MiddleDivisor v_scale, int token, int kv_head, int dim) {
-  const int slot = slot_mapping[token];
-  if (slot < 0) return;
-  const u16* from = qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim;
-  Raw<8> raw[VALUE_DIMS / 8];
+// Values to e4m3, transposed: a warp takes VALUE_DIMS dimensions of a head, two a lane, of the groups of VALUE_GROUP tokens that
+// lie together in a page and begin among the tokens [first, first + VALUE_GROUP), and of those tokens of this range that
+// belong to no group that is here as a whole: where a chunk begins or ends within one.
+struct Values {
+  const u16* qkv;
+  const int* slot_mapping;
+  u8* cache;
+  float scale;
+  int kv_head, dim;
+
+  METHOD const u32* from(int token) const { return (const u32*)(qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim); }
+  METHOD u8* to(int slot) const {
+    return cache + ((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM * 64 + value_offset(slot % 64) + dim * VALUE_GROUP;
+  }
+  METHOD static float divided(MiddleDivisor by, u32 pair, int half) { return by.divide(to_float<DTYPE>((u16)(pair >> 16 * half))); }
+
+  METHOD void write_group(int token, int slot) const {
+    u32 pairs[VALUE_GROUP];
 #pragma unroll
-  for (int i = 0; i < VALUE_DIMS / 8; i++) raw[i].load(from + 8 * i);
-  u8* to = value_cache + ((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM * 64 + value_offset(slot % 64) + dim * VALUE_GROUP;
+    for (int i = 0; i < VALUE_GROUP; i++) pairs[i] = *from(token + i);
+    const MiddleDivisor by(scale);
+    uint4* out = (uint4*)to(slot);
 #pragma unroll
-  for (int i = 0; i < VALUE_DIMS / 8; i++) {
-    float x[8];
-    raw[i].convert(x);
+    for (int half = 0; half < 2; half++) {
+      u32 word[4];
 #pragma unroll
-    for (int k = 0; k < 8; k += 2) {
-      const u16 codes = e4m3x2(v_scale.divide(x[k]), v_scale.divide(x[k + 1]));
-      to[(8 * i + k) * VALUE_GROUP] = (u8)codes, to[(8 * i + k + 1) * VALUE_GROUP] = codes >> 8;
+      for (int k = 0; k < 4; k++) {  // places 4 k and on: value_place
+        const u32* x = &pairs[2 * k];
+        word[k] = e4m3x4(divided(by, x[0], half), divided(by, x[1], half), divided(by, x[8], half), divided(by, x[9], half));
+      }
+      out[half] = make_uint4(word[0], word[1], word[2], word[3]);
     }
   }
-}
 
-extern "C" __global__ void __launch_bounds__(256, FP8_CACHE ? 6 : 3)
+  METHOD void write_token(int token, int slot) const {
+    const u32 pair = *from(token);
+    const MiddleDivisor by(scale);
+    const u16 codes = e4m3x2(divided(by, pair, 0), divided(by, pair, 1));
+    u8* out = to(slot);
+    out[0] = (u8)codes, out[VALUE_GROUP] = codes >> 8;
+  }
+
+  // begin, end: of all rows. Bits of 48 tokens from 16 before `first` on tell which have consecutive slots.
+  METHOD void write(int first, int begin, int end) const {
+    const int lane = threadIdx.x % 32, near = first - VALUE_GROUP + lane, far = near + 32;
+    const int slot = near >= begin && near < end ? slot_mapping[near] : -1;
+    const int far_slot = lane < VALUE_GROUP && far < end ? slot_mapping[far] : -1;
+    u32 left = __ballot_sync(~0u, slot >= 0) & 0xFFFF0000;
+#pragma unroll 1
+    while (left) {
+      const int offset = __shfl_sync(~0u, slot - near, __ffs(left) - 1);  // of slots from tokens, in one run of them
+      const u64 run = (u64)__ballot_sync(~0u, far_slot >= 0 && far_slot - far == offset) << 32 |
+                      __ballot_sync(~0u, slot >= 0 && slot - near == offset);
+      const int start = VALUE_GROUP + (-(offset + first) & (VALUE_GROUP - 1));  // bit of the group that begins in this range
+      const bool before = (run >> (start - VALUE_GROUP) & 0xFFFF) == 0xFFFF, whole = (run >> start & 0xFFFF) == 0xFFFF;
+      const int token = first - VALUE_GROUP + start;
+      if (whole) write_group(token, token + offset);
+      const u32 mine = (u32)run & left, behind = ~0u << start;
+#pragma unroll 1
+      for (u32 rest = mine & (before ? behind : ~0u) & (whole ? ~behind : ~0u); rest; rest &= rest - 1) {
+        const int at = first - VALUE_GROUP + __ffs(rest) - 1;
+        write_token(at, at + offset);
+      }
+      left &= ~mine;
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS)
 rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, const int* query_start, const int* sequence_lengths,
               const float* cos, const float* sin, u8* key_cache, u8* value_cache, const float* q_scale, const float* k_scale,
               const float* v_scale, u8* q, u8* y, int4* tiles, int tokens, int sequences, int decode_sequences) {
@@ -109,12 +158,14 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
     const u32 unit = block * 256 + threadIdx.x;
     const u32 token = decode_sequences + unit / (GROUPS * PIECES);
     if (token >= tokens) return;
-    move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, MiddleDivisor(FP8_CACHE ? *q_scale : 1.f),
-               MiddleDivisor(FP8_CACHE ? *k_scale : 1.f), query_start[sequences], token, unit / PIECES % GROUPS, unit % PIECES);
+    const int group = unit / PIECES % GROUPS;
+    move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, group * HEADS < NUM_HEADS ? q_scale : k_scale,
+               query_start + sequences, token, group, unit % PIECES);
   } else {
     const u32 warp = (block - pair_blocks) * 8 + threadIdx.x / 32;
-    const u32 dim = warp % (HEAD_DIM / VALUE_DIMS) * VALUE_DIMS, rest = warp / (HEAD_DIM / VALUE_DIMS);
-    const u32 token = decode_sequences + rest / NUM_KV_HEADS * 32 + threadIdx.x % 32;
-    if (token < tokens) transpose_values(qkv, slot_mapping, value_cache, MiddleDivisor(*v_scale), token, rest % NUM_KV_HEADS, dim);
+    const u32 piece = warp % (HEAD_DIM / VALUE_DIMS), rest = warp / (HEAD_DIM / VALUE_DIMS);
+    const int first = decode_sequences + rest / NUM_KV_HEADS * VALUE_GROUP, dim = piece * VALUE_DIMS + threadIdx.x % 32 * 2;
+    const Values values{qkv, slot_mapping, value_cache, *v_scale, (int)(rest % NUM_KV_HEADS), dim};
+    if (first < tokens) values.write(first, decode_sequences, tokens);
   }
 }

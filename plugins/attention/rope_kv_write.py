@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 E4M3 = "float8_e4m3fn"
 THREADS = 256
-VALUE_DIMS = 16  # of a thread that transposes values
+VALUE_DIMS = 64  # of a warp that transposes values
+VALUE_GROUP = 16  # tokens that lie together
 
 
 def rotary_dim(cos: Tensor | torch.Tensor | None) -> int:
@@ -31,6 +32,11 @@ def vector(rotary_dim: int) -> int:
     return math.gcd(8, rotary_dim // 2) if rotary_dim else 8
 
 
+def heads_of_thread(plugin: Attention, fp8: bool) -> int:
+    """Those of one thread's pairs: as many as pay, and to e4m3 of q or of k alone."""
+    return math.gcd(2, plugin.num_heads, plugin.num_kv_heads) if fp8 else 4
+
+
 def kernel(plugin: Attention, inputs: Sequence[Tensor | None]) -> Kernel:
     qkv, cache, rotated = inputs[0], inputs[8], rotary_dim(inputs[6])
     assert qkv is not None and cache is not None
@@ -40,6 +46,8 @@ def kernel(plugin: Attention, inputs: Sequence[Tensor | None]) -> Kernel:
         ("HEAD_DIM", plugin.head_dim),
         ("ROTARY_DIM", rotated),
         ("VEC", vector(rotated)),
+        ("HEADS", heads_of_thread(plugin, cache.dtype == E4M3)),
+        ("BLOCKS", 4 if cache.dtype == E4M3 else 3),
         ("FP8_CACHE", int(cache.dtype == E4M3)),
         ("QUANT_OUT", int(plugin.quant_out)),
         ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
@@ -67,7 +75,7 @@ def bind(
     launch = Launch(function, THREADS, args)
     fp8 = key.element_size() == 1
     vec = vector(rotary_dim(cos))
-    heads = 1 if fp8 else 4  # of a thread
+    heads = heads_of_thread(plugin, fp8)
     moved = plugin.num_heads + (1 if fp8 else 2) * plugin.num_kv_heads
     units = -(-moved // heads) * (plugin.head_dim // (2 * vec))
 
@@ -75,8 +83,9 @@ def bind(
         tokens.value, sequences.value, decode_sequences.value = step.tokens, step.sequences, step.decode_sequences
         rows = step.tokens - step.decode_sequences
         blocks = -(-rows * units // THREADS)
-        if fp8:  # warps of 32 tokens
-            blocks += -(-((rows + 31) // 32) * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS) // 8)
+        if fp8:
+            groups = (rows + VALUE_GROUP - 1) // VALUE_GROUP
+            blocks += -(-groups * plugin.num_kv_heads * (plugin.head_dim // VALUE_DIMS) // 8)  # a warp each
         launch(blocks + (step.sequences > step.decode_sequences))
 
     return run
