@@ -100,8 +100,9 @@ class Plugin:
     an absent optional input is None.
 
     A `collective` plugin speaks to the other ranks: its `reference` and `bind` take a further argument `comm`.
-    One that `hands_over` can let the launch behind it start at once, or when it is in nobody's way: its `bind` takes a
-    further argument `early`. What it writes in place, as its reference does, are the inputs `updates`, caches apart."""
+    One that `hands_over` can let the launch behind it start at once, or when it is in nobody's way, and leave memory to
+    the launch in front while that is at work: its `bind` takes further arguments `early` and `windowed`. What it writes
+    in place, as its reference does, are the inputs `updates`, caches apart."""
 
     name: ClassVar[str]
     collective: ClassVar[bool] = False

@@ -250,11 +250,14 @@ class CompiledExecutor:
 
     def _further(self, index: int) -> dict[str, Any]:
         """Arguments of a plan step's `bind` that not every plugin takes. A linear layer's first weights would be in the
-        way of the last ones of the linear layer before it; what else comes next is to start at once."""
+        way of the last ones of the linear layer before it, and, all at once, of what a norm or attention loads; what
+        else comes next is to start at once."""
         plugin = self._plugins[index]
         behind = self._plugins[index + 1 : index + 2]
         further: dict[str, Any] = {"comm": self._comm} if plugin.collective else {}
-        return further | ({"early": bool(behind) and not behind[0].hands_over} if plugin.hands_over else {})
+        if plugin.hands_over:
+            further |= {"early": bool(behind) and not behind[0].hands_over, "windowed": True}
+        return further
 
     def _bind(self, index: int, functions: dict[str, Function], named: dict[str, torch.Tensor]) -> Bound:
         step, plugin = self.plan.steps[index], self._plugins[index]

@@ -6,10 +6,10 @@
     compute-sanitizer --report-api-errors no python -m fp8.scripts.gpu_round --small --no-bench
 
 Each case draws fresh inputs, fills the outputs with NaN codes (0xFF), runs every tactic that the plugin offers through
-its public interface, twice over one workspace, and asks for: the reference's values within the case's tolerance, the
-same bits in both runs, and untouched memory behind the outputs. Cases are checked by several processes side by side,
-then timed by one alone. A process that a case takes down, or whose GPU context it breaks, is that case's failure; the
-others go on. Exits with 1 if any case fails.
+its public interface, twice over one workspace (a linear once more, as in a step), and asks for: the reference's values
+within the case's tolerance, the same bits in all runs, and untouched memory behind the outputs. Cases are checked by
+several processes side by side, then timed by one alone. A process that a case takes down, or whose GPU context it
+breaks, is that case's failure; the others go on. Exits with 1 if any case fails.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ faster stays, linear by linear, until nothing is. At last each change is held ag
 against the reference. The choices go into the table, each for the rows that it was made for. An engine of a few layers
 will do (python -m fp8.scripts.random_engine --num_layers 8).
 
-Batch sizes that an engine has one tactic for (1 to 8, for instance) are tuned together, for the sum of their steps. So
+Batch sizes that an engine has one tactic for (2 to 8, for instance) are tuned together, for the sum of their steps. So
 are linears that several engines have (--also): the table has one tactic for all of them.
 """
 

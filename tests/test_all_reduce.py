@@ -347,8 +347,8 @@ def test_a_linear_sends_few_rows_alone_and_nothing_without_peer_memory(monkeypat
     peers = types.SimpleNamespace(regions=region.Regions(1, (64, 128)))
     for tactic, functions, comm in ((few, "sp", peers), (few, "sp", Calls()), (few, "sp", None), (more, "p", peers)):
         plugin.bind(tactic, list(functions), [], None, comm=comm)  # type: ignore[arg-type]
-    assert [(given[2], len(given[6:])) for given in bound] == [(["s"], 1), *[(["p"], 0)] * 3]
-    assert bound[0][6][2].value == region.sent_area(2, 1).value
+    assert [(given[2], len(given[7:])) for given in bound] == [(["s"], 1), *[(["p"], 0)] * 3]
+    assert bound[0][7][2].value == region.sent_area(2, 1).value
     with pytest.raises(PluginError, match="expected 16-bit rows of whole groups of 8; use gemm"):
         GemmSend("float32", world=2).infer(inputs)
 

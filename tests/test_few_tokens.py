@@ -85,7 +85,19 @@ def test_tactics_hold_the_tokens_and_fit_shared_memory(n: int, k_bytes: int, tok
     assert found and len(found) == len(set(found))
     for t in found:
         assert tokens <= t.TOKENS <= max(8, 2 * tokens - 1) and t.STAGES >= 2
-        assert t.shared + 1024 <= CTA_SHARED_MAX and t.ctas_per_sm >= 1  # barriers and token scales take the 1024
+        assert t.shared + 1024 <= CTA_SHARED_MAX and t.ctas_per_sm >= 1  # barriers and token scales take the 1024:
+        assert 8 * (3 * t.STAGES + 1) + 4 * t.TOKENS <= 1024
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+def test_the_first_fill_of_a_step_has_two_stages_or_a_window_on_their_way(tokens: int) -> None:
+    for n, k_bytes in (*LAYERS, (128256, 8192)):
+        for t in few_tokens.enumerate_tactics(n, k_bytes, tokens):
+            blocks = -(-n // t.ROWS) * t.SPLIT
+            window, at_once = few_tokens.window(t, blocks), blocks <= SMS * t.ctas_per_sm
+            one = -(-blocks // SMS) * t.ATOMS * t.ROWS * 128  # a stage of each block on a multiprocessor
+            fits = (48 << 10) <= window * one < (48 << 10) + one
+            assert window == t.STAGES if not at_once else window in (2, t.STAGES) or fits
 
 
 @pytest.mark.parametrize(("n", "k_bytes"), [layer for layer in LAYERS if layer[0] > 4000])
@@ -154,7 +166,8 @@ def test_every_cut_computes_the_reference_and_writes_no_other_row(variant: str) 
             y = torch.empty(130, out.shape[1], device="cuda", dtype=getattr(torch, out.dtype))
             y.view(torch.uint8).fill_(0x7F)
             function = Module(cubins[key(few_tokens.kernels(plugin, tactic, inputs)[0])].code).function("few_tokens")
-            few_tokens.bind(plugin, tactic, [function], [*tensors, y], None)(step)
+            in_step = rows % 2 == 0
+            few_tokens.bind(plugin, tactic, [function], [*tensors, y], None, in_step, in_step)(step)
             torch.cuda.synchronize()
             assert (y[:rows].float() - expected).norm() <= limit * expected.norm(), (tactic, rows)
             assert (y.view(torch.uint8)[rows:] == 0x7F).all(), (tactic, rows)

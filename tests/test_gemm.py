@@ -201,8 +201,8 @@ def test_precise_sums_are_of_e4m3() -> None:
 
 
 def test_buckets_end_at_the_maximum() -> None:
-    assert Gemm().buckets(1000) == [8, 16, 32, 64, 96, 128, 256, 512, 1000]
-    assert GemmSwiglu().buckets(8) == [8]
+    assert Gemm().buckets(1000) == [1, 8, 16, 32, 64, 96, 128, 256, 512, 1000]
+    assert GemmSwiglu().buckets(8) == [1, 8] and GemmSwiglu().buckets(1) == [1]
 
 
 def test_few_tokens_may_have_a_shallower_ring_than_is_offered() -> None:

@@ -160,7 +160,7 @@ def test_what_is_faster_but_wrong_is_not_taken(place: InPlace, capsys) -> None:
 
 
 def test_batch_sizes_of_one_tactic_are_tuned_together(place: InPlace) -> None:
-    assert tune_step.together([place.session], [16, 1, 8, 9, 8]) == [[1, 8], [9, 16]]
+    assert tune_step.together([place.session], [16, 2, 8, 9, 8]) == [[2, 8], [9, 16]]
 
 
 def test_a_gpu_is_needed(tmp_path: Path, capsys) -> None:

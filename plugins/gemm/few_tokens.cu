@@ -45,13 +45,25 @@
 // at the memory's rate again. From the end of the kernel before to the first product it is 0.8 to 1.3 us, 0.4 of them x.
 // Without gain: a ring of x of its own, so that w's is deeper (+2 to 30%: x comes as fast as its ring is deep, and a
 // stage then waits for two barriers; with one barrier for both and a warp for each, of 26 stages of 8 KB 16 for w +2%, 18 +6%, 20
-// +12%); blocks that begin with different columns, not all with the same x (+2 to 5% at 64 tokens, +12% at 96, +20% at 128); x by multicast to two neighbours along N (+5 to 60%); at most 32 KB of the first
-// fill in flight (between the early and the late start); two or four independent accumulators in turn (+-0.5%); x of
+// +12%); blocks that begin with different columns, not all with the same x (+2 to 5% at 64 tokens, +12% at 96, +20% at 128); x by multicast to two neighbours along N (+5 to 60%; with a
+// warp of its own for x, and barriers that both blocks' readers arrive at, +1 to 3% with one block on K, +25 to 80% with two, 8192x28672 alone -0.3%); the
+// ring's barriers made by a warp's lanes, and a fill that no other warp waits for (+1 to 23%, 28672x4096 -1%); two or four independent accumulators in turn (+-0.5%); x of
 // the first fill by ordinary loads instead of TMA (+1 to 5% at one token, +30% at eight) and, on top of that, releasing
 // a stage at once while the ring is empty (+0 to 5%), L2 prefetch past the ring, before the wait or after it (+10 to
 // 50%), of the linear after next's weights by a CTA that is through (whole decode step of llama-7B: at best -0.4 of
 // 68.3 us a layer, at worst +3); RMSNorm of x at this kernel's start instead of a kernel of its own (+2.1 us a layer
 // for qkv).
+// In a step, `window` stages of the first fill are on their way at a time, not all, as what a norm or attention in front loads
+// queues behind them: 48 KB on a multiprocessor, or a little more. Steps of 8 layers with logits, in turn, without -> with it, us at 8, 16, 32 and
+// 64: llama-3.1-8B 744 -> 737, 797 -> 772, 910 -> 888, 1165 -> 1148; llama-7B 630 -> 615, 780 -> 761, 1136 -> 1125, 1662 -> 1645. A stage more or
+// less for one of the linears: within 2 us, or +2 to 11. It pays with deeper rings than those before (224 rows for 112 in gate_up). Where
+// blocks take turns (lm_head of 8B, 12 to 45 us longer with a window) x is there before most of them: none.
+// A box of x has as many rows as there are tokens. Rows of it past the map's end are zeros without traffic, but take longer than rows that are there:
+// 4096x11008 by a tactic for 64 tokens took 17.5 us at 1, 16.4 at 16, 14.7 at 32, 12.6 at 48 and 12.3 at 64. Before -> after, at one token:
+// 4096x4096 4.69 -> 4.58, 6144x4096 6.83 -> 6.59, 12288x4096 11.49 -> 11.33, 22016x4096 21.53 -> 21.23, 4096x11008 10.49 -> 10.27, 4096x14336 13.56 ->
+// 13.17; at 40 4096x11008 13.13 -> 12.25, and a step of 8 layers of llama-3.1-8B 1178 -> 1137.
+// What is stored is dear: lm_head of 8B (64 tokens, float32) takes 272 us, 241 without its stores, 265 with streaming ones (at 32 tokens 255, 241 and 258);
+// 57344x8192 119, 112 and 121; 28672x4096 29.7, 29.2 and 31.0. Rows of a block (64 to 256) make no difference to that.
 // PROMOTE adds the products of each 128 of K in float32; blockwise scales, which come with the stage, scale them there. At one
 // token as fast as without: 12288x4096 12.3, 4096x4096 5.4, 24576x4096 23.8, 4096x14336 14.3; at 64 15.7 (gemm.cu 14.7), 8.5
 // (7.6), 26.2 (26.7), 17.9 (18.4); at 128 gemm.cu is faster (17.3 against 23.0).
@@ -113,6 +125,7 @@ DEVICE void load_w(const Stage& s, const TensorMap* map, u32 bar, int block, int
 #pragma unroll
   for (int a = 0; a < ATOMS; a++) tma_load_2d_evict_first(s.w + a * W_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, row);
 }
+// As many rows as there are tokens: the map's boxes have no more. Others of a stage hold anything, for tokens that are not stored.
 DEVICE void load_x(const Stage& s, const TensorMap* map, u32 bar, int block) {
 #pragma unroll
   for (int a = 0; a < ATOMS; a++) tma_load_2d(s.x + a * X_ATOM, map, bar, (block * ATOMS + a) * ATOM_K, 0);
@@ -269,10 +282,10 @@ DEVICE void store_swiglu(void* y, float (&v)[4], int base, int first, int tokens
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
 few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ TensorMap x_map, const float* x_scale,
-           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens, int early SEND_PARAMETERS) {
+           const float* w_scale, const float* bias, const float* out_scale, void* y, int tokens, int early, int window SEND_PARAMETERS) {
   if (early) griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ u64 full[STAGES], empty[STAGES], sums;
+  __shared__ u64 full[STAGES], empty[STAGES], landed[STAGES], sums;
   __shared__ float token_scale[TOKENS];
   u8* partials = shared + RING;
   float* scratch = (float*)(partials + OWNED * (SPLIT - 1) * UNIT_BYTES);
@@ -284,22 +297,32 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   int filled = count < STAGES ? count : STAGES;
   // The next kernel may start once little of w is left to ask for: its own first fill would come before the rest.
   int start = count - 1 - count * 5 / 32;
+  // Stages of the first fill whose w has a barrier of its own, as only `window` of them are on their way at a time.
+  int apart = window < filled ? filled : 0, first = window < filled ? window : filled;
   bool w_producer = warp == CONSUMERS / 32, x_producer = warp == CONSUMERS / 32 + 1;
 
+  int x_bytes = ATOMS * ATOM * tokens;  // of a stage
+  auto ask = [&](int k, int stage) {
+    u32 bar = shared_address(full + stage);
+    mbarrier_arrive_expect_tx(bar, k < apart ? x_bytes : ATOMS * W_ATOM + x_bytes);
+    if (k < apart) mbarrier_arrive_expect_tx(bar = shared_address(landed + stage), ATOMS * W_ATOM);
+    load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
+    if (k == start) griddepcontrol_launch_dependents();
+  };
   if (w_producer && lane == 0) {
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
-    for (int i = 0; i < STAGES; i++) mbarrier_init(shared_address(full + i), BLOCKWISE ? 65 : 1), mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
+    for (int i = 0; i < STAGES; i++) {
+      mbarrier_init(shared_address(full + i), BLOCKWISE ? 65 : 1);
+      mbarrier_init(shared_address(empty + i), CONSUMERS / 32);
+    }
+#pragma unroll 1
+    for (int i = 0; i < apart; i++) mbarrier_init(shared_address(landed + i), 1);
     if (SPLIT > 1) mbarrier_init(shared_address(&sums), 1);
     fence_mbarrier_init();
     if (SPLIT > 1) mbarrier_arrive_expect_tx(shared_address(&sums), (UNITS - rank + SPLIT - 1) / SPLIT * (SPLIT - 1) * UNIT_BYTES);
 #pragma unroll 1
-    for (int i = 0; i < filled; i++) {
-      u32 bar = shared_address(full + i);
-      mbarrier_arrive_expect_tx(bar, STAGE);
-      load_w(stage_at(ring, i), &w_map, bar, begin + i, row);
-      if (i == start) griddepcontrol_launch_dependents();
-    }
+    for (int i = 0; i < first; i++) ask(i, i);
   }
   __syncthreads();
   if (SPLIT > 1) cluster_arrive();  // a peer may be written to once it runs
@@ -307,8 +330,29 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
   int first_tile = WARPGROUPS == 1 ? 0 : warp / 4 * TILES_EACH;
   float sum[TILES_EACH][TOKENS / 2], scale[TILES_EACH][2], offset[TILES_EACH][2], tensor_scale = 1.f, quantum = 1.f, reciprocal = 1.f;
   auto scales_at = [&](int stage) { return shared_address(stage_scales) + stage * STAGE_SCALES * 4; };
-  // Calls load(stage, bar, k) for what does not fit into the first fill, as stages are read.
-  auto refill = [&](auto load) {
+  if (w_producer) {
+    if (BLOCKWISE)
+      for (int i = 0; i < filled; i++) load_w_scales(scales_at(i), w_scale, begin + i, row), copy_async_arrive(shared_address(full + i));
+    int stage = first % STAGES, parity = first < STAGES;  // of `empty`, at the first lap's end 0
+    if (BLOCKWISE || lane == 0) {
+#pragma unroll 1
+      for (int k = first; k < count; k++) {
+        if (k < filled) mbarrier_wait(shared_address(landed + k - window), 0);
+        else mbarrier_wait(shared_address(empty + stage), parity);
+        if (lane == 0) ask(k, stage);
+        if (BLOCKWISE && k >= filled) load_w_scales(scales_at(stage), w_scale, begin + k, row), copy_async_arrive(shared_address(full + stage));
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+    }
+    __syncwarp();
+  } else if (x_producer) {
+    auto load = [&](int stage, u32 bar, int k) {
+      if (lane == 0) load_x(stage_at(ring, stage), &x_map, bar, begin + k);
+      if (BLOCKWISE) load_x_scales(scales_at(stage), x_scale, begin + k, tokens), copy_async_arrive(bar);
+    };
+    griddepcontrol_wait();
+#pragma unroll 1
+    for (int i = 0; i < filled; i++) load(i, shared_address(full + i), i);
     int stage = 0, parity = 0;
     if (BLOCKWISE || lane == 0) {
 #pragma unroll 1
@@ -319,27 +363,6 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
       }
     }
     __syncwarp();
-  };
-  if (w_producer) {
-    if (BLOCKWISE)
-      for (int i = 0; i < filled; i++) load_w_scales(scales_at(i), w_scale, begin + i, row), copy_async_arrive(shared_address(full + i));
-    refill([&](int stage, u32 bar, int k) {
-      if (lane == 0) {
-        mbarrier_arrive_expect_tx(bar, STAGE);
-        load_w(stage_at(ring, stage), &w_map, bar, begin + k, row);
-        if (k == start) griddepcontrol_launch_dependents();
-      }
-      if (BLOCKWISE) load_w_scales(scales_at(stage), w_scale, begin + k, row), copy_async_arrive(bar);
-    });
-  } else if (x_producer) {
-    auto load = [&](int stage, u32 bar, int k) {
-      if (lane == 0) load_x(stage_at(ring, stage), &x_map, bar, begin + k);
-      if (BLOCKWISE) load_x_scales(scales_at(stage), x_scale, begin + k, tokens), copy_async_arrive(bar);
-    };
-    griddepcontrol_wait();
-#pragma unroll 1
-    for (int i = 0; i < filled; i++) load(i, shared_address(full + i), i);
-    refill(load);
   } else {
 #pragma unroll
     for (int t = 0; t < TILES_EACH; t++)
@@ -364,6 +387,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
         for (int i = 0; i < TOKENS / 2; i++) sum[t][i] = 0.f;
 #pragma unroll 1
       for (int k = 0; k < count; k++) {
+        if (k < apart) mbarrier_wait(shared_address(landed + k), 0);
         mbarrier_wait(shared_address(full + stage), parity);
 #pragma unroll
         for (int a = 0; a < ATOMS; a += FOLD * AT_ONCE) {
@@ -389,6 +413,7 @@ few_tokens(const __grid_constant__ TensorMap w_map, const __grid_constant__ Tens
       int last = -1;
 #pragma unroll 1
       for (int k = 0; k < count; k++) {
+        if (k < apart) mbarrier_wait(shared_address(landed + k), 0);
         mbarrier_wait(shared_address(full + stage), parity);
         wgmma_fence();
 #pragma unroll

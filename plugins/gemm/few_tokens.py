@@ -29,6 +29,7 @@ ATOM = 128  # bytes of K in a swizzle atom
 PROMOTED = 288  # TOKENS x WARPGROUPS (3 or 4) for which there are registers for two sets of accumulators
 _WEIGHTS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 _OUTPUTS = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3}
+WINDOW = 48 * 1024  # bytes of weights that are on their way to an SM at a time before x is there
 FEW_WEIGHTS = 4096 * 4096  # up to so many, promoted products of 64 tokens are for few_tokens.cu
 
 
@@ -122,6 +123,15 @@ def kernels(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None]) 
     return (Kernel("gemm", "few_tokens.cu", "few_tokens", tuple(constants.items())),)
 
 
+def window(tactic: FewTokens, blocks: int) -> int:
+    """Stages of the first fill that are on their way at a time in a step: WINDOW bytes on an SM or a little more, two
+    stages of each block at least; all where blocks take turns, as x is there before most of them."""
+    if blocks > SMS * tactic.ctas_per_sm:
+        return tactic.STAGES
+    of_sm = -(-blocks // SMS) * tactic.ATOMS * tactic.ROWS * ATOM
+    return min(tactic.STAGES, max(2, -(-WINDOW // of_sm)))
+
+
 def workspace(plugin: Plugin, tactic: FewTokens, inputs: Sequence[Tensor | None], max_tokens: int) -> int:
     """None: partial sums meet in shared memory."""
     return 0
@@ -134,13 +144,15 @@ def bind(
     tensors: Sequence[torch.Tensor | None],
     workspace: torch.Tensor | None,
     early: bool = False,
+    windowed: bool = False,
     more: Sequence[Any] = (),
 ) -> Launcher:
     """Packs the launch over x, w, x_scale, w_scale, bias (, out_scale), y, and the further arguments of a variant.
-    `early`: the next kernel starts at once.
+    `early`: the next kernel starts at once. `windowed`: what the kernel in front loads is not to queue behind all of
+    the first fill.
 
-    The tensor map of x ends at the step's last row, so that rows past it are zeros and cost no traffic: there is one
-    packed launch per row count, made when first needed.
+    A box of x's tensor map has the step's rows, as each one of a box that is past the map's end takes longer than one
+    that is there: there is one packed launch per row count, made when first needed.
     """
     from fp8.plugins.cuda import Launch, matrix_map
 
@@ -151,11 +163,13 @@ def bind(
     w_map = matrix_map(w, ATOM // w.element_size(), tactic.ROWS)
     grid = -(-w.shape[0] // tactic.ROWS) * tactic.SPLIT
     logits = plugin.attributes().get("rows") == "L"
+    first = window(tactic, grid) if windowed else tactic.STAGES
     launches: dict[int, Launch] = {}
 
     def pack(rows: int) -> Launch:
-        x_map = matrix_map(x[:rows], ATOM // x.element_size(), tactic.TOKENS)
-        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows), ctypes.c_int(early), *more]
+        x_map = matrix_map(x[:rows], ATOM // x.element_size(), rows)
+        args = [w_map, x_map, x_scale, w_scale, bias, out_scale, y, ctypes.c_int(rows)]
+        args += [ctypes.c_int(early), ctypes.c_int(first), *more]
         return Launch(functions[0], tactic.threads, args, tactic.shared, grid, tactic.SPLIT)
 
     def launch(step: StepShape) -> None:
@@ -241,6 +255,7 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
     first three held one within 0.3%, but once (4%). `alone` and `split` are fitted anew to 98 timings, with the sums
     as they are now and every start at 5/32 of w left: then the first choice was within 1.6% of the fastest in 15 cases.
     Memory is read at 4.55 TB/s since maps are without L2 promotion, 4.25 before: one first choice of 28 became another.
+    `shallow`: 64x57344x8192 took 167 us with 2 stages in a ring, 124 to 137 with 3, 117 with 4, 114 with 5.
     """
     weights = n * k_bytes
     ctas = -(-n // t.ROWS) * t.SPLIT
@@ -257,4 +272,7 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
     split = 0.09 * (t.SPLIT - 1) * (1 + 0.14 * t.TOKENS)
     depth = t.STAGES * t.ATOMS * min(t.ctas_per_sm, -(-ctas // SMS))  # of the rings of this kernel on an SM
     wide = 18 / depth if t.TOKENS > 64 else 0.0
-    return max(memory, l2, mma) + 0.44 * mma + turnover + short + alone + idle + split + wide + 4.7 / t.STAGES
+    refilled = k_bytes > t.SPLIT * t.STAGES * t.ATOMS * ATOM
+    shallow = 0.5 / (t.STAGES - 1) ** 2.5 if refilled else 0.0
+    streaming = max(memory, l2, mma) * (1 + shallow)
+    return streaming + 0.44 * mma + turnover + short + alone + idle + split + wide + 4.7 / t.STAGES

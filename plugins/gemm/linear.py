@@ -45,8 +45,9 @@ class Linear(Plugin):
         return tactic in library.candidates(self, inputs)
 
     def buckets(self, max_tokens: int) -> list[int]:
-        """Powers of two from 8 up, 96, then `max_tokens`."""
-        ends = sorted([96, *(1 << i for i in range(3, 31))])
+        """1, powers of two from 8 up, 96, then `max_tokens`. A step of one token is one launch where that can be, and
+        its linears are not among others' kernels elsewhere: what is fastest for 2 to 8 is chosen in their steps."""
+        ends = sorted([1, 96, *(1 << i for i in range(3, 31))])
         return [n for n in ends if n < max_tokens] + [max_tokens]
 
     def tactic(self, fields: dict[str, Any]) -> Tactic:
@@ -66,9 +67,10 @@ class Linear(Plugin):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
         early: bool = False,
+        windowed: bool = False,
     ) -> Launcher:
         if isinstance(tactic, Library):
             return library.bind(self, tensors)
         if isinstance(tactic, FewTokens):
-            return few_tokens.bind(self, tactic, functions, tensors, workspace, early)
+            return few_tokens.bind(self, tactic, functions, tensors, workspace, early, windowed)
         return many_tokens.bind(self, tactic, functions, tensors)

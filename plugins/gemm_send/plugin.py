@@ -70,16 +70,17 @@ class GemmSend(Gemm):
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
         early: bool = False,
+        windowed: bool = False,
         comm: Any = None,
     ) -> Launcher:
         """`comm`: as all_reduce's; without its `regions`, and without one, nothing is sent."""
         if not _sends(tactic):
-            return super().bind(tactic, functions, tensors, workspace, early)
+            return super().bind(tactic, functions, tensors, workspace, early, windowed)
         if comm is None or comm.regions is None:
-            return super().bind(tactic, functions[1:], tensors, workspace, early)
+            return super().bind(tactic, functions[1:], tensors, workspace, early, windowed)
         regions = comm.regions
         sent = [regions.argument, ctypes.c_uint32(regions.rank), sent_area(self.world, self.slot)]
-        return few_tokens.bind(self, tactic, functions[:1], tensors, workspace, early, sent)
+        return few_tokens.bind(self, tactic, functions[:1], tensors, workspace, early, windowed, sent)
 
 
 def _sends(tactic: Tactic) -> TypeGuard[FewTokens]:

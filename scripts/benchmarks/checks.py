@@ -65,23 +65,25 @@ class CheckedCase(CaseBuffers):
     """A case whose tactics are held against the reference."""
 
     def check(self, tactic: Any, functions: Sequence[Function]) -> float:
-        """The largest relative error over the outputs. Raises AssertionError with what is wrong."""
+        """The largest relative error over the outputs; a linear is launched as in a step, too. Raises AssertionError
+        with what is wrong."""
         import torch
 
         workspace, runs = self.workspace(tactic), []
-        for _ in range(2):
+        in_step = {"early": True, "windowed": True} if self.plugin.hands_over and self.comm is None else {}
+        for further in ({}, {}, in_step) if in_step else ({}, {}):
             inputs = self.fresh_inputs()
             outputs, guards = self.outputs()
-            self.bind(tactic, functions, [*inputs, *outputs], workspace)(self.case.step)
+            self.bind(tactic, functions, [*inputs, *outputs], workspace, **further)(self.case.step)
             torch.cuda.synchronize()
             assert all(bool((g == 255).all()) for g in guards), "memory behind an output was written"
             for pair in self.places:
                 outputs += self.plugin.unpack_cache(*(inputs[i] for i in pair))
             outputs += [inputs[i] for i in self.plugin.updates]
             runs.append(outputs)
-        for i, (first, second) in enumerate(zip(*runs, strict=True)):
-            same = torch.equal(first.view(torch.uint8), second.view(torch.uint8))
-            assert same, f"output {i} differs between two runs on the same inputs"
+        for i, (first, *others) in enumerate(zip(*runs, strict=True)):
+            same = all(torch.equal(first.view(torch.uint8), other.view(torch.uint8)) for other in others)
+            assert same, f"output {i} differs between runs on the same inputs"
         errors = [error(got, want) for got, want in zip(runs[0], self.expected, strict=True)]
         for i, found in enumerate(errors):
             assert found <= self.case.tolerance, f"output {i}: error {found:.3g} exceeds {self.case.tolerance:.3g}"
