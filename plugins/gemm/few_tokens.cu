@@ -57,7 +57,9 @@
 // queues behind them: 48 KB on a multiprocessor, or a little more. Steps of 8 layers with logits, in turn, without -> with it, us at 8, 16, 32 and
 // 64: llama-3.1-8B 744 -> 737, 797 -> 772, 910 -> 888, 1165 -> 1148; llama-7B 630 -> 615, 780 -> 761, 1136 -> 1125, 1662 -> 1645. A stage more or
 // less for one of the linears: within 2 us, or +2 to 11. It pays with deeper rings than those before (224 rows for 112 in gate_up). Where
-// blocks take turns (lm_head of 8B, 12 to 45 us longer with a window) x is there before most of them: none.
+// blocks take turns (lm_head of 8B, 12 to 45 us longer with a window) x is there before most of them: none. The warp that asks for w telling
+// `full` what has landed, for a loop of products without that question, makes its own loop longer: alone 4096x11008 at one token 10.15 -> 10.60, at
+// 64 12.29 -> 12.75, 4096x4096 4.57 -> 4.77, 6.16 -> 6.33.
 // A box of x has as many rows as there are tokens. Rows of it past the map's end are zeros without traffic, but take longer than rows that are there:
 // 4096x11008 by a tactic for 64 tokens took 17.5 us at 1, 16.4 at 16, 14.7 at 32, 12.6 at 48 and 12.3 at 64. Before -> after, at one token:
 // 4096x4096 4.69 -> 4.58, 6144x4096 6.83 -> 6.59, 12288x4096 11.49 -> 11.33, 22016x4096 21.53 -> 21.23, 4096x11008 10.49 -> 10.27, 4096x14336 13.56 ->
