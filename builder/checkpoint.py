@@ -27,6 +27,21 @@ DTYPES: dict[str, np.dtype] = {
 }  # fmt: skip
 
 
+LFS_POINTER = b"version "  # what git leaves of a file that git-lfs was to fetch: no header is so long
+FOREIGN = {  # a file that gives away what a directory is, with and without a config.json
+    "rank0.engine": "is an engine directory; give the checkpoint that it was built from",
+    "rank0.safetensors": "is a TensorRT-LLM checkpoint, which is not read; quantize its Hugging Face model with "
+    "fp8-quantize",
+    "hf_quant_config.json": "was quantized by NVIDIA ModelOpt, which is not read; quantize the original model with "
+    "fp8-quantize",
+}
+UNCONVERTED = {
+    "*.gguf": "holds GGUF files, which are not read",
+    "*.nemo": "holds a NeMo model, which is not read",
+    "params.json": "holds a model as Meta stores it, which is not read",
+}  # without a config.json
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read: names the file or tensor, what was expected and what was found."""
 
@@ -56,6 +71,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == LFS_POINTER:
+                raise CheckpointError(f"{path} is a Git LFS pointer instead of the weights; run git lfs pull there")
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
@@ -124,7 +141,18 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a directory; expected a Hugging Face checkpoint directory")
+        self._refuse_foreign()
         self.config: dict[str, Any] = read_json(self.directory / "config.json")
+
+    def _refuse_foreign(self) -> None:
+        for file, what in FOREIGN.items():
+            if (self.directory / file).is_file():
+                raise CheckpointError(f"{self.directory} {what} (it has {file})")
+        if (self.directory / "config.json").is_file():
+            return
+        for pattern, what in UNCONVERTED.items():
+            if any(self.directory.glob(pattern)):
+                raise CheckpointError(f"{self.directory} {what}; give the model's Hugging Face directory")
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
