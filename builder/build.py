@@ -25,7 +25,7 @@ from fp8.builder.parallel.pipeline import Place
 from fp8.builder.parallel.tensor import TensorParallel
 from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
-from fp8.builder.quantize import COPIED, Model
+from fp8.builder.quantize import COPIED, Model, check_all_read
 from fp8.builder.rewrite import apart
 from fp8.builder.taps import Taps
 from fp8.builder.target import TARGETS, Journal, Target
@@ -214,6 +214,8 @@ def fuse(
     place = place or request.place()
     limits = source.limits(request)
     graph = source.emit(limits, place)
+    if place.pp_size == 1:  # else it is a part of the model
+        check_all_read(source.checkpoint, graph, (".weight", ".bias"))
     pairs = report.pairs(graph)
     target = source.passes_target(request, place, Journal(explain=request.explain), kept)
     if request.explain:
@@ -243,7 +245,10 @@ def _check_explained(graph: gs.Graph, name: str) -> None:
     names = [n.name for n in graph.nodes]
     if not any(n == name or n.startswith((f"{name}/", f"{name}.")) for n in names):
         near = difflib.get_close_matches(name, names, 3)
-        raise BuildError(f"no node is named {name!r}" + (f"; there are {', '.join(near)}" if near else ""))
+        raise BuildError(
+            f"no node is named {name!r}"
+            + (f"; there are {', '.join(near)}" if near else "; --dump_passes DIR lists them in 0_emit.txt")
+        )
 
 
 def explain(source: Source, request: Request, place: Place | None = None) -> list[str]:

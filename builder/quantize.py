@@ -89,7 +89,7 @@ def quantize_checkpoint(
         )
     config = model.read_config(checkpoint.config)
     whole = model.emit(config, checkpoint, Bf16(), dtype)  # finds missing and misshapen tensors before any work
-    _check_all_read(checkpoint, whole)
+    check_all_read(checkpoint, whole)
     linears = [name.removesuffix(".input_scale") for name in whole.activations if name.endswith(".input_scale")]
     _check_patterns(format, linears)
     needed = [name for name in whole.activations if format.calibrated(name)]
@@ -117,8 +117,9 @@ def _check_replaceable(checkpoint: Checkpoint, output: Path, overwrite: bool) ->
         raise OutputError(f"{output} is not a checkpoint, --overwrite does not replace it; remove it yourself")
 
 
-def _check_all_read(checkpoint: Checkpoint, graph: Graph) -> None:
-    extra = [n for n in checkpoint if n not in graph.axes and not n.endswith(UNREAD)]
+def check_all_read(checkpoint: Checkpoint, graph: Graph, kinds: tuple[str, ...] = ("",)) -> None:
+    """Raises CheckpointError if tensors whose names end in one of `kinds` are none of the whole model's graph."""
+    extra = [n for n in checkpoint if n not in graph.axes and n.endswith(kinds) and not n.endswith(UNREAD)]
     extra = [n for n in extra if not (n == "lm_head.weight" and checkpoint.config.get("tie_word_embeddings"))]
     if extra:
         raise CheckpointError(

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ class Imagined(Checkpoint):
 
     def __contains__(self, name: str) -> bool:
         return name in self._planned
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planned)
 
     def entry(self, name: str, shape: tuple[int, ...] | None = None) -> Entry:
         planned = self._planned.get(name)

@@ -172,6 +172,33 @@ def test_a_checkpoint_without_weights_is_refused(original: Path, refused: Refusa
     refused("build", *build_arguments(original), says=("model.safetensors",))
 
 
+def test_a_git_lfs_pointer_is_named(original: Path, refused: Refusal) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 11106216\n"
+    (original / "model.safetensors").write_text(pointer)
+    refused("quantize", *quantize_arguments(original), says=("model.safetensors", "git lfs pull"))
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "says"),
+    [("rank0.engine", True, "is an engine directory"), ("rank0.safetensors", True, "TensorRT-LLM checkpoint"),
+     ("hf_quant_config.json", True, "ModelOpt"), ("model.gguf", False, "GGUF"), ("params.json", False, "Meta")],
+)  # fmt: skip
+def test_a_directory_of_another_kind_is_told(
+    file: str, config: bool, says: str, original: Path, refused: Refusal
+) -> None:
+    (original / file).write_text("{}")
+    if not config:
+        (original / "config.json").unlink()
+    refused("quantize", *quantize_arguments(original), says=(says,))
+    refused("build", *build_arguments(original), says=(says,))
+
+
+def test_weights_that_the_config_does_not_speak_of_are_refused(quantized: Path, refused: Refusal) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit_tensor(quantized, name, torch.ones(4))
+    refused("build", *build_arguments(quantized), says=(name, "another model"))
+
+
 # --- tensors ---
 
 
