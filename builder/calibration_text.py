@@ -50,8 +50,11 @@ def _choose(texts: Iterable[str], size: int, choice: random.Random) -> list[str]
 
 def _texts(path: Path, max_seq_length: int) -> Iterator[str]:
     readers = {".txt": _running_text, ".jsonl": _json_lines, ".parquet": _parquet}
+    if path.is_dir():
+        raise CalibrationError(f"{path} is a directory; give one file of it, {', '.join(readers)}")
     if path.suffix not in readers:
-        raise CalibrationError(f"{path}: the suffix must be one of {', '.join(readers)}")
+        absent = "" if path.exists() else "; there is no such file, and datasets of that name are not fetched"
+        raise CalibrationError(f"{path}: the suffix must be one of {', '.join(readers)}{absent}")
     try:
         yield from readers[path.suffix](path, max_seq_length)
     except OSError as error:

@@ -193,7 +193,7 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> int:
     task = modules()[args.task].Task
     print("\n".join(task.report(result)))
     if result["reference"] and result["reference"]["p_value"] is not None:
-        print(f"p = {result['reference']['p_value']:.3g} that the engine is not worse than the reference")
+        print(f"p = {result['reference']['p_value']:.3g}: so often would it be this much worse by chance alone")
     for warning in result["warnings"]:
         print(f"fp8-eval: warning: {warning}", file=sys.stderr)
     missed = missed_gates(args, result)

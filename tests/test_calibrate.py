@@ -190,6 +190,10 @@ def test_bad_calibration_text_is_one_clear_error(name: str, tmp_path: Path) -> N
 def test_missing_file_and_column_are_named(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"none\.txt cannot be read: No such file"):
         read(tmp_path / "none.txt")
+    with pytest.raises(CalibrationError, match=r"cnn_dailymail: the suffix .* datasets of that name are not fetched"):
+        read(Path("cnn_dailymail"))
+    with pytest.raises(CalibrationError, match="is a directory; give one file of it"):
+        read(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(CalibrationError, match="has no column `text`; it has content"):
         read(tmp_path / "a.parquet")

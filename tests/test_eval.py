@@ -148,7 +148,11 @@ def test_bad_data_is_refused(engine_dir: Path, tmp_path: Path, capsys: pytest.Ca
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text("")
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, message in ((empty, "has 0 tokens"), (binary, "is not UTF-8"), (tmp_path / "none.txt", "No such file")):
+    for path, message in (
+        (empty, "has 0 tokens"),
+        (binary, "is not UTF-8"),
+        (tmp_path / "none.txt", "none.txt cannot be read: No such file"),
+    ):
         assert run(engine_dir, path) == 1
         assert message in capsys.readouterr().err
 

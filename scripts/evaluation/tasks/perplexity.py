@@ -12,6 +12,7 @@ import numpy as np
 from fp8.runtime.request import RequestError
 from fp8.runtime.scoring import Window, windows
 from fp8.scripts.argument_types import positive
+from fp8.scripts.evaluation.data import read_text
 from fp8.scripts.evaluation.models import Engine, Model, Progress, encode
 from fp8.scripts.evaluation.statistics import Z95, paired_bootstrap, ratio
 
@@ -90,10 +91,7 @@ def perplexity(losses: Sequence[np.ndarray]) -> dict[str, Any]:
 
 def _read_tokens(args: argparse.Namespace, engine: Engine) -> tuple[list[int], int]:
     """The text's tokens, and how many UTF-8 bytes all but the first stand for (its share of the text)."""
-    try:
-        text = args.data.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"--data {args.data} is not UTF-8 text ({error})") from error
+    text = read_text(args.data)
     every = encode(engine.tokenizer, text, engine.vocab_size, f"--data {args.data}")
     tokens = every[: args.max_tokens]
     if len(tokens) < 2:
