@@ -10,10 +10,10 @@ class Teaching(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not action.help or not action.option_strings or "default" in action.help or _is_plain(action.default):
             return action.help
-        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else str(action.default)
         return f"{action.help} (default: {shown.replace('%', '%%')})"
 
 
 def _is_plain(default: Any) -> bool:
     """One that a flag's help goes without: it is off, or absent."""
-    return default in (None, argparse.SUPPRESS) or isinstance(default, bool) or default in ([], ())
+    return default in (None, argparse.SUPPRESS) or isinstance(default, bool) or default in ([], (), "")

@@ -57,7 +57,7 @@ STRESSED = 1  # of the layers: launches that follow each other are of one size (
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
     p.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="KIB", help="of bfloat16 values")
-    p.add_argument("--stress", type=int, default=10_000, metavar="N", help="launches in turn (10000)")
+    p.add_argument("--stress", type=int, default=10_000, metavar="N", help="launches in turn")
     p.add_argument("--tactics", default="", metavar="TEXT", help="only those whose names contain this, and NCCL's")
     p.add_argument(
         "--again", action="store_true", help="after a run that ended too soon: without the tactic that --output blames"
