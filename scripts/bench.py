@@ -21,6 +21,7 @@ from typing import Any
 from fp8.builder.engine import write_atomically
 from fp8.scripts.argument_types import new_file
 from fp8.scripts.benchmarks import all_reduce, host, kernel, latency, roofline, startup, throughput
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.ranks import among_peers, on_all_ranks
 from fp8.scripts.run import ERRORS
@@ -38,7 +39,7 @@ MODES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fp8-bench", description="Measures kernels and engines.")
+    p = CommandParser("fp8-bench", description="Measures kernels and engines.")
     modes = p.add_subparsers(dest="mode", required=True)
     for name, (module, title) in MODES.items():
         mode = modes.add_parser(

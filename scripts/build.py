@@ -32,6 +32,7 @@ from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
 from fp8.plugins.gemm.types import ACCUMULATIONS
 from fp8.scripts.argument_types import positive
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.progress import stages
 from fp8.scripts.teaching import Teaching
 
@@ -55,7 +56,7 @@ LOG_LEVELS = ("error", "warning", "info", "verbose")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("fp8-build", description=__doc__, epilog=EXAMPLES, formatter_class=Teaching)
+    parser = CommandParser("fp8-build", description=__doc__, epilog=EXAMPLES, formatter_class=Teaching)
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="as fp8-quantize or Hugging Face writes it")
     parser.add_argument("--output_dir", type=Path, help="engine directory; an existing engine is replaced")
     parser.add_argument(

@@ -26,6 +26,7 @@ from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import Tokenizer, load_tokenizer
 from fp8.scripts.argument_types import positive
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.run import ERRORS, token_ids
 from fp8.scripts.teaching import Teaching
 
@@ -250,7 +251,7 @@ def first_under(tallies: Sequence[Tally], threshold: float) -> str | None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("fp8-inspect compare", description=__doc__, formatter_class=Teaching)
+    p = CommandParser("fp8-inspect compare", description=__doc__, formatter_class=Teaching)
     p.add_argument("a", type=Path, help="engine or Hugging Face model directory")
     p.add_argument("b", type=Path, help="the reference: engine or Hugging Face model directory")
     what = p.add_mutually_exclusive_group()

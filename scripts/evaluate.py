@@ -26,6 +26,7 @@ from fp8.scripts.argument_types import fraction, new_file, positive
 from fp8.scripts.evaluation.models import Engine, Model, Reference
 from fp8.scripts.evaluation.statistics import chance_limit
 from fp8.scripts.evaluation.task import Task, modules, task_name
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.ranks import among_peers, is_divided, on_all_ranks
 from fp8.scripts.run import ERRORS, add_session_arguments
 from fp8.scripts.teaching import Teaching
@@ -35,7 +36,7 @@ SHARED = ("data", "max_items", "skip_long", "max_ppl_increase", "min_accuracy") 
 
 def parser() -> argparse.ArgumentParser:
     tasks = modules()
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         "fp8-eval", description="Evaluates an engine at a task.", epilog=_epilog(),
         formatter_class=Teaching,
     )  # fmt: skip

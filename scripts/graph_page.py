@@ -24,6 +24,7 @@ from fp8.models import config as models
 from fp8.scripts.argument_types import new_file
 from fp8.scripts.build import ERRORS
 from fp8.scripts.layout import place
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.teaching import Teaching
 
 SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}  # what is drawn
@@ -350,7 +351,7 @@ def beside(found: Sequence[Drawing]) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser("fp8-inspect graph", description=__doc__, formatter_class=Teaching)
+    p = CommandParser("fp8-inspect graph", description=__doc__, formatter_class=Teaching)
     p.add_argument("directory", type=Path, help="checkpoint (before and after fusion) or engine (after fusion)")
     p.add_argument("--layer", type=int, default=0, help="which one")
     p.add_argument("--rank", type=int, default=0, help="of an engine of several ranks")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fp8.builder import engine
 from fp8.builder.engine import Engine, EngineError, Join, Plan, Step, Sum
+from fp8.scripts.moved_flags import CommandParser
 
 SECTIONS = ("layers", "tactics", "fusion")
 SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int32": "i32"}
@@ -26,7 +27,7 @@ WIDTH = 180  # where the output is no terminal
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "fp8-inspect", description=__doc__,
         epilog="fp8-inspect compare A B and fp8-inspect graph ENGINE_OR_CHECKPOINT have --help of their own",
     )  # fmt: skip

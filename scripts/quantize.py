@@ -19,6 +19,7 @@ from fp8.builder.quantize import Calibration, OutputError, Reporter, quantize_ch
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.scripts.argument_types import positive
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.progress import stages
 from fp8.scripts.teaching import Teaching
 
@@ -34,7 +35,7 @@ ERRORS = (CheckpointError, ConfigError, FormatError, CalibrationError, OutputErr
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "fp8-quantize",
         description=__doc__,
         epilog=f"formats:\n{format_texts()}\n\n{EXAMPLES}",

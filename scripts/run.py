@@ -21,6 +21,7 @@ from fp8.runtime.record import Dump
 from fp8.runtime.sampling_params import RequestError
 from fp8.runtime.service import ServiceError
 from fp8.scripts.argument_types import fraction, positive
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.prompts import read_prompts
 from fp8.scripts.ranks import add_rank_arguments, on_all_ranks
 from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
@@ -30,7 +31,7 @@ ERRORS = (EngineError, RequestError, KVCacheError, PluginError, RankError, Servi
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("fp8-run", description="Generates text with an engine.", formatter_class=Teaching)
+    p = CommandParser("fp8-run", description="Generates text with an engine.", formatter_class=Teaching)
     p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--input_text", nargs="+", help="one or several prompts")

@@ -17,6 +17,7 @@ from fp8.runtime.async_llm import AsyncLLM
 from fp8.runtime.llm import LLM
 from fp8.runtime.policy import POLICIES
 from fp8.scripts.argument_types import port, positive, seconds
+from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.ranks import on_all_ranks
 from fp8.scripts.run import ERRORS, add_session_arguments
 from fp8.scripts.teaching import Teaching
@@ -25,7 +26,7 @@ API_KEY_VARIABLE = "FP8_API_KEY"
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = CommandParser(
         "fp8-serve", description="Serves an engine: OpenAI-compatible completions and chat.", formatter_class=Teaching
     )
     p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
