@@ -18,7 +18,7 @@
 # Parts run in this order. Engines are made while kernels are measured; they hold no matrices (random_engine), but for
 # those of llama-7b, 14 GB in $TMPDIR. A part that fails or takes too long loses its own figures alone.
 set -euo pipefail
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?a directory for the results: bash scripts/gpu.sh OUT_DIR}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 . scripts/round.sh

@@ -14,7 +14,7 @@
 # its options. The CPU makes all engines while the all-reduces are measured; no matrix of the 7B and 70B shapes is
 # written. --device cpu tries the script itself: tiny engines on two CPU ranks, no all-reduces over NVLink.
 set -euo pipefail
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?a directory for the results: bash scripts/gpu_ranks.sh OUT_DIR}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 . scripts/round.sh

@@ -23,6 +23,7 @@ start_round() { # start_round DEFAULT_PARTS OTHER_PARTS [--no-venv] [--commit HA
   for part in $known; do
     case " ${asked:-$defaults} " in *" $part "*) parts="$parts $part" ;; esac
   done
+  [ "$device" = cpu ] || nvidia-smi -L >/dev/null 2>&1 || fail "nvidia-smi finds no GPU here; a round measures one"
   prepare "" "$no_venv"
   work=$(mktemp -d)
 }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "environment.sh"
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPT = SCRIPTS / "environment.sh"
 
 
 def test_rounds_side_by_side_leave_each_other_the_package_s_record(tmp_path: Path) -> None:
@@ -22,3 +26,16 @@ def test_rounds_side_by_side_leave_each_other_the_package_s_record(tmp_path: Pat
     assert held == record, "another version's is gone"
     assert {file.name for file in held.iterdir()} == {"in-use", "METADATA"}
     assert (held / "METADATA").read_text().endswith("Version: 1.2.3\n")
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "gpu_ranks.sh"])
+def test_a_round_without_a_gpu_is_refused_before_it_makes_anything(script: str, tmp_path: Path) -> None:
+    absent = tmp_path / "nvidia-smi"
+    absent.write_text("#!/bin/sh\nexit 9\n")
+    absent.chmod(0o755)
+    path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    call = ["bash", str(SCRIPTS / script), str(tmp_path / "out")]
+    found = subprocess.run(call, env=path, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 1
+    assert found.stderr == "error: nvidia-smi finds no GPU here; a round measures one\n"
+    assert not any((tmp_path / "out").iterdir())
