@@ -4,10 +4,12 @@
 // VALUE_DIMS dimensions of a group of tokens that lie together in a page. The first block writes the work list of the prefill
 // kernel. Decode rows do it themselves. Where the linear in front can, it does all of this in its epilogue (gemm_heads.cuh).
 //
-// us on an H200 (e4m3, 32/8 heads at 1024 and 4096 tokens, 32/32 at 4096 and 16384, 32/32 at 4 x 1021): 7.3, 22.5, 41.4, 160,
-// 45.2; a copy of as many bytes 6.3, 19.7, 37.0, 143, 36.8. One head a thread 6.8, 23.6, 44.2, 168, 47.1, four 7.2, 22.6, 41.5,
-// 160, 45.5. Before, one head a thread and values 16 dimensions of a token, each a byte: 7.2, 23.9, 47.4, 182, 53.2. Blocks of
-// values among those of pairs 7.2, 22.7, 42.9, 164, 46.6, in front of them 7.2, 22.0, 42.3, 161, 42.3.
+// us on an H200 (e4m3, 32/8 heads at 1024 and 4096 tokens, 32/32 at 4096 and 16384, at 4 x 1021, and 32/8 at 64 x 67): 7.2, 22.0,
+// 42.3, 161, 42.3, 22.9; a copy of as many bytes 6.3, 19.7, 37.0, 143, 36.8, 20.4. Blocks of values behind those of pairs 7.3, 22.5,
+// 41.4, 160, 45.2, 24.7 (warps whose tokens are no whole group take longest; all tokens of such a group at once: 44.9, 25.4, and 1 %
+// more elsewhere), among them 7.2, 22.7, 42.9, 164, 46.6, 25.0; with one head a thread 6.8, 23.6, 44.2, 168, 47.1, 26.0,
+// four 7.2, 22.6, 41.5, 160, 45.5, 24.2. Whole sectors of values by an exchange between lanes: nothing. Before, one head a thread
+// and values 16 dimensions of a token, each a byte: 7.2, 23.9, 47.4, 182, 53.2, 27.8.
 //
 // Constants: NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM (0 = none), VEC (divides ROTARY_DIM / 2), FP8_CACHE,
 // QUANT_OUT, DTYPE, HEADS, BLOCKS (of 256 threads on a multiprocessor).
@@ -148,24 +150,25 @@ rope_kv_write(const u16* qkv, const int* position_ids, const int* slot_mapping, 
   constexpr int PIECES = Pairs<VEC>::COUNT;
   const int rows = tokens - decode_sequences;
   const int pair_blocks = ((u64)rows * GROUPS * PIECES + 255) / 256;
-  const int block = blockIdx.x - (sequences > decode_sequences);
+  const int listing = sequences > decode_sequences, value_blocks = gridDim.x - listing - pair_blocks;
+  const int block = blockIdx.x - listing;
   if (block < 0) {
     __shared__ int bins[TILE_BINS];
     if (threadIdx.x < 32)
       write_tiles(bins, tiles, query_start, sequence_lengths, decode_sequences, sequences, 2 * HEAD_DIM * CACHE_BYTES, NUM_KV_HEADS,
                   NUM_HEADS / NUM_KV_HEADS);
-  } else if (block < pair_blocks) {
-    const u32 unit = block * 256 + threadIdx.x;
+  } else if (block < value_blocks) {
+    const u32 warp = block * 8 + threadIdx.x / 32;
+    const u32 piece = warp % (HEAD_DIM / VALUE_DIMS), rest = warp / (HEAD_DIM / VALUE_DIMS);
+    const int first = decode_sequences + rest / NUM_KV_HEADS * VALUE_GROUP, dim = piece * VALUE_DIMS + threadIdx.x % 32 * 2;
+    const Values values{qkv, slot_mapping, value_cache, *v_scale, (int)(rest % NUM_KV_HEADS), dim};
+    if (first < tokens) values.write(first, decode_sequences, tokens);
+  } else {
+    const u32 unit = (block - value_blocks) * 256 + threadIdx.x;
     const u32 token = decode_sequences + unit / (GROUPS * PIECES);
     if (token >= tokens) return;
     const int group = unit / PIECES % GROUPS;
     move_pairs(qkv, position_ids, slot_mapping, cos, sin, key_cache, value_cache, q, y, group * HEADS < NUM_HEADS ? q_scale : k_scale,
                query_start + sequences, token, group, unit % PIECES);
-  } else {
-    const u32 warp = (block - pair_blocks) * 8 + threadIdx.x / 32;
-    const u32 piece = warp % (HEAD_DIM / VALUE_DIMS), rest = warp / (HEAD_DIM / VALUE_DIMS);
-    const int first = decode_sequences + rest / NUM_KV_HEADS * VALUE_GROUP, dim = piece * VALUE_DIMS + threadIdx.x % 32 * 2;
-    const Values values{qkv, slot_mapping, value_cache, *v_scale, (int)(rest % NUM_KV_HEADS), dim};
-    if (first < tokens) values.write(first, decode_sequences, tokens);
   }
 }
