@@ -388,6 +388,20 @@ def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:
     return [*((k, size_text(v)) for k, v in rows.items()), (f"KV blocks in {size_text(gpu_memory)}", fits)]
 
 
+def check_fits(built: Plan, gpu_memory: int) -> None:
+    """Raises BuildError if a card of that size could not run the engine if it held nothing else."""
+    b, limits = memory.budget(built), built.limits
+    blocks = max(-(-limits.max_seq_len // limits.block_size), limits.max_batch_size)
+    needed = b.fixed + blocks * b.kv_block
+    if needed > gpu_memory:
+        raise BuildError(
+            f"rank {built.compatibility.rank} takes {size_text(needed)} with KV blocks for one sequence of "
+            f"{limits.max_seq_len} tokens and one for each of {limits.max_batch_size} sequences, "
+            f"{size_text(needed - gpu_memory)} more than the {size_text(gpu_memory)} of --gpu_memory; divide the model "
+            "(--tp_size, --pp_size) or lower the limits"
+        )
+
+
 def size_text(count: int) -> str:
     for unit, scale in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 1 << scale:

@@ -92,7 +92,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         f"which changes numbers (without a size: {FP8_ALL_REDUCE}; default: none do)",
     )  # fmt: skip
     parser.add_argument(
-        "--dry_run", action="store_true", help="check and print the memory budget; compile, write nothing"
+        "--dry_run",
+        action="store_true",
+        help="check and print the memory budget; compile, write nothing; status 1 if --gpu_memory is too small",
     )
     parser.add_argument("--verify", action="store_true", help="interpret random steps before and after every pass")
     parser.add_argument("--tune", action="store_true", help="time the tactics on this machine's GPU, and remember")
@@ -173,9 +175,12 @@ def _build(options: argparse.Namespace, source: Source, request: Request, card: 
         built = _engines(options, source, request, reporter)
     if level >= LOG_LEVELS.index("info"):
         _summary(built, card, console)
-        if not options.dry_run:
-            of = f" of {len(built)} ranks" if len(built) > 1 else ""
-            console.print(f"{options.output_dir}: {source.format.name} engine{of} for {request.target}")
+    if options.dry_run:
+        if request.target != "cpu":
+            build.check_fits(ranks.largest([b.plan for b in built]), card)
+    elif level >= LOG_LEVELS.index("info"):
+        of = f" of {len(built)} ranks" if len(built) > 1 else ""
+        console.print(f"{options.output_dir}: {source.format.name} engine{of} for {request.target}")
 
 
 def _engines(options: argparse.Namespace, source: Source, request: Request, reporter: Reporter) -> list[Built]:

@@ -268,6 +268,8 @@ def test_the_command_prints_the_memory_budget(tmp_path, capsys):
     assert command.main(["--checkpoint_dir", str(tmp_path), "--dry_run", "--gpu_memory", "80G"]) == 0
     text = capsys.readouterr().err
     assert "KV blocks in 80.00 GiB" in text and "28 quantize/dequantize pairs, 0 left unfolded" in text
+    assert command.main(["--checkpoint_dir", str(tmp_path), "--dry_run", "--gpu_memory", "1M"]) == 1
+    assert "more than the 1.00 MiB of --gpu_memory; divide the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "size"), [("80G", 80 << 30), ("141GiB", 141 << 30), ("0.5M", 1 << 19), ("7", 7)])
