@@ -49,7 +49,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--activation_scale_ub", help="fp8_rowwise: bound of a token's largest magnitude, or none (default: 1200)"
     )
-    parser.add_argument("--dtype", help="what is not quantized: bfloat16 or float16 (default: the checkpoint's)")
+    parser.add_argument(
+        "--dtype", default="auto", help="what is not quantized: bfloat16, float16, or auto: the checkpoint's"
+    )
     parser.add_argument("--calib_dataset", type=Path, help=".txt, .jsonl or .parquet with a `text` column")
     parser.add_argument("--calib_size", type=positive, default=512, help="samples")
     parser.add_argument("--calib_max_seq_length", type=positive, default=512, help="tokens per sample")
@@ -86,14 +88,16 @@ def _bound(text: str) -> float | None:
         raise FormatError(f"--activation_scale_ub {text} is neither a number nor none") from error
 
 
-def choose_dtype(requested: str | None, format: Format, checkpoint: Checkpoint) -> str:
-    """The dtype of everything unquantized. float32 checkpoints become bfloat16."""
-    if requested not in (None, "bfloat16", "float16"):
-        raise FormatError(f"--dtype {requested} is not one of bfloat16, float16")
-    if format.dtype and requested not in (None, format.dtype):
+def choose_dtype(requested: str, format: Format, checkpoint: Checkpoint) -> str:
+    """The dtype of everything unquantized. With auto, float32 checkpoints become bfloat16."""
+    if requested not in ("auto", "bfloat16", "float16"):
+        raise FormatError(f"--dtype {requested} is not one of auto, bfloat16, float16")
+    if format.dtype and requested not in ("auto", format.dtype):
         raise FormatError(f"--dtype {requested} contradicts qformat {format.name}")
     stored = read_dtype(checkpoint.config)
-    return format.dtype or requested or ("float16" if stored == "float16" else "bfloat16")
+    if requested != "auto":
+        return requested
+    return format.dtype or ("float16" if stored == "float16" else "bfloat16")
 
 
 def choose_device(requested: str) -> str:
