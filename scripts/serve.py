@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,20 @@ def api_key(args: argparse.Namespace) -> str | None:
     return str(key)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises EngineError if no one can listen there: known before the engine is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise EngineError(
+            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; choose another; --port 0 "
+            "takes a free one"
+        ) from error
+
+
 def server(args: argparse.Namespace) -> Any:
     """A uvicorn server, ready to run. Raises EngineError without the packages of the extra `serve`."""
     try:
@@ -78,6 +93,7 @@ def server(args: argparse.Namespace) -> Any:
             super().handle_exit(sig, frame)
 
     key = api_key(args)
+    check_address(args.host, args.port)
     llm = LLM(
         args.engine_dir,
         args.device,

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -319,6 +320,14 @@ def test_an_unknown_flag_is_refused(command: str, refused: Refusal) -> None:
 def test_a_number_that_makes_no_sense_is_refused(command: str, flag: str, value: str, refused: Refusal) -> None:
     needed = {"run": ("--input_tokens", "5"), "evaluate": ("--data", "text.txt")}.get(command, ())
     refused(command, "--engine_dir", "engine", *needed, f"--{flag}={value}", says=(f"--{flag}", value), status=2)
+
+
+def test_a_taken_port_is_refused_before_the_engine_is_loaded(refused: Refusal) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused(
+            "serve", "--engine_dir", "none", "--port", port, says=(f"--port {port}", "in use", "--port 0"), status=1
+        )
 
 
 def test_debug_tensors_that_match_nothing_name_the_nearest(quantized: Path, refused: Refusal) -> None:
