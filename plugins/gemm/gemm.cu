@@ -70,6 +70,22 @@
 // 1045 990, 1081 1092, 1095 1098, 128 x 192 and two at 8192 x 4096 x 4096 1141 1099. What keeps the tensor cores busier takes
 // clocks in turn (at 16384 above 0.98 TFLOP/s per MHz, 128 x 192 0.92). But a warpgroup alone, 64 x 12288 x 4096 by 64 x 96:
 // 14.1 us instead of 14.5, 14.0 and 14.2 instead of 14.4 and 14.6 (64 x 128 16.3 instead of 16.6; 64 x 64 7.7 instead of 7.6).
+// Three cards later, sustained as fp8-bench kernel measures it (TFLOP/s, means of three calls), and in bursts:
+//              4096 x 7168 x 16384   4096 x 4096 x 14336   2048 x 4096 x 4096   2048 x 12288 x 4096   512 x 4096 x 4096
+//   128 x 128      1133  1226            1198  1295             1144  1251           1148  1276          1044  1141
+//   + two sets     1101  1211            1190  1285             1171  1284           1176  1312          1072  1166
+//   128 x 192      1212  1336            1128  1241             1080  1225           1233  1362           736   925
+//   256 x 128      1187  1377            1189  1381             1122  1303           1136  1332
+//   DeepGEMM's     1305  1467            1278  1463             1177  1349           1227  1402          ( 983  1151)
+// 256 x 128: products of a warpgroup's second 64 rows start behind the first's additions, the next stage is awaited under them;
+// in DeepGEMM's order (a stage awaited, multiplied, added) 1140, 1345; a cluster of two loses 2 to 8%. Of the others:
+//   ptxas' yields: in DeepGEMM's loop every second FFMA yields and reuses no register, as everywhere here where wgmma and
+//     additions are of one iteration; here (128 x 128, 128 x 192) none does. Cubins with these bits changed, either way:
+//     128 x 192 with yields 1075 instead of 1166 (bursts 1261, 1331), 256 x 128 without 1321 instead of 1334 in bursts (8 sizes),
+//     two sets 1035 instead of 1090, DeepGEMM's own 1064 instead of 1295 (1203, 1447)
+//   the scales copied by 8 lanes instead of 32: 192 1064 instead of 1244, 128 959 instead of 1147; by 4 lanes 923
+//   + asked for 8 k blocks ahead, one arrival instead of 32: 1166 instead of 1198, 128 1119 instead of 1137
+// So the copying warp's instructions count, not the latency of scales: DeepGEMM has them by TMA, of a transposed matrix.
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
@@ -283,7 +299,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #else
     Added added = {};
 #endif
-    float d[MMAS * SETS][BLOCK_N / 2];
+    float d[PROMOTE ? SETS : MMAS][BLOCK_N / 2];
     float promoted[PROMOTE ? MMAS : 1][PROMOTE ? BLOCK_N / 2 : 1];
     auto& sum = pick<PROMOTE>(promoted, d);
     if (PINGPONG && warpgroup == 1) {  // the first tile is the other's
@@ -299,10 +315,10 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     u32 a_low = a_first + stage * (STAGE_BYTES / 16), b_low = b_first + stage * (STAGE_BYTES / 16);  // of this stage
     u64 high = wgmma_descriptor(0) >> 32 << 32;  // of every stage
     Scales scale;
-    auto multiply_promoted = [&](float (&products)[BLOCK_N / 2]) {  // this stage
+    auto multiply_promoted = [&](float (&products)[BLOCK_N / 2], int m = 0) {  // this stage, the `m`-th 64 rows
       wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 4; j++) mma(products, high | (a_low + 2 * j), high | (b_low + 2 * j), j);
+      for (int j = 0; j < 4; j++) mma(products, high | (a_low + m * (64 * ROW / 16) + 2 * j), high | (b_low + 2 * j), j);
       wgmma_commit_group();
     };
     auto multiply = [&](int sofar) {  // this stage, added to what `d` holds `sofar`
@@ -320,7 +336,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       if (++stage == STAGES) stage = 0, parity ^= 1;
       if (PROMOTE) a_low = a_first + stage * (STAGE_BYTES / 16), b_low = b_first + stage * (STAGE_BYTES / 16);
     };
-    auto load_scales = [&] {
+    auto load_scales = [&](int m = 0) {  // of the `m`-th 64 rows
       const float* at = block_scales + slot + place;
       scale.columns = at + BLOCK_M * SCALE_VECTOR;
       if constexpr (BLOCKWISE) {
@@ -329,7 +345,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         for (int c = 0; c < COLUMNS; c++) columns[c] = scale.columns[c * SCALE_VECTOR];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          float row = at[row_scales + i * 8 * SCALE_VECTOR];
+          float row = at[row_scales + (m * 64 + i * 8) * SCALE_VECTOR];
 #pragma unroll
           for (int c = 0; c < (COLUMNS ? COLUMNS : 1); c++) {
             scale.row[c][i] = row * columns[c];
@@ -337,24 +353,34 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           }
         }
       }
-      if (++place == SCALE_VECTOR) {
+      if (m == MMAS - 1 && ++place == SCALE_VECTOR) {
         place = 0;
         slot = slot == (SLOTS - 1) * SLOT ? 0 : slot + SLOT;
       }
     };
-    // PROMOTE: adds the products under way and starts those of the next stage; where there is none (there always is, as ptxas
-    // sees it), those of what lies there. All other work stands here, not between the stage's four wgmmas: there the
-    // other warpgroup's seem to come in between, so that both wait at once and add at once (12% slower).
-    auto add_and_go_on = [&](float (&sums)[BLOCK_N / 2], float (&products)[BLOCK_N / 2], bool more) {
-      load_scales();
-      wgmma_wait_group<0>();
+    // PROMOTE: adds the products under way, 64 rows after the other, and starts the next ones, at last those of the next stage;
+    // where there is none (there always is, as ptxas sees it), those of what lies there. All other work stands here, not
+    // between the four wgmmas of 64 rows: there the other warpgroup's seem to come in between, so that both wait at once and
+    // add at once (12% slower).
+    auto add_and_go_on = [&](bool more) {
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; i++) pin(products[i]);
-      promote(sums, products, scale);
-      release(empty_bar + stage * 8);
-      advance();
-      if (more) mbarrier_wait(full_bar + stage * 8, parity);
-      multiply_promoted(products);
+      for (int m = 0; m < MMAS; m++) {
+        load_scales(m);
+        wgmma_wait_group<0>();
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 2; i++) pin(d[0][i]);
+        promote(sum[m], d[0], scale);
+        if (m == MMAS - 1) {
+          release(empty_bar + (MMAS == 1 ? stage : last) * 8);
+          if (MMAS == 1) advance();
+          if (MMAS == 1 && more) mbarrier_wait(full_bar + stage * 8, parity);
+          multiply_promoted(d[0]);
+        } else {
+          multiply_promoted(d[0], m + 1);
+          if (m == MMAS - 2) advance();
+          if (m == MMAS - 2 && more) mbarrier_wait(full_bar + stage * 8, parity);
+        }
+      }
     };
     // SETS 2: starts the next stage's products and adds those under way. ptxas follows products past the end of a loop's body
     // only if all are awaited at its beginning (`first`): there the other warpgroup's alone are under way.
@@ -419,8 +445,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
             go_on_and_add(sum[0], d[1 - j % 2], d[j % 2], j == 0, j + 1 < UNROLLED || k + UNROLLED < k_end || unit + step < units);
       } else if constexpr (PROMOTE) {
 #pragma unroll 1
-        for (int k = k_begin; k + 1 < k_end; k++) add_and_go_on(sum[0], d[0], true);
-        add_and_go_on(sum[0], d[0], unit + step < units);
+        for (int k = k_begin; k + 1 < k_end; k++) add_and_go_on(true);
+        add_and_go_on(unit + step < units);
       } else {
 #pragma unroll 1
         for (int k = k_begin; k < k_end; k++) {

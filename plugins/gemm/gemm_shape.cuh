@@ -38,7 +38,7 @@ constexpr int VECTOR = (BLOCK_N + 127) / 128;            // scales that a thread
 static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
-static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG && MMAS == 1));
+static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG && (MMAS == 1 || SETS == 1)));
 static_assert(!ADD || (PINGPONG && TMA_STORE && !SWIGLU && !QUANT));
 static_assert(SETS == 1 || (SETS == 2 && PROMOTE && K_BLOCKS % (2 * SPLIT) == 0));
 // SETS 2: k blocks in the body of the loop, and those before it.

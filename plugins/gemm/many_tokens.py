@@ -26,10 +26,12 @@ CODES = {"bfloat16": 0, "float16": 1, "float32": 2}
 OPERANDS = {"float8_e4m3fn": 0, "bfloat16": 1, "float16": 2}
 CLUSTERS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]  # M, N, split of K
 PROMOTED_N = 192  # columns for which a warpgroup of 64 rows has registers twice
-TWO_SETS = (96, 128)  # columns for which one without another beside it had better have two sets of products
+TWO_SETS = (96, 128)  # columns for which a warpgroup may have two sets of products
 PROMOTION = 250  # clocks that the tensor cores idle in a k block while its products are promoted
 SCALE = 20  # and for each scale of its columns beyond the first
-SECOND_SET = 0.98  # of the time that a tile takes with one
+SECOND_SET = 0.98  # of the time that a tile takes with one; of two warpgroups up to SHORT k blocks, beyond that longer
+SHORT = 64
+LARGE_EPILOGUE = 5000  # clocks more of a tile of 256 rows that is promoted: there is room for one store buffer
 OFFERED = 6  # candidates that are worth timing
 SUSTAINED = 2048  # tokens from which on steps are long
 STAYING = 12 << 20  # bytes of x that stay in the L2 cache while w passes through it
@@ -129,7 +131,7 @@ class Problem:
         if not self["PROMOTE"]:
             return 2
         chunk = self.chunk(t.BLOCK_N)
-        chunks = t.BLOCK_N // (1 + self["SWIGLU"]) * self.out_bytes // chunk
+        chunks = t.BLOCK_M // t.warpgroups // 64 * (t.BLOCK_N // (1 + self["SWIGLU"]) * self.out_bytes // chunk)
         return max(1, min(chunks, (SHARED_MAX - self._shared(t, 0)) // (t.warpgroups * 64 * chunk)))
 
     def shared(self, t: ManyTokens) -> int:
@@ -199,12 +201,15 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
     tiles += [(64, n, 1) for n in (64, 128, 192, 256)] + [(128, n, 1) for n in (64, 96, 128)]
     spills = not p["TMA_STORE"] or (p["SWIGLU"] and p["BIAS"])
     tiles += [(128, 192, 1)] if heat(tokens, p.n) == 1 and not spills else []
+    blocks = p.blockwise and p["W_GROUP"] == SCALE_BLOCK
     for block_m, block_n, pingpong in tiles:
         if (block_m > 64 and tokens <= block_m // 2) or not p.chunk(block_n):
             continue
         rows = block_m if pingpong or block_m == 64 else block_m // 2  # of a warpgroup
-        if p["PROMOTE"] and (pingpong or rows > 64 or block_n > PROMOTED_N):
-            continue  # 256 x 96 fits, too, but 128 x 192 was the faster by 1 to 9% at 20 of 20 sizes
+        if p["PROMOTE"] and (pingpong or (rows // 64 + 1) * block_n > 2 * PROMOTED_N):
+            continue
+        if p["PROMOTE"] and rows > 64 and (block_n < 128 or not blocks):
+            continue  # 128 x 192 was faster than 256 x 96 by 1 to 9% at 20 of 20 sizes
         for cluster_m, cluster_n, split in CLUSTERS:
             few_tiles = -(-tokens // block_m) * -(-p.n // block_n) <= clusters(split)
             if tokens <= block_m * (cluster_m - 1) or p.n <= block_n * (cluster_n - 1):
@@ -213,10 +218,10 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
                 continue  # pairs gain little already
             if block_m // cluster_n % 8 or block_n // cluster_m % 8:  # parts are whole swizzle atoms
                 continue
-            if split > 1 and (pingpong or not few_tiles or p.k_blocks < 4 * split):
+            if split > 1 and (pingpong or not few_tiles or p.k_blocks < 4 * split or (p["PROMOTE"] and rows > 64)):
                 continue
-            alone = p["PROMOTE"] and block_m == 64 and split == 1
-            for sets in (1, 2) if alone and block_n in TWO_SETS and p.k_blocks % 2 == 0 else (1,):
+            room = p["PROMOTE"] and split == 1 and (block_m == 64 or (block_m == block_n == 128 and blocks))
+            for sets in (1, 2) if room and block_n in TWO_SETS and p.k_blocks % 2 == 0 else (1,):
                 t = deepest(p, ManyTokens(block_m, block_n, 0, pingpong, cluster_m, cluster_n, split, sets))
                 if t and (split == 1 or t.STAGES * (block_m + block_n) * ATOM >= block_m * block_n * 4):
                     yield t
@@ -257,9 +262,10 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
     block = 0.94 * multiply + 0.07 * shared + 0.17 * l2 + 75 * (t.cluster > 1) + p["PROMOTE"] * promotion(t, p)
     main = -(-p.k_blocks // t.SPLIT) * block
     if t.SETS == 2:
-        main *= SECOND_SET
+        main *= SECOND_SET if t.warpgroups == 1 or p.k_blocks <= SHORT else 1 / SECOND_SET
     writers = 2 if t.warpgroups == 2 and not t.PINGPONG else 1
     epilogue = 500 + 0.155 * t.BLOCK_M * t.BLOCK_N / writers * (1 + 0.5 * p["SWIGLU"])
+    epilogue += LARGE_EPILOGUE * (p["PROMOTE"] and t.BLOCK_M == 256)
     waves = units / clusters(t.cluster)
     warm, whole = min(1.0, waves / 8), 0.68
     main *= 1 + 0.1 * warm * max(0.0, t.BLOCK_N / 128 - 1)
@@ -278,9 +284,10 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
 def promotion(t: ManyTokens, p: Problem) -> int:
     """Clocks that it adds to a k block. With these numbers the model takes the best tile or one within 2.3% of it at 26
     blockwise sizes of 64 to 8192 tokens, from 512 on under sustained load (300 for all tiles: 5 to 9% slower at three).
+    It is of 64 rows of a warpgroup: one of 128 promotes twice in a k block.
     """
     scales = t.BLOCK_N // math.gcd(t.BLOCK_N, SCALE_BLOCK) if p.blockwise and p["W_GROUP"] == SCALE_BLOCK else 1
-    return PROMOTION + SCALE * (scales - 1)
+    return (PROMOTION + SCALE * (scales - 1)) * (t.BLOCK_M // t.warpgroups // 64)
 
 
 def kernels(plugin: Plugin, tactic: ManyTokens, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
