@@ -210,16 +210,17 @@ def test_tactics_survive_the_plan_and_fit_the_shared_memory() -> None:
         given = types(case)
         for tactic in case.plugin.tactics(given, case.step.tokens):
             assert case.plugin.tactic(dataclasses.asdict(tactic)) == tactic
-            row = prefill.row_bytes(case.plugin, given)
-            assert prefill.shared_bytes(row, tactic) <= prefill.SHARED_LIMIT
+            fp8 = given[8].dtype == "float8_e4m3fn"
+            assert prefill.shared_bytes(case.plugin.head_dim, fp8, tactic) <= prefill.SHARED_LIMIT
 
 
-def test_work_list_has_room_for_every_tile() -> None:
+@pytest.mark.parametrize("fp8", [True, False])
+def test_work_list_has_room_for_every_tile(fp8: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        lengths = torch.randint(1, 400, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator)
-        tiles = sum(-(-int(n) // prefill.TILE) for n in lengths)
-        assert tiles <= prefill.most_tiles(int(lengths.sum()), len(lengths))
+        lengths = torch.randint(1, 600, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator)
+        tiles = sum(-(-int(n) // prefill.tile_rows(fp8)) for n in lengths)
+        assert tiles <= prefill.most_tiles(int(lengths.sum()), len(lengths), fp8)
 
 
 @pytest.mark.parametrize("tokens", [2, 7, 64])
@@ -240,23 +241,44 @@ def test_the_tolerance_of_few_tokens_covers_what_flipped_codes_do_to_them(tokens
     assert tolerance > cases.TOLERANCES[True, False][0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
-def test_kernels_write_the_references_bits_into_the_cache() -> None:
+def launched(
+    plugin: Attention, kinds: list[Tensor | None], packed: list[torch.Tensor | None], step: StepShape
+) -> torch.Tensor:
+    """The output. packed: inputs on the GPU, the caches in the kernels' layout; kinds: as `infer` takes them."""
     from fp8.plugins.cuda import Module
 
+    tactic = plugin.tactics(kinds, step.tokens)[0]
+    functions = [Module(compile.compile_kernel(k).code).function(k.entry) for k in plugin.kernels(tactic, kinds)]
+    (out,) = plugin.infer(kinds)
+    y = torch.empty(out.shape, dtype=getattr(torch, out.dtype), device="cuda")
+    size = plugin.workspace(tactic, kinds, step.tokens, step.sequences)
+    workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    plugin.bind(tactic, functions, [*packed, y], workspace)(step)
+    return y
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
+def test_kernels_write_the_references_bits_into_the_cache() -> None:
     for case in SMALL:
         given = case.make(torch.Generator("cuda").manual_seed(3), "cuda")
-        kinds = types_of(given)
-        plugin: Attention = case.plugin
-        tactic = plugin.tactics(kinds, case.step.tokens)[0]
-        functions = [Module(compile.compile_kernel(k).code).function(k.entry) for k in plugin.kernels(tactic, kinds)]
-        size = plugin.workspace(tactic, kinds, case.step.tokens, case.step.sequences)
         packed = list(given)
         packed[8], packed[9] = layout.pack_cache(given[8], given[9])
-        (out,) = plugin.infer(kinds)
-        y = torch.empty(out.shape, dtype=getattr(torch, out.dtype), device="cuda")
-        workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        plugin.bind(tactic, functions, [*packed, y], workspace)(case.step)
-        plugin.reference(*given, step=case.step)
+        launched(case.plugin, types_of(given), packed, case.step)
+        case.plugin.reference(*given, step=case.step)
         for found, expected in zip(layout.unpack_cache(*packed[8:10]), given[8:10], strict=True):
             assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), case.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("prompt", "chunk"), [(700, 77), (1000, 333), (2500, 1001)])
+def test_the_last_rows_of_a_prompt_are_the_same_bits_as_a_chunk_of_their_own(prompt: int, chunk: int) -> None:
+    """With an e4m3 cache, whose sums of 1024 tokens are cut by the tokens' places in the context alone."""
+    case = cases.case("whole", cases.whole(prompt))
+    given = case.make(torch.Generator("cuda").manual_seed(3), "cuda")
+    kinds, packed = types_of(given), list(given)
+    packed[8], packed[9] = layout.pack_cache(given[8], given[9])
+    whole = launched(case.plugin, kinds, packed, case.step)
+    packed[:3] = [t[-chunk:].contiguous() for t in packed[:3]]
+    packed[3] = torch.tensor([0, chunk], dtype=torch.int32, device="cuda")
+    alone = launched(case.plugin, kinds, packed, StepShape(chunk, 1, 0, chunk, prompt, 1))
+    assert torch.equal(whole[-chunk:].view(torch.uint8), alone.view(torch.uint8))

@@ -44,65 +44,79 @@ if TYPE_CHECKING:
     from fp8.plugins.cuda import Function
 
 E4M3 = "float8_e4m3fn"
-TILE = 128  # query rows of a work item, and tokens of a K or V tile
+TILE = 128  # tokens of a K or V tile
 SHARED_LIMIT = 226 * 1024  # bytes of dynamic shared memory; barriers take less than the 1 KB left
 TILE_ENTRY = 16  # bytes of the work list: tiles.cuh
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Depth of the rings of K and V tiles, and of Q tiles. Tiles of 64 KB (16 bits) leave room for three and one, which
-    are 6 to 15 % faster than two and two."""
+    """Depth of the rings of K tiles, of V tiles (with 16 bits the same), and of Q tiles. 16 bits: three, three and one,
+    where there is room for no more, are 6 to 15 % faster than two of each."""
 
-    prefill_stages: int = 4
+    prefill_stages: int = 3
+    prefill_values: int = 2
     prefill_queries: int = 2
+
+
+def _fp8(inputs: Sequence[Tensor | None]) -> bool:
+    cache = inputs[8]
+    assert cache is not None
+    return cache.dtype == E4M3
 
 
 def row_bytes(plugin: Attention, inputs: Sequence[Tensor | None]) -> int:
     """Of one head of q, k or v."""
-    cache = inputs[8]
-    assert cache is not None
-    return plugin.head_dim * (1 if cache.dtype == E4M3 else 2)
+    return plugin.head_dim * (1 if _fp8(inputs) else 2)
 
 
-def shared_bytes(row: int, tactic: Prefill) -> int:
-    return (tactic.prefill_queries + 2 * tactic.prefill_stages) * TILE * row
+def tile_rows(fp8: bool) -> int:
+    """Query rows of a work item: 64 of each of the kernel's consumer warpgroups (tiles.cuh)."""
+    return 192 if fp8 else 128
+
+
+def shared_bytes(head_dim: int, fp8: bool, tactic: Prefill) -> int:
+    """The rings, and with an e4m3 cache the float32 total of O."""
+    rows = tactic.prefill_queries * tile_rows(fp8) + (tactic.prefill_stages + tactic.prefill_values) * TILE
+    return rows * head_dim + 4 * tile_rows(fp8) * head_dim if fp8 else 2 * rows * head_dim
 
 
 def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Prefill]:
-    row = row_bytes(plugin, inputs)
-    deep = (tactic for tactic in (Prefill(4, 2), Prefill(3, 1)) if shared_bytes(row, tactic) <= SHARED_LIMIT)
-    return [next(deep), Prefill(2, 2)]
+    if _fp8(inputs):
+        return [Prefill(3, 2, 2), Prefill(2, 3, 2)]
+    deep = (t for t in (Prefill(4, 4, 2), Prefill(3, 3, 1)) if shared_bytes(plugin.head_dim, False, t) <= SHARED_LIMIT)
+    return [next(deep), Prefill(2, 2, 2)]
 
 
 def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
-    qkv, cache = inputs[0], inputs[8]
-    assert qkv is not None and cache is not None
-    fp8 = int(cache.dtype == E4M3)
+    qkv, fp8 = inputs[0], _fp8(inputs)
+    assert qkv is not None
     constants = (
         ("NUM_HEADS", plugin.num_heads),
         ("NUM_KV_HEADS", plugin.num_kv_heads),
         ("HEAD_DIM", plugin.head_dim),
-        ("FP8_CACHE", fp8),
+        ("FP8_CACHE", int(fp8)),
         ("QUANT_OUT", int(plugin.quant_out)),
         ("DTYPE", ("bfloat16", "float16").index(qkv.dtype)),
         ("SCALE_LOG2", plugin.softmax_scale * math.log2(math.e)),
         ("Q_STAGES", tactic.prefill_queries),
-        ("STAGES", tactic.prefill_stages),
     )
-    return (Kernel("attention", "prefill.cu", "prefill", constants),)
+    if fp8:
+        stages = (("K_STAGES", tactic.prefill_stages), ("V_STAGES", tactic.prefill_values))
+        return (Kernel("attention", "prefill_e4m3.cu", "prefill", constants + stages),)
+    return (Kernel("attention", "prefill.cu", "prefill", (*constants, ("STAGES", tactic.prefill_stages))),)
 
 
-def most_tiles(tokens: int, sequences: int) -> int:
+def most_tiles(tokens: int, sequences: int, fp8: bool) -> int:
     """Bound of the number of query tiles: every sequence has at most one that is not full."""
-    return tokens // TILE + sequences
+    return tokens // tile_rows(fp8) + sequences
 
 
 def workspace(
     plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
 ) -> int:
     """The work list, which the first part writes: its length, then its tiles."""
-    return TILE_ENTRY * (1 + most_tiles(max_tokens, max_sequences))
+    return TILE_ENTRY * (1 + most_tiles(max_tokens, max_sequences, _fp8(inputs)))
 
 
 def bind(
@@ -119,23 +133,24 @@ def bind(
 
     tables, key, y = tensors[5], tensors[8], tensors[14]
     assert tables is not None and key is not None and y is not None and workspace is not None
-    row = plugin.head_dim * key.element_size()
-    maps = [_query_map(q), *_cache_maps(plugin, tensors)]
+    fp8 = key.element_size() == 1
+    rows = tile_rows(fp8)
+    maps = [_query_map(q, rows), *_cache_maps(plugin, tensors)]
     beside = ctypes.c_int()
     args = [*maps, workspace, tables, *tensors[10:14], y, ctypes.c_int(tables.shape[1]), beside]
-    launch = Launch(functions[0], 384, args, shared_bytes(row, tactic))
+    launch = Launch(functions[0], 2 * rows + 128, args, shared_bytes(plugin.head_dim, fp8, tactic))
     multiprocessors = torch.cuda.get_device_properties(y.device).multi_processor_count
 
     def run(step: StepShape) -> None:
-        tiles = most_tiles(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences)
+        tiles = most_tiles(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences, fp8)
         beside.value = step.decode_sequences > 0
         launch(min(multiprocessors, tiles * plugin.num_heads))
 
     return run
 
 
-def _query_map(q: torch.Tensor) -> object:
-    """[tokens, heads, D]: a box is 128 tokens of one head, one swizzle atom wide."""
+def _query_map(q: torch.Tensor, rows: int) -> object:
+    """[tokens, heads, D]: a box is the rows of a work item of one head, one swizzle atom wide."""
     from fp8.plugins.cuda import tensor_map
 
     tokens, heads, head_dim = q.shape
@@ -146,7 +161,7 @@ def _query_map(q: torch.Tensor) -> object:
         str(q.dtype).removeprefix("torch."),
         [head_dim, heads, tokens],
         [head_dim * size, heads * head_dim * size],
-        [swizzle // size, 1, TILE],
+        [swizzle // size, 1, rows],
         swizzle,
     )
 

@@ -11,16 +11,16 @@ constexpr int TILE_KV = 128;
 constexpr float P_LOG2_SCALE = FP8_CACHE ? 8.f : 0.f;  // P * 256 uses e4m3's range
 
 // Puts the scores' first use behind the wait for them.
-DEVICE void pin_scores(float (&s)[TILE_KV / 2]) {
+template <int N> DEVICE void pin_scores(float (&s)[N]) {
 #pragma unroll
-  for (int i = 0; i < TILE_KV / 2; i++) pin(s[i]);
+  for (int i = 0; i < N; i++) pin(s[i]);
 }
 
 // Hides the columns after each row's own position; `visible` is the last visible column of the tile for a thread's two
 // rows, less its own column offset.
-DEVICE void mask(float (&s)[TILE_KV / 2], const int (&visible)[2]) {
+template <int N> DEVICE void mask(float (&s)[N], const int (&visible)[2]) {
 #pragma unroll
-  for (int i = 0; i < TILE_KV / 2; i++)
+  for (int i = 0; i < N; i++)
     if (i / 4 * 8 + i % 2 > visible[i / 2 % 2]) s[i] = -__uint_as_float(0x7F800000);
 }
 
@@ -31,20 +31,20 @@ struct Softmax {
 };
 
 // The largest or smallest of a thread's scores of a row, as integers: three at a time (VIMNMX3).
-template <bool LARGEST> DEVICE int extreme(const float (&s)[TILE_KV / 2], int row) {
+template <bool LARGEST, int N> DEVICE int extreme(const float (&s)[N], int row) {
   const auto better = [](int a, int b) { return LARGEST ? max(a, b) : min(a, b); };
   int a = __float_as_int(s[2 * row]), b = __float_as_int(s[2 * row + 1]);
 #pragma unroll
-  for (int i = 4; i < TILE_KV / 2; i += 8) {
+  for (int i = 4; i < N; i += 8) {
     a = better(better(a, __float_as_int(s[i + 2 * row])), __float_as_int(s[i + 2 * row + 1]));
-    if (i + 4 < TILE_KV / 2) b = better(better(b, __float_as_int(s[i + 4 + 2 * row])), __float_as_int(s[i + 5 + 2 * row]));
+    if (i + 4 < N) b = better(better(b, __float_as_int(s[i + 4 + 2 * row])), __float_as_int(s[i + 5 + 2 * row]));
   }
   return better(a, b);
 }
 
 // Maxima of a thread's two rows over its columns. The largest integer is the largest float if it is not negative; if all
 // are negative, the smallest is.
-DEVICE void row_maxima(const float (&s)[TILE_KV / 2], int (&top)[2]) {
+template <int N> DEVICE void row_maxima(const float (&s)[N], int (&top)[2]) {
   top[0] = extreme<true>(s, 0), top[1] = extreme<true>(s, 1);
   if (__any_sync(~0u, (top[0] | top[1]) < 0)) {
     const int low[2] = {extreme<false>(s, 0), extreme<false>(s, 1)};
@@ -54,7 +54,7 @@ DEVICE void row_maxima(const float (&s)[TILE_KV / 2], int (&top)[2]) {
 }
 
 // Raises the maxima to those of s.
-DEVICE void raise(const float (&s)[TILE_KV / 2], Softmax& state, float scale) {
+template <int N> DEVICE void raise(const float (&s)[N], Softmax& state, float scale) {
   int top[2];
   row_maxima(s, top);
 #pragma unroll
@@ -71,23 +71,23 @@ DEVICE void raise(const float (&s)[TILE_KV / 2], Softmax& state, float scale) {
 }
 
 // s becomes P * 2^P_LOG2_SCALE.
-DEVICE void exponentials(float (&s)[TILE_KV / 2], const Softmax& state, float scale) {
+template <int N> DEVICE void exponentials(float (&s)[N], const Softmax& state, float scale) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const float bias = P_LOG2_SCALE - state.maximum[r];
 #pragma unroll
-    for (int i = 0; i < TILE_KV / 2; i++)
+    for (int i = 0; i < N; i++)
       if (i / 2 % 2 == r) s[i] = ex2_approx(fmaf(s[i], scale, bias));
   }
 }
 
 // A tile's sums of P, onto `zero`: not among the exponentials, where each addition would wait for one just begun.
-DEVICE void sums(const float (&s)[TILE_KV / 2], float (&l)[2], float zero) {
+template <int N> DEVICE void sums(const float (&s)[N], float (&l)[2], float zero) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float l0 = zero, l1 = zero;
 #pragma unroll
-    for (int i = 0; i < TILE_KV / 2; i += 4) l0 += s[i + 2 * r], l1 += s[i + 2 * r + 1];
+    for (int i = 0; i < N; i += 4) l0 += s[i + 2 * r], l1 += s[i + 2 * r + 1];
     l[r] = l0 + l1;
   }
 }

@@ -1,11 +1,15 @@
 #pragma once
-// The work list of the prefill kernel: one entry per tile of 128 query rows of one sequence, longest first, so that blocks
+// The work list of the prefill kernels: one entry per tile of TILE_Q query rows of one sequence, longest first, so that blocks
 // which take from it in order end evenly. An entry is {first row in the packed batch, valid rows, position of the first
 // row in its context, sequence}. tiles[0] is {entries, items taken, heads of a section, 0}: an item is an entry and a head;
 // the list is gone through for one section of heads after another, so that what a section reads stays in the L2 cache.
+//
+// Constants: FP8_CACHE.
 #include "fp8/types.cuh"
 
-constexpr int TILE_Q = 128;
+constexpr int TILE_Q = FP8_CACHE ? 192 : 128;  // query rows: 64 of each consumer warpgroup
+// A sequence's rows are divided from this multiple behind their end on: a tile that is not full is the one of the shortest context.
+constexpr int TILE_STEP = FP8_CACHE ? 64 : 128;
 constexpr int SECTION_BYTES = 16 << 20;  // of keys and values
 constexpr int TILE_BINS = 128;  // by context length
 
@@ -18,7 +22,7 @@ DEVICE void write_tiles(int* bins, int4* tiles, const int* query_start, const in
   int context = 0, longest = 1;
   for (int i = first + lane; i < last; i += 32) context += sequence_lengths[i], longest = max(longest, sequence_lengths[i]);
   context = __reduce_add_sync(~0u, context), longest = __reduce_max_sync(~0u, longest);
-  const int width = ((longest - 1) / (TILE_BINS * TILE_Q) + 1) * TILE_Q;  // of a bin, in tokens
+  const int width = ((longest - 1) / (TILE_BINS * 128) + 1) * 128;  // of a bin, in tokens
   for (int i = 0; i < EACH; i++) bins[lane * EACH + i] = 0;
   __syncwarp();
 #pragma unroll 1
@@ -27,8 +31,8 @@ DEVICE void write_tiles(int* bins, int4* tiles, const int* query_start, const in
     for (int i = first + lane; i < last; i += 32) {
       const int begin = query_start[i], rows = query_start[i + 1] - begin, cached = sequence_lengths[i] - rows;
 #pragma unroll 1
-      for (int row = (rows - 1) / TILE_Q * TILE_Q; row >= 0 && rows > 0; row -= TILE_Q) {
-        const int valid = min(TILE_Q, rows - row), bin = (max(cached + row + valid, 1) - 1) / width;
+      for (int end = (rows + TILE_STEP - 1) / TILE_STEP * TILE_STEP; end > 0; end -= TILE_Q) {
+        const int row = max(end - TILE_Q, 0), valid = min(end, rows) - row, bin = (max(cached + row + valid, 1) - 1) / width;
         const int place = atomicAdd(&bins[TILE_BINS - 1 - bin], 1);
         if (pass == 1) tiles[1 + place] = make_int4(begin + row, valid, cached + row, i);
       }
