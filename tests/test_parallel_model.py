@@ -130,7 +130,8 @@ def test_with_more_gpus_the_rows_stand_and_what_is_right_is_asked_for() -> None:
     """Not what is fast: that was measured among two."""
     two, four = ({t.name: t for t in rank_targets.targets(n)} for n in (2, 4))
     same = {name.replace("tp 2", "tp 4").replace("pp 2", "pp 4") for name in two}
-    assert set(four) == same
+    one_launch = "llama-7b of few layers, tp 4, one launch: logits, SQNR to NCCL's"
+    assert set(four) == same - {one_launch}  # a quarter of that MLP is no multiple of 128
     asked = {t.name for t in four.values() if t.target is not None}
     right = (": failures", " launches at varied sizes", ": wrong results", " or not finite", "SQNR to NCCL's")
     assert asked == {n for n in four if n.startswith("example ") or n.endswith(right)}
