@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0, help="of an engine of several ranks (default: 0)")
     parser.add_argument("--layers", action="store_true", help="every step with its types and shapes")
     parser.add_argument("--tactics", action="store_true", help="every step's tactics, and the kernels with registers")
-    parser.add_argument("--fusion", action="store_true", help="every quantize/dequantize pair and who took it")
+    parser.add_argument("--fusion", action="store_true", help="the quantize/dequantize pairs and who took them")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser.parse_args(arguments)
 
@@ -191,10 +191,15 @@ def fusion(plan: Plan, console: Console) -> None:
     if not plan.fusion_report:
         console.print("no quantize/dequantize pairs")
         return
-    table = _table("quantize/dequantize pairs", "tensor", "quantized by", "dequantized by", "")
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for pair in plan.fusion_report:
         quantized = pair["quantize_in"] or ("(stored)" if not pair["quantize"] else "nobody")
-        table.add_row(pair["tensor"], quantized, pair["dequantize_in"] or "nobody", pair.get("reason", "folded"))
+        ends = (pair["tensor"], quantized, pair["dequantize_in"] or "nobody")
+        groups.setdefault((*(_shape(end)[0] for end in ends), pair.get("reason", "folded")), []).append(ends)
+    table = _table("quantize/dequantize pairs", "tensor", "quantized by", "dequantized by", "pairs", "")
+    for (*_, became), pairs in groups.items():
+        columns = (_joined(list(dict.fromkeys(names))) for names in zip(*pairs, strict=True))
+        table.add_row(*columns, str(len(pairs)), became)
     console.print(table)
 
 

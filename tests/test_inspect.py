@@ -56,6 +56,15 @@ def test_layers_that_differ_are_shown_apart(directory, capsys):
     assert "model.layers.0.input_layernorm" in text and "model.layers.1-2.input_layernorm" in text
 
 
+def test_pairs_that_differ_by_their_layer_only_share_a_line(directory, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    facts = json.loads(shown(directory, capsys, "--json"))
+    lines = [line.split("│") for line in shown(directory, capsys, "--fusion").splitlines() if "folded" in line]
+    pairs = {line[1].strip(): int(line[4]) for line in lines if len(line) > 5}
+    assert sum(pairs.values()) == len(facts["fusion_report"]) == 54
+    assert pairs["model.layers.0-2.mlp.down_proj.weight"] == 3
+
+
 def test_json_holds_the_plan_and_the_sizes(directory, capsys):
     facts = json.loads(shown(directory, capsys, "--json"))
     assert len(facts["steps"]) == 24 and facts["files"]["rank0.safetensors"] > 0
