@@ -127,29 +127,12 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
     }
     rank = (beside ? 0 : gridDim.x) + __shfl_sync(~0u, taken, 0);
   }
-  if (lane == 0) {
-    mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
-    b.items[q.stage].rows = -1;
-    mbarrier_arrive(shared_address(&b.q_full[q.stage]));
-  }
+  if (lane == 0) end_items(b, q);
 }
 
-struct Consumer {
-  Shared& b;
+struct Consumer : Rings<Shared, STAGES, STAGES> {
   u32 k_smem, v_smem;
-  Ring<STAGES> k, v;
   float scale;
-  int lane;
-  METHOD void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
-  METHOD void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
-  METHOD void release_k() {
-    if (lane == 0) mbarrier_arrive(shared_address(&b.k_empty[k.stage]));
-    k.next();
-  }
-  METHOD void release_v() {
-    if (lane == 0) mbarrier_arrive(shared_address(&b.v_empty[v.stage]));
-    v.next();
-  }
 
   // P of a tile and its sums once more, with maxima that the tile has raised.
   template <bool MASKED>
@@ -198,7 +181,7 @@ struct Consumer {
 DEVICE void consume(u8* y, const float* out_scale, Shared& b, u32 q_smem, u32 k_smem, u32 v_smem, int group) {
   const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const float out_factor = QUANT_OUT ? 1.f / *out_scale : 1.f;
-  Consumer my{b, k_smem, v_smem, {}, {}, (float)SCALE_LOG2, lane};
+  Consumer my{{b, lane}, k_smem, v_smem, (float)SCALE_LOG2};
   Ring<Q_STAGES> q_ring;
 #pragma unroll 1
   while (true) {
@@ -262,21 +245,9 @@ DEVICE void consume(u8* y, const float* out_scale, Shared& b, u32 q_smem, u32 k_
       my.wait_v();
       my.release_v();
     }
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float l = state.sum[r];
-      l += __shfl_xor_sync(~0u, l, 1);
-      l += __shfl_xor_sync(~0u, l, 2);
-      factor[r] = l > 0.f ? out_factor / l : 0.f;  // a sequence of length 0 has no sum
-    }
+    const float factor[2] = {row_factor(state.sum[0], out_factor), row_factor(state.sum[1], out_factor)};
     scale_rows(o, factor);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int place = row_of_tile + 8 * r;
-      u8* to = y + ((u64)(item.row + place) * NUM_HEADS + item.head) * HEAD_DIM * OUT_BYTES;
-      store_row(to, o, r, c, place < item.rows);
-    }
+    store_rows(y, o, item, row_of_tile, c);
   }
 }
 

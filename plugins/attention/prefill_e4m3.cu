@@ -123,32 +123,15 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
     }
     rank = (beside ? 0 : gridDim.x) + __shfl_sync(~0u, lane == 0 ? atomicAdd(&tiles[0].y, 1) : 0, 0);
   }
-  if (lane == 0) {
-    mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
-    b.items[q.stage].rows = -1;
-    mbarrier_arrive(shared_address(&b.q_full[q.stage]));
-  }
+  if (lane == 0) end_items(b, q);
 }
 
-struct Consumer {
-  Shared& b;
+struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
   u32 k_smem, v_smem;
   float scale;
-  int lane, group;
+  int group;
   float4* total;  // of this thread in shared memory, 128 * GROUPS apart
-  Ring<K_STAGES> k;
-  Ring<V_STAGES> v;
   u32 behind[2];  // of the thread's two rows: log2 of what the total is to be divided by
-  METHOD void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
-  METHOD void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
-  METHOD void release_k() {
-    if (lane == 0) mbarrier_arrive(shared_address(&b.k_empty[k.stage]));
-    k.next();
-  }
-  METHOD void release_v() {
-    if (lane == 0) mbarrier_arrive(shared_address(&b.v_empty[v.stage]));
-    v.next();
-  }
   // The warpgroups issue products in turn, a tile's P V and Q K^T at a time: so the softmax of each runs under the products of
   // the others. Named barriers 1 to 3. Each takes as many turns in an item.
   METHOD void take_turn() { barrier_sync(1 + group, 256); }
@@ -239,7 +222,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
                     Shared& b, u32 q_smem, u32 k_smem, u32 v_smem, float4* total, int group) {
   const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const float out_factor = QUANT_OUT ? *v_scale / *out_scale : *v_scale;
-  Consumer my{b, k_smem, v_smem, (float)SCALE_LOG2 * *q_scale * *k_scale, lane, group, total};
+  Consumer my{{b, lane}, k_smem, v_smem, (float)SCALE_LOG2 * *q_scale * *k_scale, group, total};
   if (group == GROUPS - 1) my.pass_turn();  // the first turn is warpgroup 0's
   Ring<Q_STAGES> q_ring;
 #pragma unroll 1
@@ -299,21 +282,9 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
       my.take_turn();
       my.pass_turn();
     }
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float l = state.sum[r];
-      l += __shfl_xor_sync(~0u, l, 1);
-      l += __shfl_xor_sync(~0u, l, 2);
-      factor[r] = l > 0.f ? out_factor / l : 0.f;  // a sequence of length 0 has no sum
-    }
+    const float factor[2] = {row_factor(state.sum[0], out_factor), row_factor(state.sum[1], out_factor)};
     scale_rows(o, factor);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int place = row_of_tile + 8 * r;
-      u8* to = y + ((u64)(same.row + place) * NUM_HEADS + same.head) * HEAD_DIM * OUT_BYTES;
-      store_row(to, o, r, c, place < same.rows);
-    }
+    store_rows(y, o, same, row_of_tile, c);
   }
 }
 

@@ -1,8 +1,9 @@
 #pragma once
-// What the prefill kernels of both cache types share: items of the work list (tiles.cuh), rings, and how a row of O leaves.
+// What the prefill kernels of both cache types share: items of the work list (tiles.cuh), rings, and how rows of O leave.
 //
 // Constants: NUM_HEADS, HEAD_DIM, FP8_CACHE, QUANT_OUT, DTYPE.
 #include "fp8/convert.cuh"
+#include "fp8/mbarrier.cuh"
 #include "fp8/types.cuh"
 #include "softmax.cuh"
 #include "tiles.cuh"
@@ -39,6 +40,31 @@ template <int N> struct Ring {
     if (++stage == N) stage = 0, phase ^= 1;
   }
 };
+
+// A consumer's places in the rings of K and V tiles, of which `Shared` has the barriers.
+template <class Shared, int K, int V> struct Rings {
+  Shared& b;
+  int lane;
+  Ring<K> k;
+  Ring<V> v;
+  METHOD void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
+  METHOD void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
+  METHOD void release_k() {
+    if (lane == 0) mbarrier_arrive(shared_address(&b.k_empty[k.stage]));
+    k.next();
+  }
+  METHOD void release_v() {
+    if (lane == 0) mbarrier_arrive(shared_address(&b.v_empty[v.stage]));
+    v.next();
+  }
+};
+
+// Behind the last item: tells the consumers that there are no more.
+template <class Shared, int N> DEVICE void end_items(Shared& b, const Ring<N>& q) {
+  mbarrier_wait(shared_address(&b.q_empty[q.stage]), q.phase ^ 1);
+  b.items[q.stage].rows = -1;
+  mbarrier_arrive(shared_address(&b.q_full[q.stage]));
+}
 
 // K-major operand of SWIZZLE-byte rows: q, k.
 DEVICE u64 row_descriptor(u32 address) {
@@ -84,5 +110,23 @@ DEVICE void store_row(u8* to, const float (&o)[HEAD_DIM / 2], int row, int c, bo
       piece = make_uint4(__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[0], w[1], 0x7632),
                          __byte_perm(w[2], w[3], 0x7632));
     if (valid) *(uint4*)(to + base * 8 * OUT_BYTES + c * 16) = piece;
+  }
+}
+
+// What a row of O is multiplied with at last: `part` is this thread's of the sum of P, which a quad shares.
+DEVICE float row_factor(float part, float out_factor) {
+  float l = part;
+  l += __shfl_xor_sync(~0u, l, 1);
+  l += __shfl_xor_sync(~0u, l, 2);
+  return l > 0.f ? out_factor / l : 0.f;  // a sequence of length 0 has no sum
+}
+
+// Writes the thread's two rows of an item.
+DEVICE void store_rows(u8* y, const float (&o)[HEAD_DIM / 2], const Item& item, int row_of_tile, int c) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int place = row_of_tile + 8 * r;
+    u8* to = y + ((u64)(item.row + place) * NUM_HEADS + item.head) * HEAD_DIM * OUT_BYTES;
+    store_row(to, o, r, c, place < item.rows);
   }
 }
