@@ -375,7 +375,7 @@ def write_common(plans: Sequence[Plan], source: Source, directory: Path) -> None
 def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:
     """The memory budget as rows (what, how much)."""
     b = memory.budget(built)
-    per_sequence = -(-built.limits.max_seq_len // built.limits.block_size)
+    per_sequence = built.limits.sequence_blocks
     blocks, batch = b.blocks(gpu_memory), built.limits.max_batch_size
     rows = {
         "weights": b.weights, "activations": b.activations, "workspace": b.workspace,
@@ -391,7 +391,7 @@ def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:
 def check_fits(built: Plan, gpu_memory: int) -> None:
     """Raises BuildError if a card of that size could not run the engine if it held nothing else."""
     b, limits = memory.budget(built), built.limits
-    blocks = max(-(-limits.max_seq_len // limits.block_size), limits.max_batch_size)
+    blocks = max(limits.sequence_blocks, limits.max_batch_size)
     needed = b.fixed + blocks * b.kv_block
     if needed > gpu_memory:
         raise BuildError(

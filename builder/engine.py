@@ -114,6 +114,11 @@ class Limits:
     block_size: int = 64
 
     @property
+    def sequence_blocks(self) -> int:
+        """KV blocks of one sequence of max_seq_len."""
+        return -(-self.max_seq_len // self.block_size)
+
+    @property
     def logits_rows(self) -> int:
         """L at most; fp8-eval takes the logits of so many tokens in one step, however small the batch."""
         return max(self.max_batch_size, 256)

@@ -80,7 +80,7 @@ def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
             f"the engine needs {_gib(need)} for weights and activations, {_gib(need - free)} more than are free on the "
             "GPU; free some, or build with a smaller --max_num_tokens"
         )
-    per_sequence = -(-limits.max_seq_len // limits.block_size)
+    per_sequence = limits.sequence_blocks
     size = kv_block_bytes(plan)
     blocks = int((free - need) * fraction) // size
     for name, wanted, what in (

@@ -67,7 +67,7 @@ def blocks_in_host_memory(plan: Plan, processes: int = 1, asked: int | None = No
             )
         return asked
     limits = plan.limits
-    per_sequence = -(-limits.max_seq_len // limits.block_size)
+    per_sequence = limits.sequence_blocks
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     blocks = min(per_sequence * limits.max_batch_size, free // 2 // processes // block)
     if blocks < per_sequence:

@@ -38,7 +38,7 @@ def layout(limits: Limits) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         "slot_mapping": (int32, (tokens,)),
         "query_start": (int32, (sequences + 1,)),
         "sequence_lengths": (int32, (sequences,)),
-        "block_tables": (int32, (sequences, -(-limits.max_seq_len // limits.block_size))),
+        "block_tables": (int32, (sequences, limits.sequence_blocks)),
         "logits_indices": (int32, (rows,)),
         "temperature": (float32, (rows,)),
         "counter": (int32, (rows,)),
@@ -57,7 +57,7 @@ class Packer:
         self.limits = limits
         self.spare_slot = limits.max_batch_size  # padding rows read and write here
         self.first_token_id = _aligned(4 * (limits.max_batch_size + 1)) // 4  # index of token_ids[0] in the buffer
-        width = -(-limits.max_seq_len // limits.block_size)
+        width = limits.sequence_blocks
         self._tables = np.zeros((limits.max_batch_size + 1, width), np.int32)
         self._temperature = np.zeros(limits.max_batch_size + 1, np.float32)
         self._seed = np.zeros(limits.max_batch_size + 1, np.int64)

@@ -78,7 +78,7 @@ def largest(plans: Sequence[Plan]) -> Plan:
 
     def need(plan: Plan) -> int:
         budget, limits = memory.budget(plan), plan.limits
-        blocks = -(-limits.max_seq_len // limits.block_size) * limits.max_batch_size
+        blocks = limits.sequence_blocks * limits.max_batch_size
         return budget.fixed + budget.kv_block * blocks
 
     return max(plans, key=need)
