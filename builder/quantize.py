@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from fp8.builder.graph import Graph
 from fp8.builder.interpret import to_torch
 from fp8.builder.quantization_config import write_engine_section, write_quantization
 from fp8.builder.shards import Group, Planned, write_shards
+from fp8.builder.workplace import alone, beside, clear, is_here, put, recover
 
 COPIED = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -93,7 +93,7 @@ def quantize_checkpoint(
     linears = [name.removesuffix(".input_scale") for name in whole.activations if name.endswith(".input_scale")]
     _check_patterns(format, linears)
     needed = [name for name in whole.activations if format.calibrated(name)]
-    with _workplace(output, resume, overwrite) as partial:
+    with _workplace(output, resume) as partial:
         amax: dict[str, float] = {}
         facts: dict[str, Any] | None = None
         if needed:
@@ -111,8 +111,10 @@ def quantize_checkpoint(
 def _check_replaceable(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists already; remove it, or pass --overwrite")
-    if output.resolve() == checkpoint.directory.resolve():
-        raise OutputError(f"{output} is the model to be quantized; give another output directory")
+    if checkpoint.directory.resolve().is_relative_to(output.resolve()):
+        raise OutputError(f"{output} is the model to be quantized, or holds it; give another output directory")
+    if is_here(output):
+        raise OutputError(f"{output} is the current directory, which would be replaced; give another output directory")
     if output.exists() and not (output / "config.json").is_file():
         raise OutputError(f"{output} is not a checkpoint, --overwrite does not replace it; remove it yourself")
 
@@ -136,44 +138,31 @@ def _check_patterns(format: Format, linears: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _workplace(output: Path, resume: bool, overwrite: bool) -> Iterator[Path]:
+def _workplace(output: Path, resume: bool) -> Iterator[Path]:
     """`<output>.partial`, renamed to `output` on success. An interruption or a full disk leaves the calibration state
     in it, an error in the inputs nothing."""
-    partial = output.with_name(output.name + ".partial")
     try:
-        if partial.exists() and not resume:
-            shutil.rmtree(partial)
-        _clear(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        yield partial
-        for path in (partial / STATE, *partial.glob("hidden.*.bin")):
-            path.unlink(missing_ok=True)
-        replaced = output.with_name(output.name + ".replaced")
-        if output.exists():
-            os.replace(output, replaced)
-        os.replace(partial, output)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with alone(beside(output, "partial")) as partial:
+            try:
+                recover(output)
+                _clear(partial, resume)
+                yield partial
+                for path in (partial / STATE, *partial.glob("hidden.*.bin")):
+                    path.unlink(missing_ok=True)
+                put(partial, output)
+            except BaseException as error:  # of ValueErrors the inputs are the cause: what they gave is of no use
+                with contextlib.suppress(OSError):
+                    _clear(partial, keep=not isinstance(error, ValueError))
+                    partial.rmdir()
+                raise
     except OSError as error:
-        _clear(partial)
         raise OutputError(unwritable(output, error)) from error
-    except ValueError:  # the inputs are at fault: what was calibrated with them is of no use
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except BaseException:
-        _clear(partial)
-        raise
 
 
-def _clear(partial: Path) -> None:
-    """Removes all but the calibration state, and the directory if there is none."""
-    state = State.stored(partial)
-    kept = set(state.files) if state else set()
-    for path in partial.iterdir() if partial.is_dir() else ():
-        if path not in kept:
-            path.unlink()
-    if not kept:
-        with contextlib.suppress(OSError):
-            partial.rmdir()
+def _clear(partial: Path, keep: bool) -> None:
+    """Removes what is there, but for the calibration state if that is to be kept."""
+    state = State.stored(partial) if keep else None
+    clear(partial, state.files if state else ())
 
 
 def _fingerprint(checkpoint: Checkpoint, format: Format, dtype: str, c: Calibration) -> str:

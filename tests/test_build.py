@@ -22,6 +22,7 @@ from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
 from fp8.builder.measure import TuneError
 from fp8.builder.plan import LegalityError
 from fp8.builder.verify import sqnr
+from fp8.builder.workplace import check_output, workplace
 from fp8.plugins import base
 from fp8.plugins.gemm_swiglu.reference import deinterleave
 from fp8.scripts import build as command
@@ -258,6 +259,48 @@ def test_an_interrupted_build_leaves_nothing_and_keeps_the_older_engine(tmp_path
         built(tmp_path)
     assert {p.name: p.read_bytes() for p in (tmp_path / "engine").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "engine"]
+
+
+@pytest.mark.parametrize("killed", ["after it moved the older engine away", "before it removed that"])
+def test_what_a_killed_build_left_hinders_no_other(tmp_path, killed):
+    _, before = built(tmp_path)
+    (tmp_path / "engine.partial" / "deeper").mkdir(parents=True)
+    if killed == "before it removed that":
+        (tmp_path / "engine.replaced").mkdir()
+        (tmp_path / "engine.replaced" / "rank0.engine").write_text("half removed")
+    else:
+        (tmp_path / "engine").rename(tmp_path / "engine.replaced")
+    assert built(tmp_path)[1] == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "engine"]
+
+
+def test_a_link_to_an_engine_stays_and_leads_to_the_new_one(tmp_path):
+    built(tmp_path)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "engine").rename(tmp_path / "far" / "real")
+    (tmp_path / "engine").symlink_to("far/real")
+    (tmp_path / "far" / "real" / "old").touch()
+    built(tmp_path)
+    assert (tmp_path / "engine").is_symlink() and not (tmp_path / "far" / "real" / "old").exists()
+    assert [p.name for p in (tmp_path / "far").iterdir()] == ["real"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "engine", "far"]
+
+
+def test_two_builds_do_not_write_into_one_directory(tmp_path):
+    with workplace(tmp_path / "engine") as partial:
+        (partial / "rank0.engine").write_text("half")
+        with pytest.raises(BuildError, match="another process is writing it"):
+            built(tmp_path)
+        assert (partial / "rank0.engine").read_text() == "half"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "engine"]
+
+
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "engine").mkdir()
+    monkeypatch.chdir(tmp_path / "engine")
+    for name in (".", tmp_path / "engine"):
+        with pytest.raises(BuildError, match="is the current directory"):
+            check_output(Path(name))
 
 
 # Command line

@@ -18,6 +18,7 @@ from fp8.builder import shards
 from fp8.builder.checkpoint import Checkpoint, CheckpointError, read_header
 from fp8.builder.interpret import Interpreter, empty_caches, step_inputs, to_torch
 from fp8.builder.quantization_config import read_format
+from fp8.builder.workplace import alone
 from fp8.models import llama
 from fp8.scripts import quantize
 
@@ -264,9 +265,36 @@ def test_existing_output_is_kept_unless_told_otherwise(
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
 
 
-def test_the_model_itself_is_never_overwritten(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_itself_is_never_overwritten(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "is the model to be quantized" in refused(source, source / "model", capsys, "--overwrite")
+    (tmp_path / "source").symlink_to(source)
+    assert "or holds it" in refused(source, tmp_path / "source", capsys, "--overwrite")
     assert (source / "model/model.safetensors").exists()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").touch()
+    assert "is the current directory" in refused(source, tmp_path, capsys, "--overwrite")
+
+
+def test_a_link_stays_and_leads_to_what_is_new(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").write_text("{}")
+    (tmp_path / "ckpt").symlink_to("real")
+    assert run(source, tmp_path / "ckpt", "--overwrite", "--qformat", "bf16") == 0
+    assert (tmp_path / "ckpt").is_symlink() and (tmp_path / "real" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "real"]
+
+
+def test_what_lies_in_the_way_is_cleared_and_what_another_writes_is_not(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ckpt.partial" / "deeper").mkdir(parents=True)
+    with alone(tmp_path / "ckpt.partial"):
+        assert "another process is writing it" in refused(source, tmp_path / "ckpt", capsys)
+        assert (tmp_path / "ckpt.partial" / "deeper").exists()
+    assert run(source, tmp_path / "ckpt", "--qformat", "bf16") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt"]
 
 
 def fail_in_write(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
