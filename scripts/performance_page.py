@@ -2,9 +2,9 @@
 
     python -m fp8.scripts.performance_page --record docs/performance/h200.json --page docs/performance.md
 
-What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced; NAME is a section of the record, `summary`,
-`losses`, or `spread` between the record and `--again`, the record of another run. Where a section has missed targets,
-the page must tell why, behind `<!-- why NAME -->`.
+What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. NAME is a section of the record, or `summary`,
+`losses`, `engines`, or `spread`: between the record and `--again`, the record of another run. Where a section has
+missed targets, the page must say why, after `<!-- why NAME -->`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,14 @@ def render(page: str, record: dict[str, Any], again: dict[str, Any] | None = Non
 
 
 def _table(name: str, record: dict[str, Any], again: dict[str, Any] | None) -> str:
-    if name in ("summary", "losses"):
-        return _summary(record) if name == "summary" else _losses(record)
+    if name in WHOLE:
+        return WHOLE[name](record)
     if name == "spread":
         return "Not measured yet.\n" if again is None else _spread(spreads(record, again))
     rows = [row for row in record["rows"] if row["section"] == name]
     if not rows:
         sections = sorted({row["section"] for row in record["rows"]})
-        raise EngineError(
-            f"the page has a table {name!r}; the record has summary, losses, spread, {', '.join(sections)}"
-        )
+        raise EngineError(f"the page has a table {name!r}; the record has {', '.join((*WHOLE, 'spread', *sections))}")
     if all(f"batch {BATCHES[0]}: of the bound" in row["name"] for row in rows[1:2]):
         return _by_batch(rows)
     if name == "gemm shapes":
@@ -84,6 +82,19 @@ def _losses(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["engine", "step", "kernel", "us", "bound, us", "of the bound", "lost, us"]
     return _markdown(head, rows) if rows else "Not measured yet.\n"
+
+
+def _engines(record: dict[str, Any]) -> str:
+    decibels, perplexities = ("prefill_db", "decode_db", "own_db"), ("perplexity_cpu", "perplexity_gpu")
+    rows = [
+        [row["engine"], *(number(row[key]) for key in decibels), *(f"{row[key]:.4f}" for key in perplexities)]
+        for row in record.get("engines", ())
+    ]
+    head = ["engine", "prefill, SQNR dB", "decode, dB", "cost of FP8, dB", "perplexity, CPU", "perplexity, GPU"]
+    return _markdown(head, rows) if rows else "Not measured yet.\n"
+
+
+WHOLE = {"summary": _summary, "losses": _losses, "engines": _engines}  # tables that are not of a section's targets
 
 
 def _spread(found: Sequence[Spread]) -> str:

@@ -32,7 +32,7 @@ from rich.table import Table
 from fp8.builder.engine import EngineError, write_atomically
 from fp8.scripts.argument_types import positive
 from fp8.scripts.benchmarks import rank_targets
-from fp8.scripts.benchmarks.figures import Document, figures, losses, read
+from fp8.scripts.benchmarks.figures import Document, engines, figures, losses, read
 from fp8.scripts.benchmarks.targets import Target, targets
 
 HEADER = (
@@ -48,7 +48,7 @@ ALLOWED = {
 
 
 def record(documents: dict[str, Document], gpus: int = 1) -> dict[str, Any]:
-    """What the files say of their runs, a row per target, and where the time of a step goes."""
+    """What the files say of their runs, a row per target, where the time of a step goes, and how right engines are."""
     found = figures(documents)
     sources = {
         name: {key: document.get(key) for key in ("command", "commit", "date", *HEADER)}
@@ -63,6 +63,7 @@ def record(documents: dict[str, Document], gpus: int = 1) -> dict[str, Any]:
         "sources": sources,
         "rows": rows,
         "losses": losses(documents),
+        "engines": engines(documents),
     }
 
 

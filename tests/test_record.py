@@ -41,7 +41,7 @@ def test_the_committed_page_is_what_the_commands_make() -> None:
     again = record.load(path) if path.exists() else None
     assert performance_page.render(page, made, again) == page, "python -m fp8.scripts.performance_page makes it anew"
     sections = {found["name"] for found in performance_page.MARKED.finditer(page)}
-    assert sections == {"summary", "losses", "spread", *(target.section for target in targets())}, (
+    assert sections == {"summary", "losses", "engines", "spread", *(target.section for target in targets())}, (
         "every row stands on the page"
     )
 
@@ -234,6 +234,16 @@ def test_the_largest_losses_of_every_step_are_kept(tmp_path: Path) -> None:
     assert kept[:5] == [("decode 1 x 1024", k) for k in ("whole step", "k0", "k1", "k2", "k3")] and len(kept) == 10
     page = performance_page.render("<!-- table losses -->\n<!-- end -->\n", made)
     assert "| llama-7b fp8 + fp8 kv | prompt 8192 | `k0` | 10 | 4 | 40% | 9 |" in page
+
+
+def test_how_right_engines_are_stands_on_the_page(tmp_path: Path) -> None:
+    row = {"format": "fp8", "kv_cache_dtype": "float8_e4m3fn", "prefill_db": 31.16, "decode_db": 31.49, "own_db": None}
+    row |= {"perplexity_cpu": 5.74183, "perplexity_gpu": 5.73027}
+    (tmp_path / "engines.json").write_text(json.dumps({"command": "gpu_engines FP8/engine", "rows": [row]}))
+    page = "<!-- table engines -->\n<!-- end -->\n"
+    made = performance_page.render(page, record.record(figures.read(tmp_path)))
+    assert "| fp8 + fp8 kv | 31.2 | 31.5 | | 5.7418 | 5.7303 |" in made
+    assert "Not measured yet." in performance_page.render(page, {"sources": {}, "rows": []}), "a record of before"
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

@@ -141,18 +141,16 @@ def _startup(name: str, document: Document) -> Figures:
 
 
 def _engines(_: str, document: Document) -> Figures:
-    rows = {(row["format"], row["kv_cache_dtype"]): row for row in document["rows"]}
-    base = rows.get(("bf16", "bfloat16"))
-    for (form, kv), row in rows.items():
+    rows = {types(row): row for row in document["rows"]}
+    base = rows.get("bf16")
+    for kind, row in rows.items():
         if base is not None and row is not base:
-            title = f"example {form}{' + fp8 kv' if kv == 'float8_e4m3fn' else ''}"
-            yield f"{title}: perplexity over BF16", row["perplexity_gpu"] / base["perplexity_gpu"] - 1
+            yield f"example {kind}: perplexity over BF16", row["perplexity_gpu"] / base["perplexity_gpu"] - 1
 
 
 def _ranks(_: str, document: Document) -> Figures:
     for row in document["rows"]:
-        kind = f"{row['format']}{' + fp8 kv' if row['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"
-        key = f"example {kind},{place(row)}"
+        key = f"example {types(row)},{place(row)}"
         yield f"{key}: logits, SQNR to one rank's", min(row["prefill_db"], row["decode_db"])
         yield f"{key}: perplexity, off one rank's", abs(row["perplexity"] / row["perplexity_one"] - 1)
 
@@ -210,6 +208,13 @@ def losses(documents: dict[str, Document], most: int = 4) -> list[dict[str, Any]
     return found
 
 
+def engines(documents: dict[str, Document]) -> list[dict[str, Any]]:
+    """How far each engine is from itself interpreted: its logits in decibels, and both perplexities."""
+    kept = ("prefill_db", "decode_db", "own_db", "perplexity_cpu", "perplexity_gpu")
+    found = [row for document in documents.values() if _kind(document) == "gpu_engines" for row in document["rows"]]
+    return [{"engine": types(row), **{key: row[key] for key in kept}} for row in found]
+
+
 def shape(name: str, document: Document) -> str:
     """`llama-7b fp8 + fp8 kv tp 2`: the shape that the file's name begins with, the engine's types and ranks.
 
@@ -223,8 +228,12 @@ def shape(name: str, document: Document) -> str:
     for fact, key in FACTS.items():
         if engine[fact] != PRESETS[model][key]:
             raise EngineError(f"{name}.json: its engine has {fact} {engine[fact]}, but {model} {PRESETS[model][key]}")
-    kind = f"{engine['format']}{' + fp8 kv' if engine['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"
-    return f"{model} {kind}{place(engine)}"
+    return f"{model} {types(engine)}{place(engine)}"
+
+
+def types(facts: Document) -> str:
+    """`fp8 + fp8 kv`: of weights and activations, and of the KV cache where it is in FP8."""
+    return f"{facts['format']}{' + fp8 kv' if facts['kv_cache_dtype'] == 'float8_e4m3fn' else ''}"
 
 
 def place(facts: Document) -> str:
