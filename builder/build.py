@@ -16,7 +16,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from fp8.builder import engine, joins, measure, memory, pipeline, plan, report, taps, tune, weights
-from fp8.builder.checkpoint import Checkpoint, read_json
+from fp8.builder.checkpoint import Checkpoint, read_json, token_ids
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
@@ -166,13 +166,13 @@ class Source:
         c, raw = self.config, self.checkpoint.config
         path = self.checkpoint.directory / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
-        eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        of_end = generation if "eos_token_id" in generation else raw
+        eos, bos = (token_ids(of, f"{end}_token_id", c.vocab_size) for of, end in ((of_end, "eos"), (raw, "bos")))
         dtype = dtype or self.dtype
         kv_dtype = "float8_e4m3fn" if self.format.fp8_kv_cache else dtype
         return ModelInfo(
             raw["model_type"], dtype, self.format.name, c.vocab_size, c.num_layers, c.num_heads, c.num_kv_heads,
-            c.head_dim, c.hidden_size, c.max_position_embeddings, kv_dtype, raw.get("bos_token_id"), tuple(ids),
+            c.head_dim, c.hidden_size, c.max_position_embeddings, kv_dtype, next(iter(bos), None), eos,
         )  # fmt: skip
 
 

@@ -235,3 +235,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
+
+
+def token_ids(config: dict[str, Any], key: str, vocab_size: int) -> tuple[int, ...]:
+    """One token, several or none, of those that there are: some checkpoints name tokens beyond their vocabulary.
+    Raises CheckpointError for what are no tokens."""
+    value = config.get(key)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in listed):
+        raise CheckpointError(f"{key} is {value!r}, expected a token id, a list of them, or null")
+    return tuple(token for token in listed if 0 <= token < vocab_size)

@@ -43,9 +43,9 @@ def write_engine_section(format: Format, version: str, calibration: Mapping[str,
 
 def read_format(config: Mapping[str, Any]) -> Format:
     """The format of a checkpoint. Raises FormatError, by name, for a quantization that is not read here."""
-    quantization = config.get("quantization_config")
-    own = config.get("fp8_engine") or {}
-    if quantization is None:
+    own = _object(config, "fp8_engine")
+    quantization = _object(config, "quantization_config")
+    if not quantization:
         kind = load(own.get("format", "fp16" if read_dtype(config) == "float16" else "bf16"))
         if kind.scheme is not None:
             raise FormatError(f"config.json: fp8_engine.format is {kind.name}, but there is no quantization_config")
@@ -56,11 +56,15 @@ def read_format(config: Mapping[str, Any]) -> Format:
             f"config.json: quantization_config.quant_method {method!r} is not read; quantize the original model with "
             "fp8-quantize, or give a compressed-tensors checkpoint"
         )
+    ignored = quantization.get("ignore") or []
+    if not isinstance(ignored, list) or not all(isinstance(m, str) for m in ignored):
+        raise FormatError(f"config.json: quantization_config.ignore is {ignored!r}, expected a list of modules")
     common: dict[str, Any] = {
         "kv_cache_dtype": "fp8" if _kv_cache_scheme(quantization) else "auto",
-        "exclude_modules": tuple(m for m in quantization.get("ignore") or () if m != "lm_head"),
+        "exclude_modules": tuple(m for m in ignored if m != "lm_head"),
     }
-    groups = list((quantization.get("config_groups") or {}).values())
+    named = _object(quantization, "config_groups")
+    groups = [_object(named, name) for name in named]
     if not groups:
         return load(own.get("format", "bf16"))(**common)
     if len(groups) > 1:
@@ -70,9 +74,17 @@ def read_format(config: Mapping[str, Any]) -> Format:
     return kind(**common, **options)
 
 
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key, empty where there is none."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise FormatError(f"config.json: {key} is {value!r}, expected an object")
+    return value or {}
+
+
 def _kv_cache_scheme(quantization: Mapping[str, Any]) -> bool:
     scheme = quantization.get("kv_cache_scheme")
-    if scheme is not None and any(scheme.get(k) != v for k, v in KV_CACHE_SCHEME.items()):
+    if scheme is not None and not _agrees(KV_CACHE_SCHEME, scheme):
         raise FormatError(
             f"config.json: kv_cache_scheme {scheme} is not read; only e4m3 with static per-tensor scales is"
         )
@@ -84,7 +96,7 @@ def _kind(group: Mapping[str, Any]) -> type[Format]:
         kind = load(name)
         if kind.scheme is not None and _agrees(kind.scheme, group):
             return kind
-    weights, activations = (group.get(k) or {} for k in ("weights", "input_activations"))
+    weights, activations = (_object(group, k) for k in ("weights", "input_activations"))
     raise FormatError(
         "config.json: the quantization scheme of config_groups (weights: "
         f"{weights.get('type')} {weights.get('num_bits')} {weights.get('strategy')}, activations: "

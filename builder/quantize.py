@@ -82,8 +82,8 @@ def quantize_checkpoint(
     """
     output = output.absolute()
     _check_replaceable(checkpoint, output, overwrite)
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"].get("quant_method", "?")
+    if quantization := checkpoint.config.get("quantization_config"):
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
         raise FormatError(
             f"{checkpoint.directory} is quantized already (quant_method {method}); give the original model"
         )

@@ -18,8 +18,8 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
     """A positive int."""
     value = config.get(key)
     value = default if value is None else value
-    if type(value) is not int or value <= 0:
-        raise ConfigError(f"config.json: {key} is {value!r}, expected a positive integer")
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ConfigError(f"config.json: {key} is {value!r}, expected a positive integer (of 31 bits)")
     return value
 
 

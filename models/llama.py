@@ -63,7 +63,8 @@ class LlamaConfig:
 def read_config(config: Mapping[str, Any]) -> LlamaConfig:
     """From config.json. Raises ConfigError for what is malformed or not supported, by key."""
     refuse(config, SUPPORTED)
-    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ConfigError("config.json: layer_types other than full_attention are not supported")
     hidden, heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
     kv_heads = integer(config, "num_key_value_heads", heads)

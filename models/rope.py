@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fp8.models.config import ConfigError, number, refuse
+from fp8.models.config import ConfigError, integer, number, refuse
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,10 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings:
     if kind == "linear":
         return Rope(theta, head_dim, LinearScaling(number(parameters, "factor")))
     if kind == "llama3":
-        original = config.get("original_max_position_embeddings") or parameters.get(
-            "original_max_position_embeddings", max_position_embeddings
-        )
+        holder = config if config.get("original_max_position_embeddings") else parameters
+        original = integer(holder, "original_max_position_embeddings", max_position_embeddings)
         low, high = number(parameters, "low_freq_factor"), number(parameters, "high_freq_factor")
         if high <= low:
             raise ConfigError(f"config.json: high_freq_factor {high} must exceed low_freq_factor {low}")
-        return Rope(theta, head_dim, Llama3Scaling(number(parameters, "factor"), low, high, int(original)))
+        return Rope(theta, head_dim, Llama3Scaling(number(parameters, "factor"), low, high, original))
     raise ConfigError(f"config.json: rope_type {kind!r} is not supported; supported are default, linear, llama3")

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from fp8.builder import build, engine, memory, plan, tune, weights
 from fp8.builder.build import BuildError, Reporter, Request
+from fp8.builder.checkpoint import CheckpointError
 from fp8.builder.engine import Buffer, Limits, Step
 from fp8.builder.export import ExportError, export
 from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
@@ -25,6 +26,8 @@ from fp8.builder.verify import sqnr
 from fp8.builder.workplace import check_output, workplace
 from fp8.plugins import base
 from fp8.plugins.gemm_swiglu.reference import deinterleave
+from fp8.runtime.llm import LLM
+from fp8.runtime.sampling_params import SamplingParams
 from fp8.scripts import build as command
 
 SMALL = Request(max_batch_size=4, max_seq_len=128, max_num_tokens=64, target="cpu")
@@ -74,6 +77,20 @@ def test_tokenizer_files_are_copied_and_eos_comes_from_the_generation_config(tmp
     written = build.write(build.compile(source, SMALL, Reporter()), source, tmp_path / "engine", Reporter())
     assert (tmp_path / "engine" / "tokenizer.json").read_text() == "{}"
     assert written.model.eos_token_ids == (2, 7)
+
+
+def test_end_of_sequence_tokens_that_the_vocabulary_has_not_are_left_out(tmp_path):
+    """A request with min_tokens would mask their logits, and there are none: its step would end for all in it."""
+    _, written = built(tmp_path, "bf16", "auto", eos_token_id=[2, tiny.CONFIG["vocab_size"], -1], bos_token_id=10**12)
+    assert written.model.eos_token_ids == (2,) and written.model.bos_token_id is None
+    llm = LLM(tmp_path / "engine", "cpu")
+    assert len(llm.generate([[1, 5]], SamplingParams(max_tokens=4, min_tokens=3))[0].token_ids) >= 3
+
+
+@pytest.mark.parametrize("eos", ["</s>", {"id": 2}, [2, 1.5], True])
+def test_an_end_of_sequence_token_that_is_no_token_is_refused(tmp_path, eos):
+    with pytest.raises(CheckpointError, match=r"eos_token_id is .* expected a token id"):
+        built(tmp_path, "bf16", "auto", eos_token_id=eos)
 
 
 @pytest.fixture(scope="module")

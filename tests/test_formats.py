@@ -167,6 +167,16 @@ INT8 = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strate
 FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"quant_method": "gptq"}, "quant_method 'gptq' is not read"),
     "scheme": ({"quant_method": "compressed-tensors", "config_groups": {"g": INT8}}, "int 8 channel"),
+    "no object": ("compressed-tensors", "quantization_config is 'compressed-tensors', expected an object"),
+    "groups that are none": ({"quant_method": "compressed-tensors", "config_groups": 3}, "config_groups is 3"),
+    "a group that is none": ({"quant_method": "compressed-tensors", "config_groups": {"g": "x"}}, "g is 'x'"),
+    "weights that are none": (
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": 8}}},
+        "weights is 8",
+    ),
+    "no list": ({"quant_method": "compressed-tensors", "ignore": "lm_head"}, "ignore is 'lm_head'"),
+    "no scheme": ({"quant_method": "compressed-tensors", "kv_cache_scheme": "fp8"}, "kv_cache_scheme fp8 is not read"),
+    "no pattern": ({"quant_method": "compressed-tensors", "ignore": ["re:(["]}, "is no regular expression"),
     "groups": ({"quant_method": "compressed-tensors", "config_groups": {"a": {}, "b": {}}}, "2 config_groups"),
     "kv": ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 4}}, "kv_cache_scheme"),
 }

@@ -114,6 +114,7 @@ def test_old_and_new_rope_keys_mean_the_same() -> None:
     assert read_rope(old, 64, 128) == read_rope({"rope_parameters": hf_llama.LLAMA3_ROPE}, 64, 128)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED: dict[str, Any] = {
     "hidden_act": "gelu",
     "pretraining_tp": 2,
@@ -128,7 +129,14 @@ REFUSED: dict[str, Any] = {
     "head_dim": 7,
     "factor": {"rope_scaling": {"rope_type": "linear"}},
     "tie_word_embeddings": "yes",
+    "num_hidden_layers": 10**30,
+    "original_max_position_embeddings": {"original_max_position_embeddings": "8192", "rope_scaling": LLAMA3},
 }
+
+
+def test_layer_types_that_are_no_list_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layer_types"):
+        llama.read_config({**hf_llama.BASE, "layer_types": 4})
 
 
 @pytest.mark.parametrize("key", REFUSED)

@@ -51,6 +51,11 @@ class Format:
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise FormatError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {', '.join(KV_CACHE_DTYPES)}")
+        for pattern in self.exclude_modules:
+            try:
+                re.compile(pattern[3:] if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise FormatError(f"exclude_modules {pattern!r} is no regular expression: {error}") from error
 
     @property
     def fp8_kv_cache(self) -> bool:

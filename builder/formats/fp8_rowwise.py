@@ -36,8 +36,8 @@ class Fp8Rowwise(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         ub = self.activation_scale_ub
-        if ub is not None and not (np.isfinite(ub) and ub > 0):
-            raise FormatError(f"activation_scale_ub {ub} must be finite and above 0")
+        if ub is not None and not (isinstance(ub, int | float) and np.isfinite(ub) and ub > 0):
+            raise FormatError(f"activation_scale_ub {ub!r} must be a finite number above 0")
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """scale[n] = max_k|w[n, k]| / 448, f32 [N, 1]."""
