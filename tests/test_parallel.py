@@ -245,6 +245,17 @@ def test_a_linears_bias_is_added_by_one_rank(directory):
         assert bool(step.inputs[4:5] and step.inputs[4]) == (rank == 0)
 
 
+@pytest.mark.parametrize("format", [*FORMATS, "fp8_block"])
+@pytest.mark.parametrize("shape", ["even", "uneven"])
+def test_steps_have_the_same_names_on_all_ranks_of_a_stage(tmp_path, format, shape):
+    """Also those around a linear layer whose bias one rank adds."""
+    source = tiny.source(tmp_path, tiny.qformat(format, "fp8"), **{**SHAPES[shape], "intermediate_size": 512})
+    plans = [build.compile(source, request(2), Reporter(), place=place).plan for place in request(2).places]
+    ranks.check_collectives(plans, 2)
+    names = [[step.name for step in plan.steps] for plan in plans]
+    assert names[0] == names[1] and "model.layers.1.self_attn.o_proj" in names[0]
+
+
 def test_an_operator_without_a_rule_is_refused_by_name(directory):
     source, _ = alone(directory, "bf16", "auto", "even")
     graph = source.emit(source.limits(request()))

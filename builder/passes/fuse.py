@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -21,6 +21,7 @@ from fp8.plugins import base
 def fuse(graph: gs.Graph, target: Target) -> int:
     """Returns how many plugin nodes it made."""
     constants: dict[str, gs.Constant] = {}
+    tensors = frozenset(graph.tensors())
     outputs = target.kept.union(t.name for t in graph.outputs)
     variants = pattern.load_all()
     if target.journal.explain:
@@ -30,7 +31,7 @@ def fuse(graph: gs.Graph, target: Target) -> int:
         for node in [n for n in graph.nodes if n.op == variant.root and not n.domain]:
             match = node.outputs and attempt(variant, node, outputs)  # without outputs: replaced since
             if match:
-                replace(graph, match, constants, target)
+                replace(graph, match, constants, target, tensors)
                 count += 1
     sort(graph)
     return count
@@ -110,20 +111,31 @@ def prepared_inputs(match: Match, made: dict[str, gs.Constant]) -> list[gs.Tenso
     return inputs
 
 
+def _name(graph: gs.Graph, match: Match, tensors: Container[str]) -> str:
+    """The module's, which is that of the node that reads the module's weight, if it has one; what else is computed for
+    the module bears the plugin's name too. So names depend on no other pattern's size, such as that of a rank's linear
+    whose bias another rank adds."""
+    weight, plugin = f"{match.module}.weight", match.variant.pattern
+    anothers = weight in tensors and all(t is None or t.name != weight for t in match.inputs)
+    taken = any(n.name == match.module for n in graph.nodes if n.domain == DOMAIN)
+    return f"{match.module}/{plugin}" if anothers or taken else match.module
+
+
 def _vector(scalar: torch.Tensor) -> torch.Tensor:
     return scalar.reshape(1)
 
 
-def replace(graph: gs.Graph, match: Match, constants: dict[str, gs.Constant], target: Target) -> None:
-    """Puts the plugin's node in the place of the matched ones."""
+def replace(
+    graph: gs.Graph, match: Match, constants: dict[str, gs.Constant], target: Target, tensors: Container[str] = ()
+) -> None:
+    """Puts the plugin's node in the place of the matched ones. `tensors`: names of those that the graph had before."""
     plugin = operator(match)
     inputs = [gs.Variable.empty() if t is None else t for t in prepared_inputs(match, constants)]
     for stored, tensor in zip(match.inputs, inputs, strict=True):
         if isinstance(stored, gs.Constant) and stored is not tensor:  # one constant of a name in the graph
             for reader in list(stored.outputs):
                 reader.inputs = [tensor if t is stored else t for t in reader.inputs]
-    names = {n.name for n in graph.nodes if n.domain == DOMAIN}
-    name = match.module if match.module not in names else f"{match.module}/{plugin.name}"
+    name = _name(graph, match, tensors)
     node = gs.Node(plugin.name, name, plugin.attributes(), inputs, [], domain=DOMAIN)
     target.journal.replaced[name] = [original for n in match.nodes for original in apart(n.name)]
     yielded = len(plugin.infer([tensor_type(t) for t in inputs]))
