@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fp8.runtime.kv_cache import BlockPool
 from fp8.runtime.logprobs import prompt_logprobs
 from fp8.runtime.policy import Policy
-from fp8.runtime.request import Request
+from fp8.runtime.request import Request, RequestError
 from fp8.runtime.scheduler import Row, Scheduler
 from fp8.runtime.session import Session, Ticket
 from fp8.runtime.statistics import Statistics, StepStatistics
@@ -32,6 +32,10 @@ class Worker:
         )
         ahead = stages if stages > 1 or session.device.type == "cuda" else 0
         self.lag = ahead if lag is None else lag
+        if not 0 <= self.lag <= stages:
+            raise RequestError(
+                f"lag is {lag}; a session of {stages} pipeline stages keeps the tokens of up to {stages} steps unread"
+            )
         self.statistics = Statistics()
         self._open: deque[Ticket] = deque()
 

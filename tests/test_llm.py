@@ -109,3 +109,9 @@ def test_a_pool_too_small_for_one_request_says_so_and_serves_the_next(engine_dir
 def test_one_set_of_parameters_or_one_per_prompt(engine_dir: Path) -> None:
     with pytest.raises(RequestError, match="2 prompts and 3 sampling parameters"):
         LLM(engine_dir, "cpu").generate([[1], [2]], [SamplingParams()] * 3)
+
+
+@pytest.mark.parametrize("lag", [-1, 2])
+def test_a_lag_at_which_unread_tokens_would_be_overwritten_is_refused(engine_dir: Path, lag: int) -> None:
+    with pytest.raises(RequestError, match=f"lag is {lag}; .* up to 1 steps unread"):
+        LLM(engine_dir, "cpu", lag=lag)
