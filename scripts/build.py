@@ -31,7 +31,7 @@ from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
 from fp8.plugins.gemm.types import ACCUMULATIONS
-from fp8.scripts.argument_types import positive
+from fp8.scripts.argument_types import new_file, positive
 from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.progress import stages
 from fp8.scripts.teaching import Teaching
@@ -106,7 +106,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--debug_tensors",
     )  # fmt: skip
     parser.add_argument("--debug_tensors", nargs="+", default=[], metavar="GLOB", help="such as 'model.layers.*.mlp.*'")
-    parser.add_argument("--export_onnx", type=Path, metavar="FILE", help="write the quantize/dequantize graph as ONNX")
+    parser.add_argument(
+        "--export_onnx", type=new_file, metavar="FILE", help="write the quantize/dequantize graph as ONNX"
+    )
     parser.add_argument(
         "--export_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
         help="type of the exported activations (onnxruntime's CPU wants float32, the default)",
@@ -153,7 +155,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
         return
     if options.export_onnx:
         export(source, options.export_onnx, options.export_dtype, source.limits(request).max_seq_len)
-        console.print(f"{options.export_onnx}: the graph as ONNX, activations in {options.export_dtype}")
+        told = f"{options.export_onnx}: the graph as ONNX, activations in {options.export_dtype}"
+        console.print(told, markup=False, soft_wrap=True)
     if options.output_dir or options.dry_run:
         _build(options, source, request, card, console)
 
@@ -180,7 +183,8 @@ def _build(options: argparse.Namespace, source: Source, request: Request, card: 
             build.check_fits(ranks.largest([b.plan for b in built]), card)
     elif level >= LOG_LEVELS.index("info"):
         of = f" of {len(built)} ranks" if len(built) > 1 else ""
-        console.print(f"{options.output_dir}: {source.format.name} engine{of} for {request.target}")
+        told = f"{options.output_dir}: {source.format.name} engine{of} for {request.target}"
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def _engines(options: argparse.Namespace, source: Source, request: Request, reporter: Reporter) -> list[Built]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fp8.builder import engine
@@ -67,7 +68,7 @@ def overview(loaded: Engine, console: Console) -> None:
         "debug tensors": f"{len(plan.taps)}",
         "weights": f"{loaded.weights_path.stat().st_size / 2**20:.2f} MiB, digest {plan.weights_digest[:16]}",
     }
-    table = Table(title=str(loaded.directory), show_header=False)
+    table = Table(title=escape(str(loaded.directory)), show_header=False)
     for row in rows.items():
         table.add_row(*row)
     console.print(table)

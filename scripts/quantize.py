@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -113,11 +114,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     dtype = choose_dtype(options.dtype, format, checkpoint)
     calibration = Calibration(options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed)
     with stages(console) as (show, above):
+        remark = functools.partial(above.print, markup=False, soft_wrap=True)
         quantize_checkpoint(
             models.load(checkpoint.config), checkpoint, format, dtype, calibration, options.output_dir,
-            choose_device(options.device), options.resume, options.overwrite, Reporter(show, above.print),
+            choose_device(options.device), options.resume, options.overwrite, Reporter(show, remark),
         )  # fmt: skip
-    console.print(f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}")
+    told = f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}"
+    console.print(told, markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

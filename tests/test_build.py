@@ -29,6 +29,7 @@ from fp8.plugins.gemm_swiglu.reference import deinterleave
 from fp8.runtime.llm import LLM
 from fp8.runtime.sampling_params import SamplingParams
 from fp8.scripts import build as command
+from fp8.scripts import inspect, quantize
 
 SMALL = Request(max_batch_size=4, max_seq_len=128, max_num_tokens=64, target="cpu")
 
@@ -321,6 +322,29 @@ def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch):
 
 
 # Command line
+
+
+def test_names_with_brackets_are_told_as_they_are(tmp_path, capsys, monkeypatch):
+    """Not as the markup of a console, which ends in an error or takes them away."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "model [v2]", tiny.qformat("bf16"))
+    for name in ("engine [v2]", "a[", "ünï [/b] x"):
+        limits = ["--max_batch_size", "2", "--max_seq_len", "64", "--max_num_tokens", "64", "--target", "cpu"]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        assert command.main(["--checkpoint_dir", "model [v2]", "--output_dir", name, *limits]) == 0
+        assert f"{name}: bf16 engine for cpu" in capsys.readouterr().err
+        assert inspect.main([name]) == 0
+        assert name in capsys.readouterr().out
+    ckpt = "checkpoint [v2]"
+    assert quantize.main(["--model_dir", "model [v2]", "--output_dir", ckpt, "--qformat", "fp8_rowwise"]) == 0
+    assert f"{ckpt}: fp8_rowwise" in capsys.readouterr().err
+
+
+def test_a_directory_is_no_onnx_file(tmp_path, capsys):
+    tiny.write(tmp_path / "ckpt", tiny.qformat("bf16"))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--checkpoint_dir", str(tmp_path / "ckpt"), "--export_onnx", str(tmp_path)])
+    assert "is a directory" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_memory_budget(tmp_path, capsys):
