@@ -183,6 +183,7 @@ def test_bad_input_is_answered_with_4xx_in_openais_form_and_nothing_is_held(engi
         ("/v1/completions", {"prompt": "A", "logit_bias": {"5": 101}}, 400, "at most 100"),
         ("/v1/completions", {"prompt": "A", "logit_bias": {"500": 1}}, 400, "outside the vocabulary"),
         ("/v1/completions", {"prompt": "A", "stop": [""]}, 400, "at least one character"),
+        ("/v1/completions", {"prompt": "A", "stop": ["zz"] * 65}, 400, "stop holds 65 texts; 64 are the most"),
         ("/v1/completions", {"prompt": "A", "best_of": 3}, 400, "best_of is 3"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "A"}], "tools": [{}]}, 400, "tools is"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "a text"),
@@ -225,9 +226,11 @@ def test_a_full_queue_is_429_with_retry_after_and_others_finish(engine_dir: Path
         async with client(engine_dir, ServerLimits(max_requests=2)) as (http, _):
             body = {"prompt": "A", "max_tokens": 60, "temperature": 0}
             answers = await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(5)))
-            return [*answers, await http.post("/v1/completions", json=body)]
+            later = await http.post("/v1/completions", json=body)
+            return [*answers, later, await http.post("/v1/completions", json={**body, "prompt": ["A", "B", "C"]})]
 
-    *answers, later = asyncio.run(main())
+    *answers, later, never = asyncio.run(main())
+    assert never.status_code == 400 and "are 3, and the server does 2 at a time" in never.json()["error"]["message"]
     assert sorted(a.status_code for a in answers) == [200, 200, 429, 429, 429] and later.status_code == 200
     refused = next(a for a in answers if a.status_code == 429)
     assert refused.headers["Retry-After"] == "1" and refused.json()["error"]["code"] == "queue_full"

@@ -103,6 +103,9 @@ class Server:
     def _reserve(self, count: int) -> None:
         if self.draining:
             raise ClientError(503, "the server is shutting down", "server_error", code="shutting_down")
+        if count > self.limits.max_requests:
+            raise ClientError(400, f"prompts times n are {count}, and the server does {self.limits.max_requests} at a "
+                              "time; ask for fewer", param="n")  # fmt: skip
         if self.reserved + count > self.limits.max_requests:
             self.refused += 1
             raise ClientError(429, f"{self.reserved} requests are under way, and {self.limits.max_requests} may be; "

@@ -12,6 +12,7 @@ from typing import Any
 from fp8.runtime.sampling_params import RequestError, SamplingParams
 
 MAX_CHOICES = 128  # prompts times n
+MAX_STOPS = 64  # stop strings: every one is looked for in the text of every step
 # Fields that are not served, with the values that mean nothing was asked for: others are refused.
 NEUTRAL: dict[str, Any] = {
     "prompt_logprobs": None, "best_of": 1, "use_beam_search": False, "beam_width": 1, "suffix": "", "tools": [],
@@ -207,6 +208,8 @@ def _sampling_value(name: str, value: Any) -> Any:
         return _logit_bias(value)
     if name == "stop" and isinstance(value, str):
         return (value,)
+    if name == "stop" and isinstance(value, list) and len(value) > MAX_STOPS:
+        raise ClientError(400, f"stop holds {len(value)} texts; {MAX_STOPS} are the most", param="stop")
     return tuple(value) if isinstance(value, list) else value
 
 
