@@ -20,12 +20,13 @@ from fp8.builder.checkpoint import Checkpoint, read_json, token_ids
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
+from fp8.builder.output import COPIED
 from fp8.builder.parallel import tensor
 from fp8.builder.parallel.pipeline import Place
 from fp8.builder.parallel.tensor import TensorParallel
 from fp8.builder.pattern import load_all
 from fp8.builder.quantization_config import read_dtype, read_format
-from fp8.builder.quantize import COPIED, Model, check_all_read
+from fp8.builder.quantize import Model, check_all_read
 from fp8.builder.rewrite import apart
 from fp8.builder.taps import Taps
 from fp8.builder.target import TARGETS, Journal, Target

@@ -1,17 +1,10 @@
-"""Quantizing a checkpoint: Hugging Face directory -> calibrated, quantized checkpoint directory.
-
-Everything is made in `<output>.partial`, which becomes `<output>` by a rename at the very end. If the work is
-interrupted, only the calibration state stays there, and the same call continues from it.
-"""
+"""Quantizing a checkpoint: Hugging Face directory -> calibrated, quantized checkpoint directory."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
-from fp8.builder.calibrate import STATE, NonFiniteError, State, calibrate
+from fp8.builder.calibrate import NonFiniteError, State, calibrate
 from fp8.builder.calibration_text import CalibrationError, load_encoder, read_samples
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.e4m3 import scale_of
-from fp8.builder.engine import unwritable
 from fp8.builder.formats.base import Format, FormatError
 from fp8.builder.formats.bf16 import Bf16
 from fp8.builder.graph import Graph
 from fp8.builder.interpret import to_torch
-from fp8.builder.quantization_config import write_engine_section, write_quantization
+from fp8.builder.output import check_replaceable, workplace, write_config
 from fp8.builder.shards import Group, Planned, write_shards
-from fp8.builder.workplace import alone, beside, clear, is_here, put, recover
 
-COPIED = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 UNREAD = ("rotary_emb.inv_freq",)  # buffers that old checkpoints store; they follow from config.json
 
 
@@ -68,10 +55,6 @@ class Reporter:
     remark: Callable[[str], None] = lambda text: None
 
 
-class OutputError(RuntimeError):
-    """The output directory cannot be written."""
-
-
 def quantize_checkpoint(
     model: Model, checkpoint: Checkpoint, format: Format, dtype: str, calibration: Calibration, output: Path,
     device: str = "cpu", resume: bool = True, overwrite: bool = False, report: Reporter = Reporter(),
@@ -81,7 +64,7 @@ def quantize_checkpoint(
     Raises CheckpointError, FormatError, CalibrationError, OutputError, and what the model's `read_config` raises.
     """
     output = output.absolute()
-    _check_replaceable(checkpoint, output, overwrite)
+    check_replaceable(checkpoint, output, overwrite)
     if quantization := checkpoint.config.get("quantization_config"):
         method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
         raise FormatError(
@@ -93,7 +76,7 @@ def quantize_checkpoint(
     linears = [name.removesuffix(".input_scale") for name in whole.activations if name.endswith(".input_scale")]
     _check_patterns(format, linears)
     needed = [name for name in whole.activations if format.calibrated(name)]
-    with _workplace(output, resume) as partial:
+    with workplace(output, resume) as partial:
         amax: dict[str, float] = {}
         facts: dict[str, Any] | None = None
         if needed:
@@ -105,18 +88,7 @@ def quantize_checkpoint(
                 raise
         groups = [*_weights(checkpoint, whole, set(linears), format, dtype, device), *_scales(amax)]
         write_shards(partial, groups, lambda done, total: report.progress("writing", done, total))
-        _write_config(checkpoint, format, dtype, linears, facts, partial)
-
-
-def _check_replaceable(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already; remove it, or pass --overwrite")
-    if checkpoint.directory.resolve().is_relative_to(output.resolve()):
-        raise OutputError(f"{output} is the model to be quantized, or holds it; give another output directory")
-    if is_here(output):
-        raise OutputError(f"{output} is the current directory, which would be replaced; give another output directory")
-    if output.exists() and not (output / "config.json").is_file():
-        raise OutputError(f"{output} is not a checkpoint, --overwrite does not replace it; remove it yourself")
+        write_config(checkpoint, format, dtype, linears, facts, partial)
 
 
 def check_all_read(checkpoint: Checkpoint, graph: Graph, kinds: tuple[str, ...] = ("",)) -> None:
@@ -135,34 +107,6 @@ def _check_patterns(format: Format, linears: list[str]) -> None:
         alone = type(format)(exclude_modules=(pattern,))
         if not any(alone.excludes(m) for m in [*linears, "lm_head"]):
             raise FormatError(f"exclude_modules {pattern!r} matches no linear; they are named like {linears[0]}")
-
-
-@contextlib.contextmanager
-def _workplace(output: Path, resume: bool) -> Iterator[Path]:
-    """`<output>.partial`, renamed to `output` on success. An interruption or a full disk leaves the calibration state
-    in it, an error in the inputs nothing."""
-    try:
-        with alone(beside(output, "partial")) as partial:
-            try:
-                recover(output)
-                _clear(partial, resume)
-                yield partial
-                for path in (partial / STATE, *partial.glob("hidden.*.bin")):
-                    path.unlink(missing_ok=True)
-                put(partial, output)
-            except BaseException as error:  # of ValueErrors the inputs are the cause: what they gave is of no use
-                with contextlib.suppress(OSError):
-                    _clear(partial, keep=not isinstance(error, ValueError))
-                    partial.rmdir()
-                raise
-    except OSError as error:
-        raise OutputError(unwritable(output, error)) from error
-
-
-def _clear(partial: Path, keep: bool) -> None:
-    """Removes what is there, but for the calibration state if that is to be kept."""
-    state = State.stored(partial) if keep else None
-    clear(partial, state.files if state else ())
 
 
 def _fingerprint(checkpoint: Checkpoint, format: Format, dtype: str, c: Calibration) -> str:
@@ -241,17 +185,3 @@ def _scales(amax: dict[str, float]) -> Iterator[Group]:
     for name, value in amax.items():
         scale = scale_of(torch.tensor([value]))
         yield Group((Planned(name, torch.float32, (1,)),), lambda name=name, scale=scale: {name: scale})  # type: ignore[misc]
-
-
-def _write_config(
-    checkpoint: Checkpoint, format: Format, dtype: str, linears: list[str], facts: dict[str, Any] | None, partial: Path
-) -> None:
-    config = {**checkpoint.config, "dtype": dtype, "torch_dtype": dtype}
-    quantization = write_quantization(format, linears)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    config["fp8_engine"] = write_engine_section(format, importlib.metadata.version("fp8-engine"), facts)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in COPIED:
-        if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, partial / name)

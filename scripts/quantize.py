@@ -15,8 +15,9 @@ from rich.console import Console
 from fp8.builder.calibration_text import CalibrationError
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.formats.base import Format, FormatError, load, names
+from fp8.builder.output import OutputError
 from fp8.builder.quantization_config import read_dtype
-from fp8.builder.quantize import Calibration, OutputError, Reporter, quantize_checkpoint
+from fp8.builder.quantize import Calibration, Reporter, quantize_checkpoint
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.scripts.argument_types import positive
