@@ -20,6 +20,7 @@ from fp8.builder.checkpoint import Checkpoint, read_json, token_ids
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
+from fp8.builder.imports.base import refuse_unconverted
 from fp8.builder.output import COPIED
 from fp8.builder.parallel import tensor
 from fp8.builder.parallel.pipeline import Place
@@ -126,6 +127,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self.config = self.model.read_config(self.checkpoint.config)
+        refuse_unconverted(self.checkpoint)
         self.format = read_format(self.checkpoint.config)
         dtype = self.format.dtype or read_dtype(self.checkpoint.config)
         self.dtype = "bfloat16" if dtype == "float32" else dtype  # the kernels' activations have 16 bits

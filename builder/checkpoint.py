@@ -26,13 +26,12 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }  # fmt: skip
 
+SCALES = ("F32", "BF16", "F16", "F64", "F8_E8M0")  # types of scales
 
 LFS_POINTER = b"version "  # what git leaves of a file that git-lfs was to fetch: no header is so long
 FOREIGN = {  # a file that gives away what a directory is, with and without a config.json
     "rank0.engine": "is an engine directory; give the checkpoint that it was built from",
     "rank0.safetensors": "is a TensorRT-LLM checkpoint, which is not read; quantize its Hugging Face model with "
-    "fp8-quantize",
-    "hf_quant_config.json": "was quantized by NVIDIA ModelOpt, which is not read; quantize the original model with "
     "fp8-quantize",
 }
 UNCONVERTED = {
@@ -210,7 +209,7 @@ class Checkpoint:
     def scales(self, name: str, shapes: set[tuple[int, ...]]) -> np.ndarray:
         """Scales as float32, stored in one of the shapes in any float dtype. Raises CheckpointError as `scale` does."""
         entry = self.entry(name)
-        if entry.shape not in shapes or entry.dtype not in [DTYPES[k] for k in ("F32", "BF16", "F16", "F64")]:
+        if entry.shape not in shapes or entry.dtype not in [DTYPES[k] for k in SCALES]:
             expected = " or ".join(str(list(s)) for s in sorted(shapes))
             raise CheckpointError(
                 f"{name} is {entry.dtype} {list(entry.shape)}, expected floats of shape {expected} ({entry.file})"

@@ -70,13 +70,19 @@ def _clear(partial: Path, keep: bool) -> None:
 
 
 def write_config(
-    checkpoint: Checkpoint, format: Format, dtype: str, linears: list[str], facts: dict[str, Any] | None, partial: Path
-) -> None:
+    checkpoint: Checkpoint, format: Format, dtype: str, linears: list[str], facts: dict[str, Any] | None, partial: Path,
+    quantized_by: str | None = None,
+) -> None:  # fmt: skip
+    """config.json and the files beside the tensors. `facts`: of the calibration; `quantized_by`: the other tool."""
     config = {**checkpoint.config, "dtype": dtype, "torch_dtype": dtype}
+    for key in ("quantization_config", "compression_config"):  # of another tool
+        config.pop(key, None)
     quantization = write_quantization(format, linears)
     if quantization is not None:
         config["quantization_config"] = quantization
     config["fp8_engine"] = write_engine_section(format, importlib.metadata.version("fp8-engine"), facts)
+    if quantized_by:
+        config["fp8_engine"]["quantized_by"] = quantized_by
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in COPIED:
         if (checkpoint.directory / name).is_file():

@@ -43,8 +43,8 @@ def write_engine_section(format: Format, version: str, calibration: Mapping[str,
 
 def read_format(config: Mapping[str, Any]) -> Format:
     """The format of a checkpoint. Raises FormatError, by name, for a quantization that is not read here."""
-    own = _object(config, "fp8_engine")
-    quantization = _object(config, "quantization_config")
+    own = object_of(config, "fp8_engine")
+    quantization = object_of(config, "quantization_config")
     if not quantization:
         kind = load(own.get("format", "fp16" if read_dtype(config) == "float16" else "bf16"))
         if kind.scheme is not None:
@@ -60,11 +60,11 @@ def read_format(config: Mapping[str, Any]) -> Format:
     if not isinstance(ignored, list) or not all(isinstance(m, str) for m in ignored):
         raise FormatError(f"config.json: quantization_config.ignore is {ignored!r}, expected a list of modules")
     common: dict[str, Any] = {
-        "kv_cache_dtype": "fp8" if _kv_cache_scheme(quantization) else "auto",
+        "kv_cache_dtype": "fp8" if reads_kv_cache(quantization) else "auto",
         "exclude_modules": tuple(m for m in ignored if m != "lm_head"),
     }
-    named = _object(quantization, "config_groups")
-    groups = [_object(named, name) for name in named]
+    named = object_of(quantization, "config_groups")
+    groups = [object_of(named, name) for name in named]
     if not groups:
         return load(own.get("format", "bf16"))(**common)
     if len(groups) > 1:
@@ -74,7 +74,7 @@ def read_format(config: Mapping[str, Any]) -> Format:
     return kind(**common, **options)
 
 
-def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def object_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object under a key, empty where there is none."""
     value = config.get(key)
     if value is not None and not isinstance(value, Mapping):
@@ -82,9 +82,10 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value or {}
 
 
-def _kv_cache_scheme(quantization: Mapping[str, Any]) -> bool:
+def reads_kv_cache(quantization: Mapping[str, Any]) -> bool:
+    """Whether `kv_cache_scheme` is that of an FP8 KV cache. Raises FormatError for any other."""
     scheme = quantization.get("kv_cache_scheme")
-    if scheme is not None and not _agrees(KV_CACHE_SCHEME, scheme):
+    if scheme is not None and not agrees(KV_CACHE_SCHEME, scheme):
         raise FormatError(
             f"config.json: kv_cache_scheme {scheme} is not read; only e4m3 with static per-tensor scales is"
         )
@@ -94,9 +95,9 @@ def _kv_cache_scheme(quantization: Mapping[str, Any]) -> bool:
 def _kind(group: Mapping[str, Any]) -> type[Format]:
     for name in names():
         kind = load(name)
-        if kind.scheme is not None and _agrees(kind.scheme, group):
+        if kind.scheme is not None and agrees(kind.scheme, group):
             return kind
-    weights, activations = (_object(group, k) for k in ("weights", "input_activations"))
+    weights, activations = (object_of(group, k) for k in ("weights", "input_activations"))
     raise FormatError(
         "config.json: the quantization scheme of config_groups (weights: "
         f"{weights.get('type')} {weights.get('num_bits')} {weights.get('strategy')}, activations: "
@@ -105,10 +106,10 @@ def _kind(group: Mapping[str, Any]) -> type[Format]:
     )
 
 
-def _agrees(expected: Any, found: Any) -> bool:
+def agrees(expected: Any, found: Any) -> bool:
     """Whether every key of `expected` has its value in `found`."""
     if isinstance(expected, Mapping):
-        return isinstance(found, Mapping) and all(_agrees(v, found.get(k)) for k, v in expected.items())
+        return isinstance(found, Mapping) and all(agrees(v, found.get(k)) for k, v in expected.items())
     return bool(expected == found)
 
 

@@ -65,11 +65,6 @@ def quantize_checkpoint(
     """
     output = output.absolute()
     check_replaceable(checkpoint, output, overwrite)
-    if quantization := checkpoint.config.get("quantization_config"):
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        raise FormatError(
-            f"{checkpoint.directory} is quantized already (quant_method {method}); give the original model"
-        )
     config = model.read_config(checkpoint.config)
     whole = model.emit(config, checkpoint, Bf16(), dtype)  # finds missing and misshapen tensors before any work
     check_all_read(checkpoint, whole)
@@ -158,7 +153,7 @@ def _weights(
             planned = tuple(Planned(f"{module}.{k}", t.dtype, tuple(t.shape)) for k, t in types.items())
             yield Group(planned, _quantizer(checkpoint, name, format, target, device))
         else:
-            yield Group((Planned(name, target, shape),), _converter(checkpoint, name, target))
+            yield unquantized(checkpoint, name, dtype)
 
 
 def _quantizer(
@@ -168,8 +163,11 @@ def _quantizer(
     return lambda: {f"{module}.{k}": t for k, t in format.quantize(_finite(checkpoint, name, dtype, device)).items()}
 
 
-def _converter(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Callable[[], dict[str, torch.Tensor]]:
-    return lambda: {name: _finite(checkpoint, name, dtype, "cpu")}
+def unquantized(checkpoint: Checkpoint, name: str, dtype: str) -> Group:
+    """A tensor in the model's dtype."""
+    target = getattr(torch, dtype)
+    planned = Planned(name, target, checkpoint.entry(name).shape)
+    return Group((planned,), lambda: {name: _finite(checkpoint, name, target, "cpu")})
 
 
 def _finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""fp8-quantize: Hugging Face directory -> quantized checkpoint."""
+"""fp8-quantize: Hugging Face directory -> quantized checkpoint.
+
+A model that another tool has quantized to FP8 (AutoFP8, llm-compressor, ModelOpt, transformers) is recognized: its
+codes and scales are kept as they are, and nothing is calibrated. docs/checkpoint.md tells what is read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from rich.console import Console
 
 from fp8.builder.calibration_text import CalibrationError
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
+from fp8.builder.convert import Wanted, convert
 from fp8.builder.formats.base import Format, FormatError, load, names
+from fp8.builder.imports.base import Scheme, read_scheme
 from fp8.builder.output import OutputError
 from fp8.builder.quantization_config import read_dtype
 from fp8.builder.quantize import Calibration, Reporter, quantize_checkpoint
@@ -30,6 +36,7 @@ examples:
   fp8-quantize --model_dir HF_DIR --qformat fp8_rowwise --output_dir ckpt
   fp8-quantize --model_dir HF_DIR --qformat fp8 --kv_cache_dtype fp8 --calib_dataset text.txt --output_dir ckpt
   fp8-quantize --model_dir HF_DIR --calib_dataset text.txt --exclude_modules '*.down_proj' --output_dir ckpt
+  fp8-quantize --model_dir FP8_DIR --output_dir ckpt               what another tool quantized, code for code
 
 Then: fp8-build --checkpoint_dir ckpt --output_dir engine
 """
@@ -45,8 +52,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model_dir", type=Path, required=True, help="Hugging Face checkpoint directory")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the quantized checkpoint goes")
-    parser.add_argument("--qformat", default="fp8", help=f"one of {', '.join(names())}")
-    parser.add_argument("--kv_cache_dtype", default="auto", help="auto: the model's type; fp8: E4M3, calibrated")
+    parser.add_argument(
+        "--qformat", help=f"one of {', '.join(names())} (default: fp8; of a model that is quantized, what it is)"
+    )
+    parser.add_argument(
+        "--kv_cache_dtype", help="auto: the model's type; fp8: E4M3, calibrated (default: auto; of a model that is "
+        "quantized, what it has scales for)",
+    )  # fmt: skip
     parser.add_argument("--exclude_modules", nargs="+", default=[], metavar="GLOB", help="linears to leave unquantized")
     parser.add_argument(
         "--activation_scale_ub", help="fp8_rowwise: bound of a token's largest magnitude, or none (default: 1200)"
@@ -74,13 +86,13 @@ def format_texts() -> str:
 
 
 def make_format(options: argparse.Namespace) -> Format:
-    kind = load(options.qformat)
+    kind = load(options.qformat or "fp8")
     own = {}
     if options.activation_scale_ub is not None:
         if "activation_scale_ub" not in kind.option_names():
             raise FormatError(f"--activation_scale_ub does not apply to qformat {kind.name}")
         own["activation_scale_ub"] = _bound(options.activation_scale_ub)
-    return kind(options.kv_cache_dtype, tuple(options.exclude_modules), **own)
+    return kind(options.kv_cache_dtype or "auto", tuple(options.exclude_modules), **own)
 
 
 def _bound(text: str) -> float | None:
@@ -102,6 +114,18 @@ def choose_dtype(requested: str, format: Format, checkpoint: Checkpoint) -> str:
     return format.dtype or ("float16" if stored == "float16" else "bfloat16")
 
 
+def make_wanted(options: argparse.Namespace, scheme: Scheme, checkpoint: Checkpoint) -> Wanted:
+    """What is asked of a model that is quantized. Raises FormatError for flags that would have to quantize it anew."""
+    for flag in ("exclude_modules", "activation_scale_ub"):
+        if getattr(options, flag):
+            raise FormatError(
+                f"--{flag} does not apply to {options.model_dir}, which {scheme.tool} has quantized; leave it out, or "
+                "give the original model"
+            )
+    dtype = choose_dtype(options.dtype, load(scheme.format)(), checkpoint)
+    return Wanted(options.qformat, options.kv_cache_dtype, dtype)
+
+
 def choose_device(requested: str) -> str:
     if requested == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("--device cuda: torch sees no GPU; use --device cpu")
@@ -110,16 +134,25 @@ def choose_device(requested: str) -> str:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Quantizes as asked, with a progress bar. Raises one of ERRORS."""
-    format = make_format(options)
+    format = make_format(options)  # bad flags are refused before anything is read
     checkpoint = Checkpoint(options.model_dir)
-    dtype = choose_dtype(options.dtype, format, checkpoint)
-    calibration = Calibration(options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed)
+    model = models.load(checkpoint.config)
+    scheme = read_scheme(checkpoint)
     with stages(console) as (show, above):
-        remark = functools.partial(above.print, markup=False, soft_wrap=True)
-        quantize_checkpoint(
-            models.load(checkpoint.config), checkpoint, format, dtype, calibration, options.output_dir,
-            choose_device(options.device), options.resume, options.overwrite, Reporter(show, remark),
-        )  # fmt: skip
+        report = Reporter(show, functools.partial(above.print, markup=False, soft_wrap=True))
+        if scheme is not None:
+            wanted = make_wanted(options, scheme, checkpoint)
+            dtype = wanted.dtype
+            format = convert(model, checkpoint, scheme, wanted, options.output_dir, options.overwrite, report)
+        else:
+            dtype = choose_dtype(options.dtype, format, checkpoint)
+            calibration = Calibration(
+                options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed
+            )
+            quantize_checkpoint(
+                model, checkpoint, format, dtype, calibration, options.output_dir, choose_device(options.device),
+                options.resume, options.overwrite, report,
+            )  # fmt: skip
     told = f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}"
     console.print(told, markup=False, soft_wrap=True)
 

@@ -182,7 +182,7 @@ def test_a_git_lfs_pointer_is_named(original: Path, refused: Refusal) -> None:
 @pytest.mark.parametrize(
     ("file", "config", "says"),
     [("rank0.engine", True, "is an engine directory"), ("rank0.safetensors", True, "TensorRT-LLM checkpoint"),
-     ("hf_quant_config.json", True, "ModelOpt"), ("model.gguf", False, "GGUF"), ("params.json", False, "Meta")],
+     ("model.gguf", False, "GGUF"), ("params.json", False, "Meta")],
 )  # fmt: skip
 def test_a_directory_of_another_kind_is_told(
     file: str, config: bool, says: str, original: Path, refused: Refusal

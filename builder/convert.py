@@ -1,0 +1,165 @@
+"""What another tool quantized -> a checkpoint of the same codes and scales, as fp8-quantize lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fp8.builder.checkpoint import Checkpoint, CheckpointError
+from fp8.builder.formats.base import Format, FormatError
+from fp8.builder.graph import Graph
+from fp8.builder.imported import Imported
+from fp8.builder.imports.base import ORIGINAL, Scheme
+from fp8.builder.interpret import to_torch
+from fp8.builder.output import check_replaceable, workplace, write_config
+from fp8.builder.quantize import Model, Reporter, check_all_read, unquantized
+from fp8.builder.query_scale import query_scale
+from fp8.builder.shards import Group, Planned, write_shards
+from fp8.plugins.base import SCALE_BLOCK
+
+ATTENTION = (".q_scale", ".k_scale", ".v_scale")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for, to be held against what the checkpoint is; None: whatever that is."""
+
+    qformat: str | None = None
+    kv_cache_dtype: str | None = None
+    dtype: str = "bfloat16"  # of everything unquantized
+
+
+def convert(
+    model: Model, checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted, output: Path, overwrite: bool = False,
+    report: Reporter = Reporter(),  # noqa: B008 (frozen)
+) -> Format:  # fmt: skip
+    """Writes the checkpoint, and returns its format. No value is rounded but those that were not quantized, to `dtype`.
+
+    Raises CheckpointError, FormatError, OutputError, and what the model's `read_config` raises.
+    """
+    output = output.absolute()
+    check_replaceable(checkpoint, output, overwrite)
+    _check_wanted(checkpoint, scheme, wanted)
+    imported = Imported(checkpoint, scheme)
+    config = model.read_config(checkpoint.config)
+    graph = model.emit(config, imported, imported.format("auto"), wanted.dtype)  # asks for every weight and scale
+    _remark(imported, graph, report)
+    format = imported.format(_kv_cache(imported, graph, wanted))
+    if format.fp8_kv_cache:
+        _attention_scales(imported, graph, report)
+    for name in graph.activations if wanted.kv_cache_dtype == "auto" else ():
+        if name.endswith(ATTENTION):
+            imported.leave(name)
+    check_all_read(imported, graph)
+    linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
+    with workplace(output, resume=False) as partial:
+        groups = [*_weights(imported, graph, wanted.dtype), *_scales(imported)]
+        write_shards(partial, groups, lambda done, total: report.progress("writing", done, total))
+        write_config(checkpoint, format, wanted.dtype, linears, None, partial, scheme.tool)
+    return format
+
+
+def _check_wanted(checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted) -> None:
+    if "fp8_engine" in checkpoint.config:
+        raise FormatError(
+            f"{checkpoint.directory} is quantized already, by fp8-quantize; give it to fp8-build, or the original model"
+        )
+    if wanted.qformat not in (None, scheme.format):
+        raise FormatError(
+            f"{checkpoint.directory} was quantized by {scheme.tool}, which here is qformat {scheme.format}, not "
+            f"{wanted.qformat}; leave --qformat out, or {ORIGINAL}"
+        )
+    if scheme.departure and wanted.qformat is None:
+        raise FormatError(
+            f"{checkpoint.directory} was quantized by {scheme.tool}: {scheme.departure}. --qformat {scheme.format} "
+            f"takes the weights as they are and the activations so; or {ORIGINAL}"
+        )
+
+
+def _kv_cache(imported: Imported, graph: Graph, wanted: Wanted) -> str:
+    """auto or fp8: as asked, else whether the configuration says so or scales of K and V are there."""
+    stored = [n for n in graph.activations if n.endswith(ATTENTION[1:]) and imported.source(n)]
+    if wanted.kv_cache_dtype == "fp8" and not stored:
+        raise FormatError(
+            f"{imported.directory} has no scales of K and V, which --kv_cache_dtype fp8 needs; leave it out, or "
+            f"{ORIGINAL}"
+        )
+    return wanted.kv_cache_dtype or ("fp8" if stored or imported.scheme.fp8_kv_cache else "auto")
+
+
+def _attention_scales(imported: Imported, graph: Graph, report: Reporter) -> None:
+    """Asks for the scales of Q, K and V; what is missing of Q follows from the weights."""
+    bounded = []
+    for name in (n for n in graph.activations if n.endswith(ATTENTION)):
+        if name.endswith(".q_scale") and imported.source(name) is None:
+            bounded.append(name)
+            scale = query_scale(graph, name.removesuffix(".q_scale"), lambda module: dequantized(imported, module))
+            imported.found[name] = np.array([scale], np.float32)
+        else:
+            imported.scale(name)
+    if bounded:
+        report.remark(
+            f"scales of K and V are the checkpoint's; it has none of Q, which FP8 attention needs: {len(bounded)} made "
+            "from the weights, so that no query saturates"
+        )
+
+
+def dequantized(imported: Imported, module: str) -> torch.Tensor:
+    """A linear's weight [N, K] in float32."""
+    weight = to_torch(imported.entry(f"{module}.weight").array()).float()
+    scale = imported.found.get(f"{module}.weight_scale")
+    if scale is None:
+        return weight
+    spread = torch.from_numpy(scale.copy())
+    if imported.scheme.format == "fp8_block":
+        spread = spread.repeat_interleave(SCALE_BLOCK, 0)[: weight.shape[0]].repeat_interleave(SCALE_BLOCK, 1)
+    return weight * spread
+
+
+def _remark(imported: Imported, graph: Graph, report: Reporter) -> None:
+    """Says what happens to the linears that are not quantized, and where one activation has scales that differ."""
+    scheme, found = imported.scheme, imported.found
+    linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
+    plain = [m for m in linears if m not in imported.quantized]
+    left = f", {len(plain)} left as they are ({plain[0]}{', ...' if len(plain) > 1 else ''})" if plain else ""
+    report.remark(
+        f"{imported.directory} was quantized by {scheme.tool}: {len(linears) - len(plain)} linears keep their codes "
+        f"and scales{left}; nothing is calibrated"
+    )
+    readers: dict[str, set[float]] = {}
+    for name, activation in graph.activations.items():
+        if name.endswith(".input_scale") and name in found:
+            readers.setdefault(activation, set()).add(found[name].item())
+    if differ := [activation for activation, scales in readers.items() if len(scales) > 1]:
+        report.remark(
+            f"{len(differ)} activations ({differ[0]}{', ...' if len(differ) > 1 else ''}) have a scale per linear that "
+            "reads them, and these differ: fp8-build takes the largest of each, which saturates none"
+        )
+
+
+def _weights(imported: Imported, graph: Graph, dtype: str) -> Iterator[Group]:
+    for name in graph.axes:
+        if name.removesuffix(".weight") in imported.quantized:
+            planned = Planned(name, torch.float8_e4m3fn, imported.entry(name).shape)
+            yield Group((planned,), lambda name=name: {name: codes(imported, name)})  # type: ignore[misc]
+        else:
+            yield unquantized(imported, name, dtype)
+
+
+def codes(imported: Imported, name: str) -> torch.Tensor:
+    """Of an e4m3 weight. Raises CheckpointError for a NaN."""
+    entry = imported.entry(name)
+    weight = to_torch(entry.array())
+    if ((weight.view(torch.uint8) & 0x7F) == 0x7F).any():
+        raise CheckpointError(f"{name} contains NaN ({entry.file}); the checkpoint is damaged, fetch it again")
+    return weight
+
+
+def _scales(imported: Imported) -> Iterator[Group]:
+    for name, values in imported.found.items():
+        planned = Planned(name, torch.float32, values.shape)
+        yield Group((planned,), lambda name=name, values=values: {name: torch.from_numpy(values.copy())})  # type: ignore[misc]
