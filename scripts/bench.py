@@ -1,12 +1,14 @@
 """fp8-bench: how fast kernels and engines are.
 
-fp8-bench kernel                                                                     every plugin against its peers
-fp8-bench latency --engine_dir E --batch_size 1 8 64 --input_len 1024 --output_len 128   a batch at once, whole
-fp8-bench throughput --engine_dir E --input_len 128 1000 --output_len 128 1000 --max_seconds 10   a full queue
-fp8-bench roofline --engine_dir E --batch_size 1 64                                  where a step's time goes, and why
-fp8-bench startup --checkpoint_dir C                                                 build and start-up times
-fp8-bench host                                                                       the host's work per step
-mpirun -n 2 fp8-bench all_reduce                                                     the ranks' sum over NVLink
+  fp8-bench kernel
+  fp8-bench latency --engine_dir E --batch_size 1 8 64 --input_len 1024 --output_len 128
+  fp8-bench throughput --engine_dir E --input_len 128 1000 --output_len 128 1000 --max_seconds 10
+  fp8-bench roofline --engine_dir E --batch_size 1 64
+  fp8-bench startup --checkpoint_dir C
+  fp8-bench host
+  mpirun -n 2 fp8-bench all_reduce
+
+fp8-bench MODE --help says what each measures, and its flags.
 """
 
 from __future__ import annotations
@@ -30,16 +32,19 @@ from fp8.scripts.teaching import Teaching
 MODES = {
     "kernel": (kernel, "plugins' kernels against cuBLASLt, cuDNN and torch (GPU only)"),
     "latency": (latency, "batches of random prompts, started together and run to the end"),
-    "throughput": (throughput, "in-flight batching of a full queue"),
-    "startup": (startup, "fp8-build with a cold and a warm kernel cache; an engine's start to its first token"),
-    "host": (host, "what the host does in a step: scheduling, packing, taking tokens in (no engine, no GPU)"),
+    "throughput": (throughput, "tokens per second of a full queue"),
+    "startup": (
+        startup,
+        "fp8-build with a cold and a warm kernel cache, and an engine from its start to its first token",
+    ),
+    "host": (host, "the host's work in a step: scheduling, packing, taking tokens in (needs no engine and no GPU)"),
     "all_reduce": (all_reduce, "the sum over several GPUs, checked, stressed and timed beside NCCL (under mpirun)"),
-    "roofline": (roofline, "where the time of a decode step and of a prompt goes, against what memory and cores allow"),
+    "roofline": (roofline, "where the time of a step goes, against what memory and tensor cores allow"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    p = CommandParser("fp8-bench", description="Measures kernels and engines.")
+    p = CommandParser("fp8-bench", description=__doc__, formatter_class=Teaching)
     modes = p.add_subparsers(dest="mode", required=True)
     for name, (module, title) in MODES.items():
         mode = modes.add_parser(

@@ -64,48 +64,55 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="every op runs in the types of the graph (default). --no-strongly_typed permits a higher precision where "
         "that is faster; no tactic makes use of it yet, so the engine is the same",
     )  # fmt: skip
-    parser.add_argument("--max_batch_size", type=int, default=64, help="sequences in flight")
+    parser.add_argument("--max_batch_size", type=int, default=64, help="sequences that run at the same time")
     parser.add_argument("--max_seq_len", type=int, help="tokens per sequence, prompt included (default: the model's)")
     parser.add_argument("--max_num_tokens", type=int, default=8192, help="tokens per step")
     parser.add_argument("--tp_size", type=int, default=1, help="ranks that share every layer (tensor parallelism)")
     parser.add_argument("--pp_size", type=int, default=1, help="stages of layers, one after the other (pipeline)")
     parser.add_argument(
         "--pp_layers", type=layer_counts, default=(), metavar="N,N,...",
-        help="layers of each stage, such as 20,20,24,16 (default: as even as they go)",
+        help="layers of each stage, such as 20,20,24,16 (default: as evenly as possible)",
     )  # fmt: skip
-    parser.add_argument("--workers", type=positive, default=1, help="ranks that are built side by side (default: 1)")
-    parser.add_argument("--rank", type=int, default=0, help="of which --explain tells (default: 0)")
+    parser.add_argument("--workers", type=positive, default=1, help="ranks to build at a time, each in a process")
+    parser.add_argument("--rank", type=int, default=0, help="the rank that --explain looks at")
     parser.add_argument(
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
     )
     parser.add_argument(
-        "--dtype", choices=("float32",), help="type of the activations (default: the checkpoint's). With float32, for "
-        "--target cpu alone, nothing is rounded but to FP8: a reference to compare with",
+        "--dtype", choices=("float32",), help="type of the activations (default: the checkpoint's). float32 needs "
+        "--target cpu: nothing is then rounded but to FP8, which gives a reference to compare with",
     )  # fmt: skip
     parser.add_argument(
         "--fp8_accumulation", choices=ACCUMULATIONS, default="fast", help="how FP8 linears sum: as the tensor cores "
-        "do, with some 14 bits (fast, default), or in float32 every 128 of K (precise)",
+        "do, with some 14 bits (fast, default), or in float32 after every 128 of K (precise)",
     )  # fmt: skip
     parser.add_argument(
         "--fp8_all_reduce", type=int, nargs="?", const=FP8_ALL_REDUCE, default=0, metavar="KIB",
-        help="with --tp_size, sums over ranks of so many KiB and more travel as E4M3 with a scale for 128 channels, "
-        f"which changes numbers (without a size: {FP8_ALL_REDUCE}; default: none do)",
+        help="with --tp_size: send sums over ranks of KIB or more as E4M3, with a scale per 128 channels. Faster, but "
+        f"changes numbers (without a size: {FP8_ALL_REDUCE}; default: off)",
     )  # fmt: skip
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check and print the memory budget; compile, write nothing; status 1 if --gpu_memory is too small",
+        help="check every layer and print the memory budget, but compile and write nothing; status 1 if it does not "
+        "fit --gpu_memory",
     )
-    parser.add_argument("--verify", action="store_true", help="interpret random steps before and after every pass")
-    parser.add_argument("--tune", action="store_true", help="time the tactics on this machine's GPU, and remember")
-    parser.add_argument("--explain", metavar="NODE", help="tell why each pattern did or did not match here; no build")
+    parser.add_argument("--verify", action="store_true", help="check on random steps that no pass changes the result")
+    parser.add_argument(
+        "--tune", action="store_true", help="time the tactics on this machine's GPU, and keep the winners"
+    )
+    parser.add_argument(
+        "--explain", metavar="NODE", help="say why each pattern did or did not match at this node; builds nothing"
+    )
     parser.add_argument("--dump_passes", type=Path, metavar="DIR", help="write the graph after every pass as text")
     parser.add_argument(
         "--enable_debug_output", action="store_true",
-        help="keep the debug tensors where fp8-run --debug_mode can dump them: the registered ones and those of "
+        help="make tensors available to fp8-run --debug_mode: those that the model registers and those of "
         "--debug_tensors",
     )  # fmt: skip
-    parser.add_argument("--debug_tensors", nargs="+", default=[], metavar="GLOB", help="such as 'model.layers.*.mlp.*'")
+    parser.add_argument(
+        "--debug_tensors", nargs="+", default=[], metavar="GLOB", help="which, such as 'model.layers.*.mlp.*'"
+    )
     parser.add_argument(
         "--export_onnx", type=new_file, metavar="FILE", help="write the quantize/dequantize graph as ONNX"
     )
@@ -114,9 +121,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="type of the exported activations (onnxruntime's CPU wants float32, the default)",
     )  # fmt: skip
     parser.add_argument(
-        "--gpu_memory", default="139G", help="of the card that the memory budget is for (default: 139G, an H200)"
+        "--gpu_memory", default="139G", help="memory of the card that the budget is for (default: 139G, an H200's)"
     )
-    parser.add_argument("--log_level", default="info", choices=LOG_LEVELS, help="how much is told on the way")
+    parser.add_argument("--log_level", default="info", choices=LOG_LEVELS, help="how much to print")
     options = parser.parse_args(arguments)
     if options.output_dir is None and not (options.dry_run or options.explain or options.export_onnx):
         parser.error("--output_dir is needed, except with --dry_run, --explain or --export_onnx")

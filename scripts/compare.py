@@ -257,15 +257,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--input_text", nargs="+", help=f"prompts (default: {TOKENS} random tokens)")
     what.add_argument("--input_tokens", nargs="+", help="prompts as token ids, such as 1,306,4658")
-    what.add_argument("--input_file", type=Path, help="a UTF-8 text, of which the first --max_tokens are taken")
-    p.add_argument("--max_tokens", type=positive, default=128, help="of each prompt (default: 128)")
-    p.add_argument("--threshold", type=float, default=THRESHOLD, help=f"in dB (default: {THRESHOLD:g})")
-    p.add_argument("--device", default="cpu", help="of engines: cpu (default), cuda or auto")
-    p.add_argument("--max_kv_blocks", type=positive, help="size of each KV pool (default: for --max_tokens)")
+    what.add_argument("--input_file", type=Path, help="a UTF-8 text, of which the first --max_tokens are used")
+    p.add_argument("--max_tokens", type=positive, default=128, help="tokens of each prompt, at most")
     p.add_argument(
-        "--reference_dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of a model"
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help=f"name the first tensor below so many dB (default: {THRESHOLD:g})",
     )
-    p.add_argument("--json", action="store_true", help="the comparison as JSON")
+    p.add_argument("--device", default="cpu", help="where engines run: cpu (default), cuda or auto")
+    p.add_argument(
+        "--max_kv_blocks",
+        type=positive,
+        help="size of each KV pool in blocks of 64 tokens (default: enough for --max_tokens)",
+    )
+    p.add_argument(
+        "--reference_dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="type that a model runs in",
+    )
+    p.add_argument("--json", action="store_true", help="print the comparison as JSON")
     return p.parse_args(arguments)
 
 

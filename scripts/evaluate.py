@@ -44,8 +44,10 @@ def parser() -> argparse.ArgumentParser:
     names = ", ".join("/".join((name, *module.ALIASES)) for name, module in tasks.items())
     p.add_argument("--task", type=task_name, default="perplexity", help=f"{names}; default: perplexity")
     p.add_argument("--data", type=Path, help="the task's text, file or directory")
-    p.add_argument("--max_items", type=positive, metavar="N", help="take only the first N items (of each subject)")
-    p.add_argument("--skip_long", action="store_true", help="leave out items that are too long, and say how many")
+    p.add_argument("--max_items", type=positive, metavar="N", help="use only the first N items (of each subject)")
+    p.add_argument(
+        "--skip_long", action="store_true", help="leave out items that are too long for the engine, and say how many"
+    )
     p.add_argument("--reference", type=Path, help="Hugging Face model directory, run in float32 on the same prompts")
     p.add_argument("--output", type=new_file, help="write the result as JSON")
     gates = p.add_argument_group(
@@ -53,14 +55,14 @@ def parser() -> argparse.ArgumentParser:
     )
     gates.add_argument(
         "--max_ppl_increase", type=float, metavar="X",
-        help="perplexity exceeds the reference's by X at most; 0.01 is 1%%",
+        help="fail if perplexity exceeds the reference's by more than X; 0.01 is 1%%",
     )  # fmt: skip
     gates.add_argument(
-        "--min_accuracy", type=fraction, metavar="X", help="accuracy (rouge: F1 of rouge1) is at least X, 0 to 1"
+        "--min_accuracy", type=fraction, metavar="X", help="fail if accuracy (rouge: F1 of rouge1) is below X, 0 to 1"
     )
     gates.add_argument(
         "--max_regression", type=fraction, metavar="P",
-        help="the engine is not worse than the reference with p < P (sign test of answers, or paired bootstrap)",
+        help="fail if the engine is worse than the reference with p < P (sign test of answers, or paired bootstrap)",
     )  # fmt: skip
     add_session_arguments(p)
     for name, module in tasks.items():

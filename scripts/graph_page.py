@@ -353,8 +353,8 @@ def beside(found: Sequence[Drawing]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     p = CommandParser("fp8-inspect graph", description=__doc__, formatter_class=Teaching)
     p.add_argument("directory", type=Path, help="checkpoint (before and after fusion) or engine (after fusion)")
-    p.add_argument("--layer", type=int, default=0, help="which one")
-    p.add_argument("--rank", type=int, default=0, help="of an engine of several ranks")
+    p.add_argument("--layer", type=int, default=0, help="which layer")
+    p.add_argument("--rank", type=int, default=0, help="which rank's engine")
     p.add_argument("--output", type=new_file, metavar="PAGE.html", help="the page")
     p.add_argument("--svg", type=new_file, metavar="FILE.svg", help="the drawings alone, as one SVG")
     options = p.parse_args(arguments)

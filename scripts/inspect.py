@@ -30,13 +30,16 @@ WIDTH = 180  # where the output is no terminal
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(
         "fp8-inspect", description=__doc__,
-        epilog="fp8-inspect compare A B and fp8-inspect graph ENGINE_OR_CHECKPOINT have --help of their own",
+        epilog="Without flags: an overview and the fusion report. See also fp8-inspect compare --help (tensors of two "
+        "engines) and fp8-inspect graph --help (a drawing of one layer).",
     )  # fmt: skip
     parser.add_argument("engine_dir", type=Path, help="as fp8-build writes it")
-    parser.add_argument("--rank", type=int, default=0, help="of an engine of several ranks (default: 0)")
+    parser.add_argument("--rank", type=int, default=0, help="which rank's engine (default: 0)")
     parser.add_argument("--layers", action="store_true", help="every step with its types and shapes")
     parser.add_argument("--tactics", action="store_true", help="every step's tactics, and the kernels with registers")
-    parser.add_argument("--fusion", action="store_true", help="the quantize/dequantize pairs and who took them")
+    parser.add_argument(
+        "--fusion", action="store_true", help="the quantize/dequantize pairs, and which plugin took each"
+    )
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser.parse_args(arguments)
 

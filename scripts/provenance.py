@@ -17,7 +17,7 @@ from fp8.builder.engine import write_atomically
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--commit", default="", help="recorded in the output; asked of git by default")
+    parser.add_argument("--commit", default="", help="to record in the output (default: git's)")
 
 
 def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> dict[str, Any]:

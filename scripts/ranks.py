@@ -27,7 +27,7 @@ def add_rank_arguments(p: argparse.ArgumentParser) -> None:
     called with the arguments and the session of every rank but 0, which sees to its own."""
     p.add_argument(
         "--rank_timeout", type=seconds, default=RANK_TIMEOUT, metavar="SECONDS",
-        help="under mpirun: end all ranks if one is silent, or stands still in a step, for so long (default: 20)",
+        help="under mpirun: end all ranks if one is silent, or makes no progress in a step, for so long (default: 20)",
     )  # fmt: skip
     p.set_defaults(world=None, make_weight=None, prepare=None)
 

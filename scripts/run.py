@@ -1,4 +1,4 @@
-"""fp8-run: texts from an engine."""
+"""fp8-run: generates text with an engine."""
 
 from __future__ import annotations
 
@@ -28,23 +28,31 @@ from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_para
 from fp8.scripts.teaching import Teaching
 
 ERRORS = (EngineError, RequestError, KVCacheError, PluginError, RankError, ServiceError, OSError)
+EXAMPLES = """\
+examples:
+  fp8-run --engine_dir engine --input_text "def main():" --max_output_len 64
+  fp8-run --engine_dir engine --input_text "Once upon a time" --temperature 0.7 --top_p 0.9 --n 3
+  fp8-run --engine_dir engine --input_text "Why is the sky blue?" --chat --streaming
+  fp8-run --engine_dir engine --input_file prompts.jsonl --output jsonl
+  mpirun -n 2 fp8-run --engine_dir engine_tp2 --input_text "def main():"
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = CommandParser("fp8-run", description="Generates text with an engine.", formatter_class=Teaching)
+    p = CommandParser("fp8-run", description=__doc__, epilog=EXAMPLES, formatter_class=Teaching)
     p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--input_text", nargs="+", help="one or several prompts")
     what.add_argument("--input_tokens", nargs="+", help="one or several prompts as token ids, such as 1,306,4658")
     what.add_argument("--input_file", type=Path, help="prompts in .txt, .jsonl or .csv")
-    p.add_argument("--chat", action="store_true", help="prompts are what a user says: apply the chat template")
-    p.add_argument("--streaming", action="store_true", help="print texts as they come, one prompt after the other")
+    p.add_argument("--chat", action="store_true", help="prompts are a user's messages: apply the chat template")
+    p.add_argument("--streaming", action="store_true", help="print text as it comes, one prompt after the other")
     add_sampling_arguments(p)
     add_session_arguments(p)
     p.add_argument(
         "--debug_mode", action="store_true", help="write every step's debug tensors (fp8-build --enable_debug_output)"
     )
-    p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where to (default: debug)")
+    p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where --debug_mode writes")
     p.add_argument("--output", choices=("text", "json", "jsonl"), default="text", help="how results are printed")
     return p
 
@@ -53,11 +61,11 @@ def add_session_arguments(p: argparse.ArgumentParser) -> None:
     """What every command that opens a session takes."""
     p.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     p.add_argument(
-        "--max_kv_blocks", type=positive, help="size of the KV pool in blocks of 64 tokens; default: what fits"
+        "--max_kv_blocks", type=positive, help="size of the KV pool in blocks of 64 tokens (default: what fits)"
     )
     p.add_argument(
         "--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9,
-        help="of the GPU memory that is left beside weights and activations: the KV pool's",
+        help="share of the GPU memory left after weights and activations that the KV pool takes",
     )  # fmt: skip
     add_rank_arguments(p)
 

@@ -9,44 +9,56 @@ from fp8.runtime.sampling_params import RequestError, SamplingParams
 
 
 def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--max_output_len", "--max_tokens", type=int, default=64, help="tokens at most (default 64)")
+    p.add_argument("--max_output_len", "--max_tokens", type=int, default=64, help="generate at most so many tokens")
     p.add_argument(
-        "--min_output_len", "--min_tokens", type=int, default=0, help="no stop token or string before that many tokens"
+        "--min_output_len",
+        "--min_tokens",
+        type=int,
+        default=0,
+        help="ignore stop tokens and strings before so many tokens",
     )
-    p.add_argument("--n", type=int, default=1, help="outputs per prompt; needs a temperature above 0, or beams")
+    p.add_argument(
+        "--n", type=int, default=1, help="outputs per prompt; more than 1 needs a temperature above 0, or beams"
+    )
     choice = p.add_argument_group(
         "choice of tokens",
         "Applied in this order: bias, penalties, temperature, then what is unlikely is left out (top_k, top_p, min_p, "
         "typical_p). A usual choice for prose: --temperature 0.7 --top_p 0.9. At temperature 0 nothing is left out.",
     )
     number: dict[str, Any] = {"type": float, "metavar": "X"}
-    choice.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy; above 1 is wilder")
+    choice.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy; above 1 is more random")
     choice.add_argument(
-        "--seed", type=int, help="fixes the text at a temperature above 0, whatever else is in the batch"
+        "--seed", type=int, help="makes the text repeatable at a temperature above 0, whatever else is in the batch"
     )
     choice.add_argument(
         "--top_k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 (default): all"
     )
     choice.add_argument(
-        "--top_p", default=1.0, help="the likeliest that together reach probability X, 0 < X <= 1", **number
+        "--top_p", default=1.0, help="only the likeliest tokens that together reach probability X, 0 < X <= 1", **number
     )
     choice.add_argument(
-        "--min_p", default=0.0, help="only tokens at least X times as likely as the best, 0 to 1", **number
+        "--min_p", default=0.0, help="only tokens that are at least X times as likely as the best one, 0 to 1", **number
     )
     choice.add_argument(
-        "--typical_p", default=1.0, help="the most typical that together reach probability X, 0 < X <= 1", **number
+        "--typical_p",
+        default=1.0,
+        help="only the most typical tokens that together reach probability X, 0 < X <= 1",
+        **number,
     )
     choice.add_argument(
         "--repetition_penalty",
         default=1.0,
-        help="above 1 disfavours what is in the prompt or output; try 1.1",
+        help="above 1 disfavours tokens that are in the prompt or output; try 1.1",
         **number,
     )
     choice.add_argument(
-        "--presence_penalty", default=0.0, help="off the logit of every token in the output, -2 to 2", **number
+        "--presence_penalty",
+        default=0.0,
+        help="subtracted from the logit of every token that is in the output, -2 to 2",
+        **number,
     )
     choice.add_argument(
-        "--frequency_penalty", default=0.0, help="the same for each time that it occurs, -2 to 2", **number
+        "--frequency_penalty", default=0.0, help="the same, for each time that it occurs, -2 to 2", **number
     )
     choice.add_argument(
         "--logit_bias", nargs="*", default=[], metavar="TOKEN:X", help="added to a token's logit, such as 13:-100"
@@ -69,11 +81,15 @@ def add_sampling_arguments(p: argparse.ArgumentParser) -> None:
         "default), or once it could not at any length (never)",
     )
     end = p.add_argument_group("end and report")
-    end.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="the output ends before one of these texts")
+    end.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="end the output before any of these texts")
     end.add_argument(
-        "--stop_token_ids", type=int, nargs="*", default=[], help="beside the model's end-of-sequence tokens"
+        "--stop_token_ids",
+        type=int,
+        nargs="*",
+        default=[],
+        help="end at these tokens, too, not only at the model's end-of-sequence tokens",
     )
-    end.add_argument("--ignore_eos", action="store_true", help="go on behind the model's end-of-sequence tokens")
+    end.add_argument("--ignore_eos", action="store_true", help="do not end at the model's end-of-sequence tokens")
     end.add_argument(
         "--logprobs",
         type=int,

@@ -24,26 +24,43 @@ from fp8.scripts.run import ERRORS, add_session_arguments
 from fp8.scripts.teaching import Teaching
 
 API_KEY_VARIABLE = "FP8_API_KEY"
+EXAMPLES = """\
+examples:
+  fp8-serve --engine_dir engine --port 8000
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+       -d '{"model": "engine", "prompt": "def main():", "max_tokens": 16}'
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(
-        "fp8-serve", description="Serves an engine: OpenAI-compatible completions and chat.", formatter_class=Teaching
+        "fp8-serve",
+        description="Serves an engine: OpenAI-compatible completions and chat.",
+        epilog=EXAMPLES,
+        formatter_class=Teaching,
     )
     p.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on: this machine only, unless told")
-    p.add_argument("--port", type=port, default=8000, help="0 takes a free one")
-    p.add_argument("--served_model_name", help="default: the name of the engine directory")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; by default only this machine can connect")
+    p.add_argument("--port", type=port, default=8000, help="0: any free one")
+    p.add_argument("--served_model_name", help="model name for clients (default: the name of the engine directory)")
     key = p.add_mutually_exclusive_group()
-    key.add_argument("--api_key", help=f"what clients must send; default: ${API_KEY_VARIABLE}, or nothing")
-    key.add_argument("--api_key_file", type=Path, help="a file with the key, which a list of processes does not show")
+    key.add_argument("--api_key", help=f"what clients must send (default: ${API_KEY_VARIABLE}, or nothing)")
+    key.add_argument(
+        "--api_key_file", type=Path, help="a file with the key, so that it does not show in the list of processes"
+    )
     p.add_argument("--policy", choices=sorted(POLICIES), default="throughput", help="how requests share the engine")
-    p.add_argument("--max_requests", type=positive, default=256, help="under way at once; beyond them: 429")
-    p.add_argument("--max_body_bytes", type=positive, default=4 << 20, help="a larger request is refused")
-    p.add_argument("--body_seconds", type=seconds, default=30.0, help="a request that arrives more slowly is refused")
-    p.add_argument("--stall_seconds", type=seconds, default=30.0, help="a client that takes nothing so long is cut off")
-    p.add_argument("--request_seconds", type=seconds, default=600.0, help="an answer that takes longer is cut off")
-    p.add_argument("--drain_seconds", type=seconds, default=30.0, help="open requests have that long at a shutdown")
+    p.add_argument(
+        "--max_requests", type=positive, default=256, help="open at the same time; more are answered with 429"
+    )
+    p.add_argument("--max_body_bytes", type=positive, default=4 << 20, help="refuse a larger request")
+    p.add_argument("--body_seconds", type=seconds, default=30.0, help="refuse a request that takes longer to arrive")
+    p.add_argument(
+        "--stall_seconds", type=seconds, default=30.0, help="cut off a client that reads nothing for so long"
+    )
+    p.add_argument("--request_seconds", type=seconds, default=600.0, help="cut off an answer that takes longer")
+    p.add_argument(
+        "--drain_seconds", type=seconds, default=30.0, help="at shutdown, give open requests so long to finish"
+    )
     add_session_arguments(p)
     return p
 

@@ -56,11 +56,13 @@ STRESSED = 1  # of the layers: launches that follow each other are of one size (
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
-    p.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="KIB", help="of bfloat16 values")
-    p.add_argument("--stress", type=int, default=10_000, metavar="N", help="launches in turn")
-    p.add_argument("--tactics", default="", metavar="TEXT", help="only those whose names contain this, and NCCL's")
     p.add_argument(
-        "--again", action="store_true", help="after a run that ended too soon: without the tactic that --output blames"
+        "--sizes", type=int, nargs="+", default=SIZES, metavar="KIB", help="sizes of the sums, in KiB of bfloat16"
+    )
+    p.add_argument("--stress", type=int, default=10_000, metavar="N", help="launches at varied sizes")
+    p.add_argument("--tactics", default="", metavar="TEXT", help="only tactics whose names contain this, and NCCL's")
+    p.add_argument(
+        "--again", action="store_true", help="after a run that crashed: go on without the tactic that --output blames"
     )
     p.add_argument("--rank_timeout", type=float, default=120.0, help=argparse.SUPPRESS)
 

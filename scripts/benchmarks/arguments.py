@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine_dir", required=True, help="as fp8-build writes it")
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random prompts")
     add_session_arguments(parser)
     parser.set_defaults(make_weight=make_weight)
 

@@ -49,13 +49,17 @@ class HostSession:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch_size", type=positive, nargs="+", default=[64, 512, 1024], help="sequences at once")
+    parser.add_argument(
+        "--batch_size", type=positive, nargs="+", default=[64, 512, 1024], help="sequences at the same time"
+    )
     parser.add_argument("--input_len", type=positive, default=128, help="tokens of each prompt")
     parser.add_argument("--output_len", type=positive, default=128, help="tokens of each output")
     parser.add_argument("--policy", choices=sorted(POLICIES), default="throughput", help="how requests share a step")
-    parser.add_argument("--num_requests", type=positive, help="queued at the start (default: 4 x batch_size)")
+    parser.add_argument(
+        "--num_requests", type=positive, help="requests in the queue at the start (default: 4 x batch_size)"
+    )
     parser.add_argument("--max_num_tokens", type=positive, default=8192, help="tokens per step")
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random prompts")
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -28,12 +28,16 @@ those of the record."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plugin", default="", help="only this plugin")
-    parser.add_argument("--case", nargs="+", default=[""], help="only cases whose names contain one of these")
-    parser.add_argument("--own", action="store_true", help="the cases of every plugin's cases.py instead")
-    parser.add_argument("--tactics", type=int, default=1, help="the best of so many tactics (1: what fp8-build takes)")
+    parser.add_argument(
+        "--case", nargs="+", default=[""], help="only cases whose names contain one of these (default: all)"
+    )
+    parser.add_argument("--own", action="store_true", help="time the cases of every plugin's cases.py instead")
+    parser.add_argument(
+        "--tactics", type=int, default=1, help="report the best of so many tactics (1: the one that fp8-build takes)"
+    )
     parser.add_argument("--no-peers", action="store_true", help="time our own kernels alone")
     parser.add_argument("--max_seconds", type=float, default=600.0, help="start no further case after so many seconds")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs")
 
 
 def run(args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:

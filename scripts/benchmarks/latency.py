@@ -44,19 +44,17 @@ COUNTED_SECONDS = 1.5  # of prompts that count, at least: the clock swings by 5%
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
-    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences at once")
+    parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences at the same time")
     parser.add_argument("--input_len", type=positive, nargs="+", default=[1024], help="tokens of each prompt")
     parser.add_argument("--output_len", type=positive, default=128, help="tokens of each output")
-    parser.add_argument("--runs", type=positive, default=3, help="whole runs, for tokens/s; medians are reported")
+    parser.add_argument("--runs", type=positive, default=3, help="whole runs, for tokens/s; the median is reported")
     parser.add_argument(
         "--prompt_runs",
         type=positive,
         default=7,
-        help="runs of the prompts alone under steady load, for first tokens; more where they take less than 1.5 s",
+        help="runs of the prompts alone under steady load, for first tokens; more if they take less than 1.5 s",
     )
-    parser.add_argument(
-        "--max_seconds", type=float, help="of a row's runs of either kind: begin no further one after so many"
-    )
+    parser.add_argument("--max_seconds", type=float, help="start no further run of a row after so many seconds")
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

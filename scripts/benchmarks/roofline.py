@@ -60,16 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.set_defaults(prepare=lambda args, session: fill_cache(session))
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1], help="sequences of a decode step")
-    parser.add_argument("--context_len", type=positive, default=1024, help="of each of them")
+    parser.add_argument("--context_len", type=positive, default=1024, help="tokens of context of each sequence")
     parser.add_argument(
-        "--prompt_len", type=positive, nargs="*", default=[1024], help="prompts, taken in by themselves"
+        "--prompt_len", type=positive, nargs="*", default=[1024], help="prompts, each a step of its own"
     )
     parser.add_argument(
         "--mixed", type=mixture, nargs="*", default=[], metavar="MIXTURE",
         help="steps of both: 1016x192+8x128 is 1016 decode rows of context 192 and 8 prompts of 128 tokens; "
         "88x21000+1x900@9000 has the last 900 of a prompt's first 9000",
     )  # fmt: skip
-    parser.add_argument("--runs", type=positive, default=10, help="the median is reported")
+    parser.add_argument("--runs", type=positive, default=10, help="times of each step; the median is reported")
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -35,8 +35,8 @@ class Ran:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="as fp8-quantize writes it")
     parser.add_argument("--engine_dir", type=Path, help="keep the engine here (default: a temporary folder)")
-    parser.add_argument("--device", default="auto", help="of the start: auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("build_flags", nargs="*", help="for fp8-build, behind --: -- --max_batch_size 64")
+    parser.add_argument("--device", default="auto", help="where the engine starts: auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("build_flags", nargs="*", help="flags for fp8-build, after --, such as -- --max_batch_size 64")
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -33,17 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     parser.set_defaults(prepare=_prepare)
     parser.add_argument("--input_len", type=positive, nargs="+", default=[1000], help="tokens of each prompt")
-    parser.add_argument("--output_len", type=positive, nargs="+", default=[1000], help="one for each input_len")
     parser.add_argument(
-        "--num_requests", type=positive, nargs="+", default=[1024], help="one, or one for each input_len"
+        "--output_len",
+        type=positive,
+        nargs="+",
+        default=[1000],
+        help="tokens of each output, one number for each input_len",
+    )
+    parser.add_argument(
+        "--num_requests",
+        type=positive,
+        nargs="+",
+        default=[1024],
+        help="requests in the queue; one number, or one for each input_len",
     )
     parser.add_argument(
         "--max_batch_size",
         type=positive,
         nargs="+",
-        help="sequences at a time; one, or one for each input_len (the engine's)",
+        help="sequences at the same time; one number, or one for each input_len (default: the engine's)",
     )
-    parser.add_argument("--max_seconds", type=float, help="measure the steady state, for so long")
+    parser.add_argument("--max_seconds", type=float, help="measure the steady state instead, for so long")
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -25,9 +25,9 @@ SHOTS = 5  # of the original
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--num_shots", type=int, help="solved questions in the prompt; default: 5, or 0 without any")
+    p.add_argument("--num_shots", type=int, help="solved questions in the prompt (default: 5, or 0 if there are none)")
     p.add_argument("--few_shot_file", type=Path, help="solved questions for --data FILE.csv, in the same layout")
-    p.add_argument("--subjects", nargs="+", help="only these subjects of a directory")
+    p.add_argument("--subjects", nargs="+", help="only these subjects of the directory")
 
 
 class Item(NamedTuple):

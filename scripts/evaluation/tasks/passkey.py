@@ -27,10 +27,14 @@ DIGITS = 5
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--lengths", type=int, nargs="+", help="tokens, the answer's included; default: the most that the engine holds"
+        "--lengths", type=int, nargs="+", help="tokens, including the answer (default: what the engine can hold)"
     )
     p.add_argument(
-        "--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0: at the beginning, 1: the end"
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        help="where the number is hidden: 0 is the beginning, 1 the end",
     )
     p.add_argument("--repeats", type=int, default=5, help="numbers per length and depth (default: 5)")
     p.add_argument("--seed", type=int, default=0, help="of the numbers (default: 0)")

@@ -26,10 +26,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--window",
         type=positive,
-        help="tokens that the model sees at once; default: the engine's max_seq_len, 2048 at most",
+        help="tokens that the model sees at once (default: the engine's max_seq_len, at most 2048)",
     )
-    p.add_argument("--stride", type=positive, help="tokens between windows; default: half a window")
-    p.add_argument("--max_tokens", type=positive, help="take only the beginning of the text")
+    p.add_argument("--stride", type=positive, help="tokens from one window to the next (default: half a window)")
+    p.add_argument("--max_tokens", type=positive, help="use only so many tokens from the beginning of the text")
 
 
 class Task:

@@ -21,10 +21,10 @@ TEMPLATE = "{document}\n\nTL;DR:"
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--document_key", default="document", help="of the JSON objects in --data (default: document)")
-    p.add_argument("--summary_key", default="summary", help="of the same (default: summary)")
+    p.add_argument("--document_key", default="document", help="key of the document in the JSON objects of --data")
+    p.add_argument("--summary_key", default="summary", help="key of the summary")
     p.add_argument("--prompt_template", default=TEMPLATE, help=f"a text with {{document}} in it; default: {TEMPLATE!r}")
-    p.add_argument("--max_output_len", type=int, default=64, help="tokens of a summary at most (default: 64)")
+    p.add_argument("--max_output_len", type=int, default=64, help="generate at most so many tokens")
 
 
 class Item(NamedTuple):
