@@ -17,8 +17,9 @@
 // Two, with the total in registers and Q K^T and P V of the tile before under one softmax, took 2100; three without turns 1930 to
 // 2020, in turn by named barriers 1850 to 1880 (O flushed every 1024 tokens; 1960 every 512).
 // Tried here: tiles of 64 tokens, Q in registers or not, P V and Q K^T issued together, or P V under the softmax, 2170 to 2250; of 96
-// tokens 2060 to 2170; the turn passed once Q K^T is issued, or between the products, +2 %; row sums by wgmma with a tile of ones, of
-// the codes, are too coarse for few tokens and not faster. The flush is short of shared memory's bandwidth: within the turn, under
+// tokens 2060 to 2170; the turn passed when all, half or a quarter of Q K^T is still to come, or between the products, +1 to +3 %
+// (behind the maxima, where ptxas put it, 1 to 6 % at 4096 and 8192 tokens); row sums by wgmma with a tile of ones, of the codes,
+// are too coarse for few tokens and not faster. The flush is short of shared memory's bandwidth: within the turn, under
 // Q K^T, a quarter of the columns a tile costs 9 % and all of them 50 %, before the turn a quarter a tile 7 %, a quarter every second
 // tile 3 %, in the softmax 2 % more than before the turn. Two tiles of Q, three of K and two of V against one, three and three: 1 to
 // 2 %, 10 % at 1024 tokens. The last tile of a warpgroup in half where no row sees more: 5 % at 1024 tokens.
@@ -55,6 +56,13 @@ struct Shared {
 DEVICE u64 value_descriptor(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | ((u64)HEAD_DIM << 16) | (128ull >> 4 << 32);
 }
+
+// Of a tile of a ring, from that of the first: where products are begun, no instruction more is in the turn than must be.
+DEVICE u64 tile_descriptor(u64 first, int stage) {
+  return (first & 0xFFFFFFFF00000000ull) | ((u32)first + stage * (TILE_BYTES >> 4));
+}
+
+DEVICE void pin(u64& x) { asm volatile("" : "+l"(x)); }
 
 template <int N> DEVICE void issue_qk(float (&s)[N], u64 q, u64 k) {
 #pragma unroll
@@ -127,7 +135,7 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
 }
 
 struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
-  u32 k_smem, v_smem;
+  u64 k_first, v_first;  // descriptors of the rings' first tiles
   float scale;
   int group;
   float4* total;  // of this thread in shared memory, 128 * GROUPS apart
@@ -177,12 +185,19 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
     for (int r = 0; r < 2; r++) behind[r] = min(behind[r] + 127 - (__float_as_uint(state.rescale[r]) >> 23), 127u);  // 127: becomes 0
   }
 
-  // Begins P V of the tile before tile j, in the warpgroup's turn, before which it waits anyway.
+  // Begins P V of the tile before tile j, for whose V it has waited, in the warpgroup's turn, before which it waits anyway.
   template <int STEPS = PV_STEPS> METHOD void add_values(float (&o)[HEAD_DIM / 2], const u32 (&p)[PV_STEPS][4]) {
-    wait_v();
+    u64 v_tile = tile_descriptor(v_first, v.stage);
+    pin(v_tile);
     take_turn();
     wgmma_fence();
-    issue_pv<STEPS>(o, p, value_descriptor(v_smem + v.stage * TILE_BYTES));
+    issue_pv<STEPS>(o, p, v_tile);
+    wgmma_commit_group();
+  }
+
+  template <int N> METHOD void begin_scores(float (&s)[N], u64 q, u64 k_tile) {
+    wgmma_fence();
+    issue_qk(s, q, k_tile);
     wgmma_commit_group();
   }
 
@@ -190,22 +205,24 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
   template <bool MASKED, int TOKENS = TILE_KV>
   METHOD void step(float (&o)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state, u64 q, const int (&visible)[2], int j) {
     float s[TOKENS / 2];
+    u64 k_tile = tile_descriptor(k_first, k.stage);
     if (j > 0) {
       add_values(o, p);
+      pin(k_tile), pin(q);  // made under P V, not behind it
       wait_k();
       wgmma_wait_group<0>();
+      begin_scores(s, q, k_tile);
       release_v();
     } else {
       wait_k();
       take_turn();
+      begin_scores(s, q, k_tile);
     }
-    wgmma_fence();
-    issue_qk(s, q, row_descriptor(k_smem + k.stage * TILE_BYTES));
-    wgmma_commit_group();
     wgmma_wait_group<0>();
     pass_turn();
     pin_scores(s);
     release_k();
+    wait_v();  // here, so that the maxima begin behind it: ptxas puts them in front of the turn's end otherwise
     if constexpr (MASKED) mask(s, visible);
     raise(s, state, scale);
     if (state.changed && j > 0) rescale(o, state);  // seldom after the first tiles
@@ -222,7 +239,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
                     Shared& b, u32 q_smem, u32 k_smem, u32 v_smem, float4* total, int group) {
   const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const float out_factor = QUANT_OUT ? *v_scale / *out_scale : *v_scale;
-  Consumer my{{b, lane}, k_smem, v_smem, (float)SCALE_LOG2 * *q_scale * *k_scale, group, total};
+  Consumer my{{b, lane}, row_descriptor(k_smem), value_descriptor(v_smem), (float)SCALE_LOG2 * *q_scale * *k_scale, group, total};
   if (group == GROUPS - 1) my.pass_turn();  // the first turn is warpgroup 0's
   Ring<Q_STAGES> q_ring;
 #pragma unroll 1
