@@ -26,6 +26,7 @@ from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import Tokenizer, load_tokenizer
 from fp8.scripts.argument_types import positive
+from fp8.scripts.hugging_face import misread
 from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.run import ERRORS, token_ids
 from fp8.scripts.teaching import Teaching
@@ -140,6 +141,8 @@ class HuggingFaceSide:
     def __init__(self, directory: Path, dtype: str) -> None:
         import transformers
 
+        if wrong := misread(directory):
+            raise CompareError(wrong)
         try:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
         except (OSError, ValueError, ImportError) as error:

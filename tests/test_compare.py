@@ -106,6 +106,9 @@ def test_saturation_counts_codes_at_the_end_of_the_range():
 def test_what_cannot_be_compared_is_refused(sound, tmp_path, capsys):
     assert inspect.main(["compare", str(sound), str(tmp_path)]) == 1
     assert "neither an engine directory nor" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fbgemm_fp8"}}))
+    assert inspect.main(["compare", str(sound), str(tmp_path)]) == 1
+    assert "is quantized (fbgemm_fp8), which transformers does not" in capsys.readouterr().err
     assert inspect.main(["compare", str(sound), str(sound), "--input_tokens", "5,99999", *FLAGS]) == 1
     assert "token 99999 at position 1 is outside the vocabulary" in capsys.readouterr().err
     assert inspect.main(["compare", str(sound), str(sound), "--input_text", "def", *FLAGS]) == 1

@@ -116,6 +116,18 @@ def test_the_reference_is_hugging_face_s_forward_pass(model_dir: Path) -> None:
     assert (best == logits.argmax(1).numpy()).all()
 
 
+def test_a_reference_that_transformers_does_not_compute_is_refused(
+    engine_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(engine_dir, text, "--reference", tmp_path) == 1
+    assert f"{tmp_path} is quantized (fp8)" in (error := capsys.readouterr().err) and "fp8-quantize" in error
+    (tmp_path / "hf_quant_config.json").write_text("[]")
+    assert run(engine_dir, text, "--reference", tmp_path) == 1
+    assert "hf_quant_config.json is not a JSON object" in capsys.readouterr().err
+
+
 def test_the_interval_narrows_with_the_number_of_windows() -> None:
     source = np.random.default_rng(0)
     few, many = ([source.normal(2.0, 0.5, 50) for _ in range(n)] for n in (10, 1000))

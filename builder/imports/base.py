@@ -12,6 +12,7 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from fp8.builder.checkpoint import Checkpoint, read_json
@@ -63,22 +64,22 @@ class Tool(Protocol):
         ...
 
 
-def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+def quantization_of(directory: Path, config: Mapping[str, Any]) -> Quantization | None:
     """What a checkpoint says of its quantization, None if nothing. ModelOpt's own file comes first, then config.json,
-    where old compressed-tensors files have another key."""
-    path = checkpoint.directory / "hf_quant_config.json"
+    where old compressed-tensors files have another key. Raises CheckpointError, FormatError if malformed."""
+    path = directory / "hf_quant_config.json"
     if path.is_file():
         found = read_json(path)
         return {**object_of(found, "quantization"), "quant_method": "modelopt"}
     for key in ("quantization_config", "compression_config"):
-        if checkpoint.config.get(key):
-            return object_of(checkpoint.config, key)
+        if config.get(key):
+            return object_of(config, key)
     return None
 
 
 def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
     """Of a quantized checkpoint, None of another. Raises FormatError for one that no tool here reads."""
-    quantization = quantization_of(checkpoint)
+    quantization = quantization_of(checkpoint.directory, checkpoint.config)
     if quantization is None:
         return None
     for tool in map(load, names()):

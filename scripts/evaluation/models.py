@@ -15,6 +15,7 @@ from fp8.runtime.llm import LLM
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scoring import GROUP, logit_losses, score_continuations, token_losses
 from fp8.runtime.tokenizer import Tokenizer
+from fp8.scripts.hugging_face import misread
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +74,8 @@ class Reference:
 
         if not (directory / "config.json").is_file():
             raise RequestError(f"--reference {directory} has no config.json; give a Hugging Face model directory")
+        if wrong := misread(directory):
+            raise RequestError(f"--reference {wrong}")
         self.directory, self.device = directory, device
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.model.to(torch.device(device))
