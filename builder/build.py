@@ -103,7 +103,7 @@ class Request:
 
     @property
     def places(self) -> list[Place]:
-        """Of all ranks."""
+        """The places of all ranks."""
         return [self.place(rank) for rank in range(self.tp_size * self.pp_size)]
 
     def place(self, rank: int = 0) -> Place:

@@ -151,7 +151,7 @@ def _weights(imported: Imported, graph: Graph, dtype: str) -> Iterator[Group]:
 
 
 def codes(imported: Imported, name: str) -> torch.Tensor:
-    """Of an e4m3 weight. Raises CheckpointError for a NaN."""
+    """The codes of an e4m3 weight. Raises CheckpointError for a NaN."""
     entry = imported.entry(name)
     weight = to_torch(entry.array())
     if ((weight.view(torch.uint8) & 0x7F) == 0x7F).any():

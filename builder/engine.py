@@ -351,7 +351,7 @@ class Digest:
         return futures
 
     def hexdigest(self) -> str:
-        """Of all that was taken in, once all futures are done."""
+        """The digest of everything taken in, once all futures are done."""
         return hashlib.sha256(b"".join(piece.digest() for piece in self._pieces)).hexdigest()
 
 

@@ -167,7 +167,7 @@ class Match:
 
     @property
     def inputs(self) -> list[gs.Tensor | None]:
-        """In the order of the parameters, None where the variant has no such input."""
+        """Tensors in the order of the parameters, None where the variant has no such input."""
         return [self.tensors.get(name) for name in self.variant.parameters]
 
     @property
@@ -278,7 +278,8 @@ def _match_call(call: Call, node: gs.Node, state: Match) -> Match | Mismatch:
 
 
 def _match_inputs(call: Call, node: gs.Node, state: Match) -> Match | Mismatch:
-    """In order, and for a commutative operator in the other order too; the better of two failures is told."""
+    """Matches inputs in order, and for a commutative operator in the other order, too; reports the better of two
+    failures."""
     inputs = [t for t in node.inputs]
     while inputs and inputs[-1].name == "":
         inputs.pop()
@@ -361,7 +362,7 @@ def _match_attribute(name: str, expected: Any, found: Any, state: Match) -> str 
 
 
 def _attribute(node: gs.Node, name: str) -> Any:
-    """As written, else ONNX's default."""
+    """The attribute as written, else ONNX's default."""
     if name in node.attrs:
         return node.attrs[name]
     declared = onnx.defs.get_schema(node.op).attributes.get(name)

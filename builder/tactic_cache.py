@@ -38,14 +38,15 @@ class TacticCache:
         return self._known.get(entry)
 
     def put(self, entry: str, tactic: dict[str, Any]) -> None:
-        """To be called in one's `turn`."""
+        """Stores a tactic. Call it within one's `turn`."""
         self._known[entry] = tactic
         text = json.dumps({"format": FORMAT, "facts": self._facts, "winners": self._known}, sort_keys=True)
         write_atomically(self.path, [text.encode()])
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Alone among builds for one machine: times would disturb each other. The lock ends with the process."""
+        """Times alone among builds on this machine, as they would disturb each other. The lock ends with the
+        process."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks: writes are atomic in any case

@@ -50,8 +50,8 @@ class Table:
     entries: dict[str, dict[int, Entry]] = field(default_factory=dict)
 
     def nearest(self, op: str, rows: int) -> Entry | None:
-        """Of the op, or else of one like it, in the range that ends at `rows`, or nearest to it: less than a factor of
-        two away, as an engine's last range may end anywhere."""
+        """The entry of the op, or else of one like it, for the range that ends at `rows`, or the nearest range: less
+        than a factor of two away, as an engine's last range may end anywhere."""
         ranges = self.entries.get(op)
         if ranges is None:
             ranges = next((found for other, found in self.entries.items() if alike(op, other)), {})
@@ -118,7 +118,7 @@ def _set_fields(record: Any) -> dict[str, Any]:
 
 
 def digest_of_kernels(kernels: Iterable[Kernel]) -> str:
-    """Of their content, and of all that they are compiled with."""
+    """A digest of the content of kernels, and of all that they are compiled with."""
     return _digest(map(key, kernels))
 
 

@@ -178,7 +178,7 @@ class Operands:
         return torch.linspace(0, self.job.rows - 1, CHECKED_ROWS, device=self.device).round().long().unique()
 
     def _reference(self) -> tuple[torch.Tensor, ...]:
-        """Of the checked rows."""
+        """What the reference gives for the checked rows."""
         inputs = [
             t if t is None or type_ is None or _fixed(type_) else t[self._rows]
             for t, type_ in zip(self.sets[0], self.job.types, strict=False)

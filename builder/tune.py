@@ -135,7 +135,7 @@ class Compiler:
                 self._started[kernel] = self._pool.submit(_compiled, kernel)
 
     def cubins(self, kernels: Sequence[Kernel]) -> tuple[Cubin, ...] | None:
-        """Of all of them; None if one is refused."""
+        """The cubins of all of them; None if one is refused."""
         self.submit(kernels)
         found = [self._result(k) for k in kernels]
         return None if None in found else tuple(c for c in found if c)

@@ -61,7 +61,7 @@ class LlamaConfig:
 
 
 def read_config(config: Mapping[str, Any]) -> LlamaConfig:
-    """From config.json. Raises ConfigError for what is malformed or not supported, by key."""
+    """Reads config.json. Raises ConfigError, by key, for what is malformed or not supported."""
     refuse(config, SUPPORTED)
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):

@@ -63,7 +63,7 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
 
     Raises ConfigError for a rope type other than default, linear and llama3.
     """

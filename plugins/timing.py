@@ -94,7 +94,7 @@ def seconds_of_each(calls: Iterable[Callable[[], object]]) -> list[float]:
 
 
 def _seconds(launches: Sequence[Callable[[], object]]) -> float:
-    """Of one of them."""
+    """Seconds of one launch."""
     import torch
 
     torch.cuda._sleep(1_000_000)  # the host gets ahead

@@ -115,7 +115,7 @@ class World:
         return 1
 
     def at_end(self, function: Callable[[], None]) -> None:
-        """To be called when the job ends well, on all ranks; messages can still be exchanged."""
+        """Has `function` called on all ranks when the job ends well; messages can still be exchanged then."""
         self._ends.append(function)
 
     def close(self) -> None:

@@ -168,7 +168,7 @@ class CompiledExecutor:
         return "" if self._merged is None else self._merged.facts
 
     def launch_apart(self) -> None:
-        """From now on each step has its own launch."""
+        """Gives each step its own launch from now on."""
         self._merged = None
 
     def _run_merged(self, one: merged.Bound, shape: StepShape) -> None:

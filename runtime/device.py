@@ -56,8 +56,9 @@ def few_cores(allowed: int, present: int) -> str | None:
 
 
 def blocks_in_host_memory(plan: Plan, processes: int = 1, asked: int | None = None) -> int:
-    """As many blocks as all sequences need, or as half of the free memory holds, shared among so many processes; or so
-    many as are asked for, untouched ones of which cost nothing, if the machine could hold them at all."""
+    """KV blocks in host memory: as many as all sequences need, or as fit into half of the free memory, shared among so
+    many processes. If `asked` is given, that many (untouched ones cost nothing), provided that the machine could hold
+    them at all."""
     block, machine = kv_block_bytes(plan), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if asked is not None:
         if asked * block > machine:

@@ -37,7 +37,7 @@ def bind(
     tensors: dict[str, torch.Tensor],
     workspace: torch.Tensor,
 ) -> list[Joined]:
-    """Of all that the plan joins, over an executor's buffers."""
+    """Binds all pairs that the plan joins, over an executor's buffers."""
 
     def of(step: Step) -> list[torch.Tensor | None]:
         return [tensors[name] if name else None for name in (*step.inputs, *step.outputs)]

@@ -25,7 +25,7 @@ class Bound:
 
     @property
     def facts(self) -> str:
-        """In what the ranks of a stage have to agree: their blocks wait for each other's."""
+        """What the ranks of a stage have to agree on, as their blocks wait for each other's."""
         return f"{self.first} {self.count} {self.max_context}"
 
     def fits(self, shape: StepShape) -> bool:

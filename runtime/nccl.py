@@ -97,7 +97,7 @@ class NcclGroup:
         self._nccl("ncclAllReduce", _address(x), _address(y), *_count(x), OPERATIONS[operation], self._comm, _stream())
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
-        """To the group's rank `to`, which receives a tensor of that shape and dtype."""
+        """Sends to the group's rank `to`, which receives a tensor of that shape and dtype."""
         self._nccl("ncclSend", _address(tensor), *_count(tensor), to, self._comm, _stream())
 
     def receive(self, into: torch.Tensor, source: int) -> None:

@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 class Probing:
-    """Of a session's steps. All of it writes the K and V of its rows and samples nothing."""
+    """Probes a session's steps. Each writes the K and V of its rows and samples nothing."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

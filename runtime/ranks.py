@@ -108,7 +108,7 @@ class Ranks:
         self.world.wait_for(lambda: True if event.query() else None)
 
     def begin(self, what: str) -> None:
-        """From here to `end`, every rank is to get on."""
+        """From here to `end`, every rank must make progress."""
         self._begun += 1
         self._open += 1
         self.world.begin(f"{what} {self._begun}")

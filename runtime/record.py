@@ -80,7 +80,7 @@ class Recorder:
         return Recorded(self._held[name], stored)
 
     def buffers(self) -> Iterator[tuple[str, Recorded]]:
-        """In the order of execution; of a norm, the residual sum comes before what is made of it."""
+        """Buffers in the order of execution; the residual sum of a norm comes before what is made of it."""
         order = (name for step in self.plan.steps for name in reversed(step.outputs))
         return ((name, self.get(name)) for name in order if name in self._held)
 

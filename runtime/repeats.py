@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Of `times`: how many gave other bits than the first, and how many a value that is not finite."""
+    """How many of `times` runs gave other bits than the first, and how many a value that is not finite."""
 
     times: int
     unsteady: int

@@ -49,8 +49,9 @@ class Scheduler:
         reuse_prefixes: bool = True,
         stages: int = 1,
     ) -> None:
-        """With several pipeline `stages` a step takes a part of the sequences, so that every stage has one to do. A
-        sequence then goes on so many steps later, when the last stage has its token; sooner only if no other can."""
+        """With several pipeline `stages` a step takes a part of the sequences, so that every stage has one to work on.
+        A sequence then goes on so many steps later, when the last stage has its token; sooner only if no other one
+        can."""
         self.pool = pool
         self.stages = stages
         self._chunks = Chunks(stages) if stages > 1 else None
@@ -74,7 +75,7 @@ class Scheduler:
 
     @property
     def _places(self) -> int:
-        """For sequences that may start."""
+        """Free places for sequences that may start."""
         return self.most_running - len(self.running)
 
     def check(self, request: Request) -> None:
@@ -333,7 +334,7 @@ class Scheduler:
         request.published = full
 
     def _preempt(self, request: Request) -> None:
-        """With all beams, if it is one."""
+        """Preempts the request, with all its beams if it has any."""
         owner = request.owner
         for beam in request.beams:
             self._release(beam)

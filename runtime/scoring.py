@@ -119,7 +119,7 @@ def _parts(items: list) -> Iterator[list]:
 
 
 def _score(completion: Completion, start: int, last: int) -> Score:
-    """Of the prompt's tokens from `start` on and the token `last` after them."""
+    """Scores the prompt's tokens from `start` on and the token `last` after them."""
     known = [entry for entry in (completion.prompt_logprobs or [])[start:] if entry is not None]
     assert completion.logprobs is not None
     final = completion.logprobs[0]

@@ -99,7 +99,7 @@ class Session(StepRunner):
         return sampled
 
     def _sampled(self, ticket: Ticket) -> list[int | Candidates]:
-        """Of a step that has ended here."""
+        """What a step that has ended sampled here."""
         sampled: list[int | Candidates] = self.inputs.read[ticket.stage, : ticket.count].tolist()
         if ticket.drawn.candidates is not None and ticket.options is not None:
             for row, entry in zip(ticket.options.beam_rows, ticket.drawn.candidates.entries(), strict=True):

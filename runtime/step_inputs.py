@@ -256,7 +256,7 @@ class StepInputs:
 
 
 def _offsets(limits: Limits) -> tuple[dict[str, int], int]:
-    """Of each field, and the end of the last."""
+    """The offset of each field, and the end of the last."""
     offsets, size = {}, _aligned(4 * (limits.max_batch_size + 1))
     for name, (dtype, shape) in layout(limits).items():
         offsets[name] = size

@@ -137,8 +137,9 @@ class StepRunner:
         self.stream.synchronize()
 
     def another_executor(self, peer_memory: bool = True) -> CompiledExecutor:
-        """Of this GPU's weights and inputs, with buffers and caches of its own; without `peer_memory` its launches
-        reach other ranks through NCCL alone. For who compares launches: the steps know nothing of it."""
+        """Another executor over this GPU's weights and inputs, with buffers and caches of its own, for comparing
+        launches: the steps know nothing of it. Without `peer_memory` its launches reach other ranks through NCCL
+        alone."""
         from fp8.runtime import compiled
 
         assert self._links is None or isinstance(self._links, GpuLinks)
@@ -207,7 +208,7 @@ class StepRunner:
 
     @property
     def stages(self) -> int:
-        """Of the pipeline, each of which is to have a step to do."""
+        """Stages of the pipeline; each should always have a step to work on."""
         return self.plan.compatibility.pp_size
 
     @property

@@ -69,7 +69,7 @@ class Rows:
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """As integers: not every type can be copied by index."""
+    """The tensor as integers, since not every type can be copied by index."""
     import torch
 
     size = tensor[0].nbytes

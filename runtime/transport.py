@@ -39,8 +39,8 @@ class Transport(Protocol):
 
 
 class MpiTransport:
-    """Over MPI_COMM_WORLD. Raises RankError if MPI sees other ranks than the launcher announced, or does not start
-    within `limit` seconds."""
+    """Messages over MPI_COMM_WORLD. Raises RankError if MPI sees other ranks than the launcher announced, or does not
+    start within `limit` seconds."""
 
     def __init__(self, launch: Launch, limit: float) -> None:
         mpi = _import_mpi()

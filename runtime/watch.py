@@ -221,7 +221,8 @@ class Watch:
         return False
 
     def _end_after_0(self, why: str) -> NoReturn:
-        """Without rank 0 nobody knows who was first to say so: the lowest rank speaks, the launcher ends the others."""
+        """Ends the job when rank 0 is gone, and nobody knows who noticed first: the lowest rank speaks, the launcher
+        ends the others."""
         time.sleep(min(0.3 * (self.rank - 1), 3.0))
         self._end(f"rank {self.rank}: {why}")
 

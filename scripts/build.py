@@ -195,7 +195,7 @@ def _build(options: argparse.Namespace, source: Source, request: Request, card: 
 
 
 def _engines(options: argparse.Namespace, source: Source, request: Request, reporter: Reporter) -> list[Built]:
-    """Of all ranks."""
+    """Builds the engines of all ranks."""
     if len(request.places) == 1:
         compiled = build.compile(source, request, reporter, options.dry_run)
         if not options.dry_run:

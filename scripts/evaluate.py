@@ -132,7 +132,7 @@ def evaluate(args: argparse.Namespace, peers: Peers) -> dict[str, Any] | None:
 
 
 def outcomes(task: Task, model: Model, peers: Peers, title: str) -> list[Any] | None:
-    """Of all items, in order, on rank 0; every rank runs its share."""
+    """The outcomes of all items, in order, on rank 0; every rank runs its share."""
     share = peers.share(task.items)
     with progress(f"{title}, {task.unit}", len(share), peers.rank == 0) as advance:
         return peers.gather(task.run(model, share, advance) if share else [])
@@ -147,7 +147,7 @@ def progress(title: str, total: int, shown: bool) -> Iterator[Callable[[int], No
 
 
 def own_device(name: str, peers: Peers) -> str:
-    """Of several processes on a machine, each takes a GPU of its own, where the user names none."""
+    """The device of this process: of several on a machine each takes a GPU of its own, unless the user names one."""
     if peers.world == 1 or name not in ("auto", "cuda"):
         return name
     import torch

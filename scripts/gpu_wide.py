@@ -213,7 +213,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 
 def _json(row: dict[str, Any]) -> dict[str, Any]:
-    """Without infinities, which JSON has not."""
+    """The row without infinities, which JSON does not have."""
     worst = row["worst_db"]
     return row | {"worst_db": max(-300.0, min(300.0, worst))}
 

@@ -61,7 +61,7 @@ class InPlace:
         return site.plugin.tactic(next(c.tactic for c in step.tactics if c.max_tokens == site.max_tokens))
 
     def places(self, label: str) -> list[int]:
-        """Of its linears, in the plan."""
+        """Places of its linears in the plan."""
         return self._places[label]
 
     def exchange(self, value: float) -> float:
@@ -107,7 +107,7 @@ class InPlace:
         return captured([launch for shape in self.shapes for launch in self._step(changed, shape)])
 
     def _step(self, changed: Mapping[int, Launcher], shape: StepShape) -> list[Callable[[], object]]:
-        """Without the logits, whose linear takes as long as layers do and is not chosen here."""
+        """A step without its logits, whose linear takes as long as layers do and is not chosen here."""
         given, plan = self.session.executor.launches(shape), self.session.plan  # type: ignore[union-attr]
         kept = (i for i, step in enumerate(plan.steps) if plan.buffer(step.outputs[0]).shape[0] != "L")
         return [partial(changed.get(i, given[i][0]), given[i][1]) for i in kept]
@@ -177,7 +177,7 @@ class Together:
         self.places[0].exchange(0.0)  # the others find them in the cache
 
     def _like(self, label: str, leaders: Sequence[Any]) -> list[Any]:
-        """With other rings."""
+        """Tactics like these, with other rings."""
         site, new = self.sites[label], dict[Any, None]()
         for t in (t for t in leaders[:LEADERS] if isinstance(t, few_tokens.FewTokens)):
             rings = (replace(t, STAGES=n) for n in (t.STAGES + 1, t.STAGES - 1, t.STAGES * 3 // 4, t.STAGES // 2))

@@ -157,7 +157,8 @@ def cut(context: Sequence[int], continuation: Sequence[int], longest: int) -> tu
 
 
 def sampling_params(options: dict[str, Any], max_gen_toks: int, seed: int) -> SamplingParams:
-    """Of a task's generation_kwargs. Raises RequestError for one that is not known, as it would change the text."""
+    """The parameters that a task's generation_kwargs ask for. Raises RequestError for an unknown one, as it would
+    change the text."""
     rest = dict(options)
     until = rest.pop("until", None) or []
     limits = [rest.pop(name) for name in MAX_TOKENS if name in rest]

@@ -242,7 +242,7 @@ class Load:
         }  # fmt: skip
 
     def _memory(self, quiet: Sample) -> dict[str, float]:
-        """By the line of least squares through the samples after the warm-up; `growth` along it, relative."""
+        """Memory by the line of least squares through the samples after the warm-up, with its relative `growth`."""
         warm = [s for s in self.record.samples if s.seconds >= WARM_UP * self.args.seconds] or [quiet]
         slope = 0.0 if len(warm) < 3 else linear_regression([s.seconds for s in warm], [s.rss for s in warm]).slope
         growth = slope * (warm[-1].seconds - warm[0].seconds) / warm[0].rss

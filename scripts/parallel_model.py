@@ -83,7 +83,7 @@ class Machine:
         return min(once, 2 * link.seconds((ranks - 1) / ranks * size))
 
     def hop(self, size: float, layout: Layout) -> float:
-        """From a stage to the next, on the way that is the slowest of them."""
+        """Seconds from a stage to the next, on the slowest of these ways."""
         crosses = layout.tp * layout.pp > self.per_host
         return 0.0 if layout.pp == 1 else (self.network if crosses else self.message).seconds(size)
 
@@ -148,11 +148,11 @@ class Engine:
 
     @property
     def layers(self) -> int:
-        """Of a stage."""
+        """Layers of a stage."""
         return math.ceil(self.shape.layers / self.layout.pp)
 
     def token_seconds(self, batch: int, context: float) -> float:
-        """Of one decode step of every sequence: stages have a part of the sequences each, and pass it on."""
+        """Seconds of one decode step of every sequence: each stage has a part of the sequences, and passes it on."""
         pp = self.layout.pp
         rows = math.ceil(batch / self.layout.copies / pp)
         hop = self.machine.hop(rows * self.shape.hidden * ACTIVATION, self.layout)
@@ -167,7 +167,8 @@ class Engine:
         return self.layers * (self.machine.own(rows) + 2 * reduce) + self.machine.read(rows, weights, cache)
 
     def prompt_seconds(self, batch: int, length: int, step_tokens: int) -> float:
-        """Of all prompts: chunks follow each other through the stages, which are all busy but at both ends."""
+        """Seconds of all prompts: chunks follow each other through the stages, which are all busy except at both
+        ends."""
         shape, tp, pp = self.shape, self.layout.tp, self.layout.pp
         tokens = math.ceil(batch / self.layout.copies) * length
         chunks = math.ceil(tokens / step_tokens)
@@ -178,17 +179,17 @@ class Engine:
         return (chunks + pp - 1) * chunk
 
     def step_tokens(self, tokens: int) -> int:
-        """Of a step of prompts, where so many are to be computed: as the runtime has it."""
+        """Tokens of a step of prompts when so many are to be computed: as the runtime decides."""
         return CHUNK if self.layout.pp == 1 else Chunks(self.layout.pp).most(0, tokens, CHUNK)
 
     def tokens_per_second(self, batch: int) -> float:
-        """Of a batch that starts together: 1024 tokens in, 128 out."""
+        """Tokens per second of a batch that starts together: 1024 tokens in, 128 out."""
         decode = (OUTPUT - 1) * self.token_seconds(batch, INPUT + OUTPUT / 2)
         step_tokens = self.step_tokens(math.ceil(batch / self.layout.copies) * INPUT)
         return batch * OUTPUT / (self.prompt_seconds(batch, INPUT, step_tokens) + decode)
 
     def fits(self, batch: int) -> bool:
-        """With the cache of all sequences at their end."""
+        """Whether it fits with the cache of all sequences at their end."""
         shape, layout = self.shape, self.layout
         weights = self.layers * shape.layer_weights / layout.tp + shape.lm_head * (1 + 1 / layout.tp)
         rows = math.ceil(batch / layout.copies)
@@ -244,7 +245,7 @@ def _solved(*steps: tuple[Engine, int, float]) -> tuple[float, float]:
 
 
 def _link(us: Mapping[int, float]) -> Link:
-    """Through two points, {KiB: us}."""
+    """The link through two points, {KiB: us}."""
     (small, low), (large, high) = ((kib * 1024, value * 1e-6) for kib, value in us.items())
     rate = (large - small) / (high - low)
     return Link(low - small / rate, rate)

@@ -50,7 +50,7 @@ def _telling(arguments: list[str]) -> list[str]:
 
 
 def card() -> dict[str, str | None]:
-    """Of the first GPU that CUDA sees; clocks and power as they are right now."""
+    """Facts of the first GPU that CUDA sees; clocks and power as they are right now."""
     fields = {
         "driver": "driver_version", "max_sm_clock": "clocks.max.sm", "sm_clock": "clocks.sm",
         "memory_clock": "clocks.mem", "power_limit": "power.limit", "power_draw": "power.draw",

@@ -129,7 +129,7 @@ class Spread:
 
     @property
     def own_fraction(self) -> float:
-        """As far as the figures, where all of it is the software's; 0 where the slower run takes no more clocks."""
+        """As `fraction` where all of it is the software's; 0 where the slower run takes no more clocks."""
         if self.own is None:
             return self.fraction
         apart = self.own[1] / self.own[0] - 1
@@ -151,7 +151,7 @@ class Spread:
 
 
 def spreads(first: dict[str, Any], second: dict[str, Any]) -> list[Spread]:
-    """Of every row that both hold, the widest first; counts of what was checked are no measurements."""
+    """The spread of every row that both hold, the widest first; counts of checks are no measurements."""
     others = {row["name"]: row for row in second["rows"] if row["figure"]}
     measured = (row for row in first["rows"] if row["figure"] and row.get("unit") not in COUNTS)
     found = [_spread(row, others[row["name"]]) for row in measured if row["name"] in others]

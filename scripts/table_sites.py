@@ -46,7 +46,7 @@ def sites(wanted: Iterable[Shape], max_num_tokens: int) -> list[Site]:
 
 
 def _shares(shape: Shape, max_num_tokens: int) -> Iterator[tuple[Site, float]]:
-    """Of a step with as many rows as the range has, by the bytes and products that it needs."""
+    """Shares of the time of a step with as many rows as the range has, by the bytes and products that it needs."""
     layers = PRESETS[shape.model]["num_hidden_layers"]
     tactics = _tactics(shape, max_num_tokens)
     times: dict[int, list[tuple[Site, float]]] = {}
@@ -60,7 +60,7 @@ def _shares(shape: Shape, max_num_tokens: int) -> Iterator[tuple[Site, float]]:
 
 
 def _tactics(shape: Shape, max_num_tokens: int) -> plan.Tactics:
-    """Of one layer, which all are like."""
+    """Tactics of one layer; all are alike."""
     format = load_format(shape.qformat)(kv_cache_dtype="auto" if shape.qformat == "bf16" else "fp8")
     config = {**PRESETS[shape.model], "num_hidden_layers": 1}
     source = imagine(config, format)

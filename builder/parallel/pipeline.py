@@ -35,7 +35,7 @@ class Place:
         return self.rank // self.tp_size
 
     def layers(self, num_layers: int) -> range:
-        """Of this rank's stage."""
+        """The layers of this rank's stage."""
         return stages(num_layers, self.pp_size, self.pp_layers)[self.stage]
 
 

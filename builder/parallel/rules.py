@@ -23,7 +23,7 @@ class Parts(Protocol):
     rank: int  # among the ranks that share this graph
 
     def shape(self, tensor: gs.Tensor) -> Shape:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
 
     def layout(self, tensor: gs.Tensor) -> Layout: ...
 
@@ -130,7 +130,7 @@ def unsqueeze(parts: Parts, node: gs.Node) -> tuple[Layout, str | None]:
 
 
 def reduction(operation: str) -> Rule:
-    """Over a dimension that is split, every rank has its share of the result."""
+    """A reduction over a dimension that is split leaves every rank with its share of the result."""
 
     def rule(parts: Parts, node: gs.Node) -> tuple[Layout, str | None]:
         layout = parts.layout(node.inputs[0])

@@ -31,7 +31,8 @@ def ranges(sizes: list[int]) -> list[Range]:
 
 
 def columns(size: int, ranks: int, unit: int = UNIT) -> list[Range]:
-    """In whole units but for the last rank, which takes the remainder. Raises SplitError if a rank would get none."""
+    """Shares in whole units, except that the last rank takes the remainder. Raises SplitError if a rank would get
+    none."""
     sizes = [unit * n for n in evenly(size // unit, ranks)]
     sizes[-1] += size % unit
     if 0 in sizes:

@@ -31,7 +31,7 @@ class Regions:
 
     @property
     def argument(self) -> ctypes.Array:
-        """Of a kernel: peers.cuh's Peers."""
+        """The argument of a kernel: peers.cuh's Peers."""
         return (ctypes.c_uint64 * len(self.addresses))(*self.addresses)
 
 
@@ -45,7 +45,7 @@ def _areas(world: int) -> list[int]:
 
 
 def region_bytes(world: int) -> int:
-    """Of one rank's region; all of it is zero at first."""
+    """Bytes of one rank's region, all of which is zero at first."""
     return _areas(world)[-1]
 
 

@@ -48,14 +48,14 @@ NCCL = AllReduceTactic()
 
 
 def row_bytes(x: Tensor) -> int | None:
-    """Of all but the first dimension; None where that is not known when the engine is built."""
+    """Bytes of a row (all but the first dimension); None if that is not known when the engine is built."""
     sizes = [d for d in x.shape[1:] if isinstance(d, int)]
     return math.prod(sizes) * ITEM_BYTES[x.dtype] if len(sizes) == len(x.shape) - 1 else None
 
 
 def candidates(x: Tensor, tokens: int, world: int, fp8: bool) -> list[AllReduceTactic]:
-    """For up to `tokens` rows, the favourite first: as two H200s found (`mpirun -n 2 fp8-bench all_reduce`), and for
-    more ranks by the bytes on the wire."""
+    """Tactics for up to `tokens` rows, the favourite first: as two H200s found (`mpirun -n 2 fp8-bench all_reduce`),
+    and for more ranks by the bytes on the wire."""
     row = row_bytes(x)
     if row is None or not 2 <= world <= MOST_WORLD:
         return [NCCL]
@@ -81,14 +81,15 @@ def _methods(world: int, fp8: bool) -> list[str]:
 
 
 def _pushes(size: int, world: int, fp8: bool = False) -> list[AllReduceTactic]:
-    """For `size` bytes on the wire. The smallest blocks that hold it all are the fastest."""
+    """Push tactics for `size` bytes on the wire. The smallest blocks that hold it all are the fastest."""
     sizes = ((256, 1), (512, 1), (512, 2), (512, 4))[: 4 if world <= 4 else 3]
     fit = [(t, u) for t, u in sizes if MOST_BLOCKS * t * u * UNIT >= size and t * u * UNIT <= PUSH_SLOT]
     return [AllReduceTactic("push", t, u, MOST_BLOCKS, fp8) for t, u in fit]
 
 
 def _streams(method: str, world: int, fp8: bool) -> list[AllReduceTactic]:
-    """With many ranks a thread holds a unit of each, and has registers for no second block beside it."""
+    """Stream tactics. With many ranks a thread holds a unit of each, and has no registers for a second block beside
+    it."""
     sizes = ((512, 2), (512, 1), (256, 2)) if world <= 4 else ((512, 1),)
     assert all(t * u * UNIT <= STREAM_SLOT for t, u in sizes)
     blocks = (MOST_BLOCKS, MULTIPROCESSORS) if world <= 4 else (MULTIPROCESSORS,)

@@ -60,7 +60,7 @@ class Decode:
         return self.decode_warps == 3
 
     def variants(self) -> tuple[Decode, Decode, Decode, Decode]:
-        """For many units, for few, where a unit has a multiprocessor, and where it has several."""
+        """Variants for many units, for few, for a multiprocessor per unit, and for several per unit."""
         return self, self.few(), self.alone(), self.fewest()
 
     @property
@@ -98,7 +98,7 @@ class Shape:
 
     @property
     def units(self) -> int:
-        """Of one sequence."""
+        """Units of one sequence."""
         return self.kv_heads * self.parts
 
     @property
@@ -162,7 +162,7 @@ def candidates(plugin: Attention, inputs: Sequence[Tensor | None]) -> list[Decod
 
 
 def kernels(plugin: Attention, tactic: Decode, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
-    """Of all variants."""
+    """The kernels of all variants."""
     return tuple(kernel(plugin, t, inputs) for t in tactic.variants())
 
 

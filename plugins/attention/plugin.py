@@ -58,7 +58,7 @@ class Attention(Plugin):
     unpack_cache = staticmethod(layout.unpack_cache)
 
     def cache_places(self) -> list[tuple[int, int]]:
-        """Of the key and the value cache among the inputs."""
+        """The places of the key and the value cache among the inputs."""
         return [(INPUTS.index("key_cache"), INPUTS.index("value_cache"))]
 
     def infer(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

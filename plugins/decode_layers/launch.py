@@ -27,18 +27,18 @@ SCALES = (
 
 
 def exchange_bytes(sizes: Sizes) -> int:
-    """Of `Exchange` in shape.cuh, in multiples of 1024."""
+    """Bytes of `Exchange` in shape.cuh, in multiples of 1024."""
     words = 2 * sizes.hidden + sizes.mlp // 2 + sizes.attention // 2 + sizes.qkv + 1
     return -(-words * 4 // 1024) * 1024
 
 
 def tile_bytes(plugin: DecodeLayers, context: int) -> int:
-    """Of the `Tile`s in attend.cuh of all heads."""
+    """Bytes of the `Tile`s in attend.cuh, for all heads."""
     return plugin.num_heads * -(-context // BLOCK_SIZE) * (8 * plugin.head_dim + 16)
 
 
 def kept_bytes(sizes: Sizes) -> int:
-    """Of the residual, which every block of several ranks keeps: `kept` in sums.cuh."""
+    """Bytes of the residual, which every block keeps where there are several ranks: `kept` in sums.cuh."""
     return GRID * sizes.hidden * 2
 
 

@@ -77,7 +77,7 @@ class DecodeLayers(Plugin):
         return NormQuant("rms", self.epsilon, "static", residual=True)
 
     def cache_places(self) -> list[tuple[int, int]]:
-        """Of every layer's key and value cache among the inputs."""
+        """The places of every layer's key and value cache among the inputs."""
         first = [len(SHARED) + i * len(LAYER) for i in range(self.layers)]
         return [(i, i + 1) for i in first]
 
@@ -151,13 +151,13 @@ class DecodeLayers(Plugin):
         return plugin.infer(inputs)
 
     def sizes(self, w: dict[str, Any]) -> Sizes:
-        """Of a layer with these inputs."""
+        """The sizes of a layer with these inputs."""
         qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         return Sizes(*w["o_weight"].shape, w["down_weight"].shape[1], qkv)
 
     @property
     def static_bytes(self) -> int:
-        """Beside the ring at most: attention's operands and scores, barriers."""
+        """Bytes of shared memory beside the ring, at most: attention's operands and scores, barriers."""
         return 3072 + 3584 * (self.num_heads // self.num_kv_heads)
 
     def shared_bytes(self, sizes: Sizes, tactic: Whole) -> int:

@@ -21,7 +21,7 @@ MOST_CONTEXT = 2048  # tokens: every tile of 64 leaves a result that a block has
 
 
 class Sizes(NamedTuple):
-    """Of the linears."""
+    """The sizes of the linears."""
 
     hidden: int
     attention: int
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """Of a layer's weights: 16 rows by 1024 of K."""
+        """Stages of a layer's weights: 16 rows by 1024 of K each."""
         linears = (
             (self.hidden, self.attention), (2 * self.mlp, self.hidden), (self.hidden, self.mlp), (self.qkv, self.hidden)
         )  # fmt: skip

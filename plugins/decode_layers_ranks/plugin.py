@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodeLayersRanks(DecodeLayers):
-    """As decode_layers, of `world` ranks that share the layers: each has its heads and its part of the MLP, and what o
-    and down give is summed up over the ranks as all_reduce_norm_quant does. y is this rank's share; residual_out is the
-    same on all ranks."""
+    """decode_layers for `world` ranks that share the layers. Each has its heads and its part of the MLP; what o and
+    down give is summed over the ranks as all_reduce_norm_quant does. y is this rank's share; residual_out is the same
+    on all ranks."""
 
     name: ClassVar[str] = "decode_layers_ranks"
     collective: ClassVar[bool] = True

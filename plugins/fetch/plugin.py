@@ -24,7 +24,7 @@ COUNTED = ("tokens", "sequences", "sequences + 1", "logits rows")  # what the ro
 
 
 def counts(step: StepShape) -> tuple[int, int, int, int]:
-    """In the order of COUNTED."""
+    """Rows of each kind, in the order of COUNTED."""
     return step.tokens, step.sequences, step.sequences + 1, step.logits_rows
 
 

@@ -62,7 +62,7 @@ def operands(
 
 
 def apart(linear: Gemm, inputs: Types) -> tuple[Types, Types]:
-    """Of a linear with what takes its y first: the linear's inputs, and those of the other."""
+    """Splits inputs of a linear and of what takes its y first: the linear's, and the other's."""
     return inputs[:OPERANDS], [*linear.infer(inputs[:OPERANDS]), *inputs[OPERANDS:]]
 
 

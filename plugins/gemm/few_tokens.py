@@ -234,7 +234,7 @@ def _row_counts(n: int, split: int) -> list[int]:
 
 
 def _fill(t: FewTokens, per_sm: int, k_atoms: int) -> FewTokens | None:
-    """With the deepest ring that lets `per_sm` CTAs share an SM; None if it has fewer than two stages."""
+    """The tactic with the deepest ring that lets `per_sm` CTAs share an SM; None if that has fewer than two stages."""
     if t.ATOMS % t.FOLD or t.TOKENS * t.FOLD > 128:
         return None
     t = replace(t, WARPGROUPS=t.tiles if t.TOKENS >= 32 else 1)

@@ -36,7 +36,8 @@ def candidates(plugin: Plugin, inputs: Sequence[Tensor | None]) -> list[Library]
 
 
 def bind(plugin: Plugin, tensors: Sequence[torch.Tensor | None]) -> Launcher:
-    """Over x, w, x_scale, w_scale, bias (absent) and y. The scalar x_scale is spread over the rows once, here."""
+    """A launch over x, w, x_scale, w_scale, bias (absent) and y. A scalar x_scale is spread over the rows once,
+    here."""
     import torch
 
     x, w, x_scale, w_scale, _, y = tensors

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GemmSend(Gemm):
-    """As gemm, of 16-bit y. Steps of up to SENT_ROWS rows leave it in the memory of all `world` ranks instead, as
-    exchange `slot` of `region.sent_slot`; the `all_reduce_norm_quant` of that slot is to follow, and takes it there."""
+    """gemm with a 16-bit y. Steps of up to SENT_ROWS rows leave it in the memory of all `world` ranks instead, as
+    exchange `slot` of `region.sent_slot`, where the `all_reduce_norm_quant` of that slot, which must follow, takes
+    it."""
 
     name: ClassVar[str] = "gemm_send"
     collective: ClassVar[bool] = True

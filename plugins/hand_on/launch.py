@@ -19,7 +19,7 @@ HEADER = 2 * KINDS * BLOCKS * 4  # bytes of counters: sent and received
 
 
 def region_bytes(depth: int) -> int:
-    """Of a rank's region, with `depth` places for messages of each kind; all of it is zero at first."""
+    """Bytes of a rank's region, with `depth` places for messages of each kind; all of it is zero at first."""
     return HEADER + KINDS * depth * LARGEST
 
 

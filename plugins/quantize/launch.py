@@ -39,7 +39,7 @@ class RowPlugin(Plugin):
 
 
 def whole_rows(width: int, tokens: int) -> list[RowTactic]:
-    """For kernels that keep a whole row in one block: up to four units a thread where that reaches."""
+    """Tactics for kernels that keep a whole row in one block: up to four units a thread where that is enough."""
     units = -(-width // VECTOR)
     sizes = {held: -(-units // held // 32) * 32 for held in (1, 2, 3, 4)}
     fit = {threads: RowTactic(threads, -(-units // threads)) for threads in sizes.values() if threads <= 1024}
@@ -48,7 +48,7 @@ def whole_rows(width: int, tokens: int) -> list[RowTactic]:
 
 
 def row_parts(width: int, tokens: int) -> list[RowTactic]:
-    """For elementwise kernels, whose blocks take any part of a row."""
+    """Tactics for elementwise kernels, whose blocks take any part of a row."""
     units = -(-width // VECTOR)
     threads = min(256, -(-units // 32) * 32)
     held = [1, 2, 4] if tokens <= FEW_TOKENS else [2, 4, 1]

@@ -125,7 +125,8 @@ class CaseBuffers:
         return self._captured(self.bind, tactic, functions, lasting)
 
     def captured_write(self, tactic: Any, functions: Sequence[Function]) -> Graph | None:
-        """Of attention over prompts, what comes before the products: rotary embedding, quantization, cache write."""
+        """A graph of what comes before the products of attention over prompts: rotary embedding, quantization, cache
+        write."""
         if not hasattr(self.plugin, "bind_parts") or self.case.step.decode_sequences:
             return None
         parts = self.plugin.bind_parts

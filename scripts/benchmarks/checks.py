@@ -134,7 +134,7 @@ class Round:
         return rows
 
     def time(self, case: Case, rows: Sequence[Row]) -> None:
-        """Of the tactics that were right; not where others would be waited for."""
+        """Times the tactics that were right; not where others would be waited for."""
         if case.plugin.collective:
             return
         buffers = CheckedCase(case, self.seed, self.device)
@@ -170,8 +170,8 @@ def sentence(failed: BaseException) -> str:
 
 
 def checking(chosen: Chosen) -> Answers:
-    """In a process of its own: the place of a case among the chosen ones is answered by its rows, or, where its rows
-    are given too, by these with their times."""
+    """Answers, in a process of its own, the place of a case among the chosen ones with its rows, or, if its rows are
+    given, with these and their times."""
     import torch
 
     torch.set_num_threads(1)  # as many processes as cores

@@ -41,7 +41,7 @@ class CoreClock:
             self.stamp()  # the kernel is loaded when it runs first
 
     def stamp(self) -> Stamp:
-        """Behind what is enqueued so far."""
+        """A stamp after everything enqueued so far."""
         if not self._on_gpu:
             return Stamp(None)
         import torch
@@ -82,7 +82,7 @@ class CoreClock:
 
 
 class DeviceClock:
-    """From now on, each step of `session` has an event before it and one behind: some microseconds of the host's."""
+    """Puts an event before and after each step of `session` from now on, which costs the host some microseconds."""
 
     def __init__(self, session: Session) -> None:
         self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -104,8 +104,8 @@ class DeviceClock:
         self._steps.clear()
 
     def facts(self) -> dict[str, float | None]:
-        """Of the steps since, the mean time on the device, and what part of the time from the first step's begin to
-        the last one's end that makes: 1 where the device never waited for the host. None on a CPU. Waits for them."""
+        """Of the steps since then: the mean time on the device, and what share it is of the time from the first step's
+        start to the last one's end: 1 if the device never waited for the host. None on a CPU. Waits for them."""
         if not self._steps:
             return {"device_ms_per_step": None, "device_busy": None}
         self._steps[-1][1].synchronize()

@@ -205,7 +205,7 @@ def sent(ranks: Ranks, rows: int, quant: str = "static", hidden: int = HIDDEN) -
 
 
 def logits(ranks: Ranks, rows: int, uneven: bool = False, seed: int = SEED) -> Work:
-    """Of a vocabulary of 32000, in parts."""
+    """The gathering of logits of a vocabulary of 32000, in parts."""
     import torch
 
     world = ranks.world.world

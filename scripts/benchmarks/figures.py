@@ -115,7 +115,8 @@ def _latency(name: str, document: Document) -> Figures:
 
 
 def _clock(figure: str, mhz: float | None) -> Figures:
-    """Of the multiprocessors, on average, while what the figure tells of ran; of several ranks, of rank 0's card."""
+    """The mean clock of the multiprocessors while a figure was measured; of rank 0's card where there are several
+    ranks."""
     if mhz:
         yield f"{figure}, MHz", mhz
 
@@ -194,7 +195,8 @@ READERS: dict[str, Callable[[str, Document], Figures]] = {
 
 
 def losses(documents: dict[str, Document], most: int = 4) -> list[dict[str, Any]]:
-    """Of every step that a roofline file holds: the step, and the kernels that lose the most time against the bound."""
+    """For every step that a roofline file holds: the step, and the kernels that lose the most time against the
+    bound."""
     found = []
     for name, document in documents.items():
         if _kind(document) != "roofline":

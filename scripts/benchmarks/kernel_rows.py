@@ -65,7 +65,8 @@ class Chosen:
 
 
 def answers(chosen: Chosen, first: int) -> Callable[[int], tuple[Any, bool]]:
-    """Of this process: the ceilings, or the row of a case by its place; and whether the GPU is still usable."""
+    """The answers of this process: the ceilings, or the row of a case by its place, and whether the GPU is still
+    usable."""
     timed, measured = chosen.cases(), Measured(chosen)
     measured.compile(timed[first:])
 
@@ -125,8 +126,8 @@ class Measured:
         pool.shutdown(wait=False)
 
     def _types(self, t: Timed) -> list[Tensor | None]:
-        """Of a case's inputs. Raises PluginError where values must be made for that, but for a plugin's first case: its
-        kernels do for the others."""
+        """The types of a case's inputs. Raises PluginError where values would have to be made for that, but for a
+        plugin's first case, whose kernels do for the others."""
         import torch
 
         try:
@@ -220,7 +221,7 @@ def _symbolic(x: Tensor | None) -> Tensor | None:
 
 
 def _factor_dtype(buffers: CaseBuffers) -> str:
-    """Of what the tensor cores multiply: a linear's x, attention's keys."""
+    """The dtype of what the tensor cores multiply: a linear's x, attention's keys."""
     factor = buffers.inputs[buffers.places[0][0] if buffers.places else 0]
     assert factor is not None
     return str(factor.dtype).removeprefix("torch.")

@@ -133,7 +133,7 @@ class Run:
 
 
 def _steps(session: Session, args: argparse.Namespace, batch: int, length: int) -> Iterator[list[Row]]:
-    """Of the kinds that were timed."""
+    """Steps of the kinds that were timed."""
     if args.output_len > 1:
         yield step_rows(session, [(length + args.output_len, 1)] * batch, args.seed)
     most = min(length, session.limits.max_num_tokens, session.max_logits_rows if session.stages > 1 else length)
@@ -160,14 +160,14 @@ def _run(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
 
 
 def _whole(llm: LLM, clock: CoreClock, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
-    """With its clocks."""
+    """A whole run, with its clocks."""
     with clock.behind_prompts() as behind:
         begin, run, end = clock.stamp(), _run(llm, prompts, output_len), clock.stamp()
     return replace(run, mhz=clock.mhz(begin, end), decode_mhz=clock.mhz([begin, *behind][-1], end))
 
 
 def _mhz(counted: Iterable[tuple[float, float | None]]) -> float | None:
-    """Of (seconds, mean clock): the median of clocks over that of seconds. None on a CPU."""
+    """From pairs of (seconds, mean clock): the median of clocks over that of seconds. None on a CPU."""
     known = [(seconds, mhz) for seconds, mhz in counted if mhz is not None]
     if not known:
         return None

@@ -62,7 +62,7 @@ class LoneRank:
         tensors: Sequence[torch.Tensor | None],
         workspace: torch.Tensor | None,
     ) -> Launcher:
-        """As the plugin's; in front of every launch comes what the others would have sent."""
+        """The plugin's launch, with what the other ranks would have sent in front of it."""
         launch = self.plugin.bind(tactic, functions, tensors, workspace, comm=self)  # type: ignore[call-arg]
         speak = self._shares(tensors) if _in_layers(self.plugin) else lambda: None
 

@@ -301,7 +301,7 @@ VALUES = (f"llama-7b {FP8}", f"llama-3.1-8b {FP8}", "llama-7b bf16", "llama-7b f
 
 
 def values(section: str, engines: Sequence[str]) -> Iterator[Target]:
-    """Of every engine whose steps are timed."""
+    """Rows of repeated steps, for every engine whose steps are timed."""
     for engine in engines:
         for what, most in ((REPEATED, None), (WRONG, 0)):
             name = f"{engine}: {what}"

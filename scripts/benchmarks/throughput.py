@@ -207,7 +207,8 @@ def _top_up(load: Load) -> None:
 
 
 def _start_midway(load: Load) -> list[Request]:
-    """As many sequences as fit, of evenly spread ages, the oldest first; their past lies in the pool as if shared."""
+    """Starts as many sequences as fit, of evenly spread ages, the oldest first; their past lies in the pool as if
+    shared."""
     session, pool = load.llm.session, load.worker.pool
     ages = list(_ages(load, session, pool))
     requests = [load.request(age) for age in ages]

@@ -14,8 +14,8 @@ DECODES, PROMPTS = 40, 4  # how often a step runs: one of single tokens, and one
 
 
 def repeated(session: Session, *steps: Sequence[Row]) -> dict[str, int]:
-    """Of all of `steps`, each as often as fits its kind: how many ran, how many of these gave other bits than the first
-    of their kind, and how many a value that is not finite."""
+    """Repeats each of `steps` as often as suits its kind. Counts how many ran, how many of these gave other bits than
+    the first of their kind, and how many a value that is not finite."""
     found = [session.probing.repeat(rows, DECODES if all(r.count == 1 for r in rows) else PROMPTS) for rows in steps]
     times, unsteady, not_finite = (sum(getattr(f, name) for f in found) for name in Repeated.__dataclass_fields__)
     return {"repeated_steps": times, "unsteady_steps": unsteady, "not_finite_steps": not_finite}

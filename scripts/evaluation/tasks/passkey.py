@@ -120,7 +120,7 @@ class Task:
         return lines
 
     def _prompt(self, engine: Engine, length: int, depth: float, key: str) -> list[int]:
-        """As much filler as fits, a whole number of times, the part `depth` of it before the key."""
+        """A prompt of as much filler as fits, a whole number of times, with the share `depth` of it before the key."""
 
         def tokens(fillers: int) -> list[int]:
             before = round(depth * fillers)
