@@ -156,7 +156,7 @@ class Source:
     def passes_target(
         self, request: Request, place: Place, journal: Journal | None = None, kept: frozenset[str] = frozenset()
     ) -> Target:
-        """What the passes are told."""
+        """What the passes get to know."""
         parallel = self.tensor_parallel(place) if place.tp_size > 1 else None
         limits = self.limits(request)
         return Target(

@@ -78,7 +78,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Join:
-    """A linear layer in whose kernels the first part of the attention behind it is done, for the rows of prompts."""
+    """A linear layer in whose kernels the first part of the attention after it is done, for the rows of prompts."""
 
     linear: int  # places among the plan's steps
     attention: int
@@ -87,7 +87,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Sum:
-    """A linear layer in whose kernels the residual of the norm behind it is added, so that the norm reads the sum."""
+    """A linear layer in whose kernels the residual of the norm after it is added, so that the norm reads the sum."""
 
     linear: int  # places among the plan's steps
     norm: int
@@ -320,7 +320,7 @@ def check_weights(engine: Engine, found: str) -> None:
 
 
 class Digest:
-    """The sha256 of the sha256 digests of a file's pieces of 16 MiB, one behind the other. Pieces are hashed side by
+    """The sha256 of the sha256 digests of a file's pieces of 16 MiB, one after the other. Pieces are hashed side by
     side, for one core hashes more slowly than weights are read. To be closed, by `with`."""
 
     def __init__(self) -> None:

@@ -92,7 +92,7 @@ class Imported(Checkpoint):
         return values
 
     def scales(self, name: str, shapes: set[tuple[int, ...]]) -> np.ndarray:
-        """float32, in the one shape [N / 128, K / 128]; ModelOpt's have a dimension of 1 behind each."""
+        """float32, in the one shape [N / 128, K / 128]; ModelOpt's have a dimension of 1 after each."""
         ((n, k),) = shapes
         self.found[name] = self._read(name, {(n, k), (n, 1, k, 1)}).reshape(n, k)
         return self.found[name]

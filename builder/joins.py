@@ -1,5 +1,5 @@
-"""Which linear layers do the first part of the attention behind them (`fp8.plugins.attention.joined`), and which add
-the residual of the norm behind them (`fp8.plugins.norm_quant.summed`).
+"""Which linear layers do the first part of the attention after them (`fp8.plugins.attention.joined`), and which add
+the residual of the norm after them (`fp8.plugins.norm_quant.summed`).
 
 That is decided when the linear's tactics are known: the graph stays as it is, and so does what the references execute.
 """
@@ -45,7 +45,7 @@ def residual_pairs(nodes: Sequence[Node]) -> list[tuple[int, int]]:
 
 
 def early(nodes: Sequence[Node]) -> dict[str, int]:
-    """What may be written while the linear in front still reads its x, and that linear's place."""
+    """What may be written while the linear before it still reads its x, and that linear's place."""
     found = {}
     for i, j in _alone(nodes):
         for k in nodes[j].plugin.early_outputs(nodes[i].plugin):

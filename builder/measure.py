@@ -1,6 +1,6 @@
 """--tune: times the candidates of every op with a choice on this machine's GPU, and remembers the winners by content.
 
-Ops with indices among their inputs, and those that speak to other ranks, are left out.
+Ops with indices among their inputs, and those that communicate with other ranks, are left out.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Refused(ValueError):
 
 
 def find(steps: Sequence[Step], buffers: Mapping[str, Buffer]) -> Found:
-    """The layers from the first attention to what stands behind the last one. Raises Refused."""
+    """The layers from the first attention to what comes after the last one. Raises Refused."""
     first = next((i for i, step in enumerate(steps) if step.plugin == "attention"), None)
     if first is None:
         raise Refused("there is no attention")

@@ -132,7 +132,7 @@ class Op:
         return value
 
     def module(self, value: Result) -> Result:
-        """The plugin's node bears the module name of the node that yields this value."""
+        """The plugin's node takes the module name of the node that yields this value."""
         return Result(dataclasses.replace(value.call, module=True), value.index)
 
     def set(self, **attributes: Any) -> None:

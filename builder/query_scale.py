@@ -44,7 +44,7 @@ def query_scale(graph: Graph, attention: str, dequantized: Callable[[str], torch
 
 
 def _constant(tensor: object) -> torch.Tensor:
-    """Values of a constant behind its casts, in float32."""
+    """Values of a constant under its casts, in float32."""
     while not hasattr(tensor, "_values"):
         tensor = tensor.inputs[0].inputs[0]  # type: ignore[attr-defined]
     return to_torch(np.asarray(stored_array(tensor))).float()  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 A file of them is JSON: what they were measured with, and for every op (`op_name`) and range of rows a tactic, its
 microseconds there, and digests of the plugin's favourites that it won against and of their kernels. Builds take an
 entry while its tactic is legal: what was measured goes before what a model expects. Where favourites or kernels have
-changed since, it is to be timed anew.
+changed since, it is to be timed again.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Trial:
             raise RuntimeError("torch sees no sm_90 GPU")
 
     def hold(self, job: Job, tell: Tell) -> dict[int, float]:
-        """Seconds of a launch of every candidate that works, by index. What does not work is told."""
+        """Seconds of a launch of every candidate that works, by index. What does not work is reported."""
         operands = Operands(job, self.device)
         chains = {}
         for index, candidate in enumerate(job.candidates):
@@ -225,7 +225,7 @@ def sentence(error: BaseException) -> str:
 
 
 def serve(connection: Connection, start: Callable[[], Trial]) -> None:
-    """The process: answers every job with what is told and ("timed", seconds), until the other end is closed, or with
+    """The process: answers every job with reports and ("timed", seconds), until the other end is closed, or with
     ("skipped", why) and ends."""
     import signal
 

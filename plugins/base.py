@@ -61,7 +61,7 @@ class StepShape:
 class Kernel:
     """One compilation: a .cu file beside the plugin, its entry point and the constants it is specialised for.
 
-    `constants` become `#define NAME VALUE` in front of the source.
+    `constants` become `#define NAME VALUE` before the source.
     """
 
     plugin: str
@@ -99,10 +99,10 @@ class Plugin:
     """Base of all plugins. A subclass is a frozen dataclass; `tensors` below are its inputs, then its outputs;
     an absent optional input is None.
 
-    A `collective` plugin speaks to the other ranks: its `reference` and `bind` take a further argument `comm`.
-    One that `hands_over` can let the launch behind it start at once, or when it is in nobody's way, and leave memory to
-    the launch in front while that is at work: its `bind` takes further arguments `early` and `windowed`. What it writes
-    in place, as its reference does, are the inputs `updates`, caches apart."""
+    A `collective` plugin communicates with the other ranks: its `reference` and `bind` take a further argument `comm`.
+    One that `hands_over` can let the launch after it start at once, or when it is in nobody's way, and leave memory to
+    the launch before it while that is at work: its `bind` takes further arguments `early` and `windowed`. It writes the
+    inputs `updates`, beside the caches, in place, as its reference does."""
 
     name: ClassVar[str]
     collective: ClassVar[bool] = False
@@ -121,7 +121,7 @@ class Plugin:
         """Raises PluginError if no CUDA tactic can execute the op on these (possibly symbolic) types."""
 
     def early_outputs(self, before: Plugin) -> tuple[int, ...]:
-        """Places of the outputs that may be written while the step in front still reads its own inputs: by this op's
+        """Places of the outputs that may be written while the step before it still reads its own inputs: by this op's
         kernels, where they do not wait for that one's end, or by that one's, where it does a part of this op. `before`
         writes what this op alone reads. No such output may lie where an input of `before` does: the arena has its
         place taken from that step on."""
@@ -172,7 +172,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Threads:
-    """The tactic of a kernel that has but one: threads of a block."""
+    """The tactic of a kernel that has only one: threads of a block."""
 
     threads: int
 

@@ -63,7 +63,7 @@ def capture(launches: Sequence[Callable[[], object]], lasting: float = GRAPH_SEC
 
 
 def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """A graph of `launches`, one behind the other, on the current stream, which must not be the default
+    """A graph of `launches`, one after the other, on the current stream, which must not be the default
     one. Each is launched once before: that loads its kernels."""
     import torch
 
@@ -79,7 +79,7 @@ def captured(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def seconds_of_each(calls: Iterable[Callable[[], object]]) -> list[float]:
-    """How long the device takes for what each of `calls` enqueues, one behind the other, by events between them. Where
+    """How long the device takes for what each of `calls` enqueues, one after the other, by events between them. Where
     the host is not ahead of the device, its own time counts."""
     import torch
 

@@ -79,7 +79,7 @@ class BeamSearch:
         for place, (score, parent, token) in enumerate(ranked[: self.candidates]):
             if token not in self.stop_tokens and length < self.max_new_tokens:
                 alive.append((score, parent, token))
-            elif place < self.width:  # what comes behind is there in case that those before all stop
+            elif place < self.width:  # the rest are there in case all of those before them stop
                 self._finish(score, self.paths[parent], token, length)
         alive = alive[: self.width]
         if not alive or self._settled(alive[0][0], length):

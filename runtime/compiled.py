@@ -136,7 +136,7 @@ class CompiledExecutor:
         self._steps = [self._bind(i, functions, self._tensors) for i in steps]
         self._joined = joins.bind(plan, self._plugins, functions, self._tensors, self._workspace)
         self._merged = merged.bind(plan, functions, self._tensors, self._workspace, self._comm)
-        self._tail: list[Bound] = []  # launches of the steps behind the last attention, for the rows wanted
+        self._tail: list[Bound] = []  # launches of the steps after the last attention, for the rows wanted
         found = tail.find(plan)
         if found is not None:
             self._first_of_tail, self._wanted = found.first, tail.Rows(found, self._tensors)
@@ -179,7 +179,7 @@ class CompiledExecutor:
             _launcher(step, shape)(shape)
 
     def shapes(self, shape: StepShape) -> list[StepShape]:
-        """What every plan step of a step is launched for: behind the last attention, often fewer rows."""
+        """What every plan step of a step is launched for: after the last attention, often fewer rows."""
         return [live for _, live in self.launches(shape)]
 
     def rebound(self, index: int, tactic: Any, functions: Sequence[Function], in_place: bool = True) -> Launcher:
@@ -224,7 +224,7 @@ class CompiledExecutor:
         return joins.as_run(self.plan, self._joined, shape, self._joinable(shape))
 
     def _joinable(self, shape: StepShape) -> int:
-        """How many of the plan's steps run for all rows of a step; those behind, for the rows wanted."""
+        """How many of the plan's steps run for all rows of a step; those after them, for the rows wanted."""
         few = self._tail and shape.tokens - shape.logits_rows >= tail.LEAST
         return self._first_of_tail if few else len(self._steps)
 

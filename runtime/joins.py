@@ -1,5 +1,5 @@
-"""Where the plan says so, steps with prompts run the first part of attention in the linear layer in front, and steps of
-many rows add a norm's residual in the linear layer in front of it."""
+"""Where the plan says so, a linear layer also does a part of what comes after it: the first part of attention in steps
+with prompts, the addition of a norm's residual in steps of many rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Joined:
-    """Launches in place of two of the plan's steps, a linear layer and what comes behind it. The linear's by its ranges
+    """Launches in place of two of the plan's steps, a linear layer and what comes after it. The linear's by its ranges
     of rows, which end at `ends`: None where the two stay apart. `prompts`: for steps with prompts alone."""
 
     linear: int

@@ -121,7 +121,7 @@ class Fair:
     """Users in turn by the tokens computed for them, and prompts side by side: many requests or long ones of one user
     do not hold up the others.
 
-    Who comes anew starts at the least served of the active ones, so idleness earns no credit (virtual token counters,
+    A newcomer starts at the least served of the active ones, so idleness earns no credit (virtual token counters,
     Sheng et al., "Fairness in Serving Large Language Models", 2024).
     """
 

@@ -23,7 +23,7 @@ class Probing:
         self._session = session
 
     def repeat(self, rows: Sequence[Row], times: int) -> Repeated:
-        """What the logits of a step are that runs so often, one behind the other, as when serving. In a pipeline each
+        """What the logits of a step are that runs so often, one after the other, as when serving. In a pipeline each
         waits for the one before."""
         if self._session.stages > 1:
             repeats = Repeats()

@@ -1,4 +1,4 @@
-"""A step that runs several times, one behind the other: are its logits the same bits each time, and finite?
+"""A step that runs several times, one after the other: are its logits the same bits each time, and finite?
 
 Nothing here waits for the device before `found`: what launches of neighbouring steps do to each other is to show."""
 

@@ -26,7 +26,7 @@ Choose = Callable[["torch.Tensor"], "torch.Tensor"]  # logits [L, V] -> tokens i
 
 @dataclass(frozen=True)
 class Options:
-    """What a step's rows ask for. Numbers below are places among the rows that sample, and thereby rows of the logits;
+    """What a step's rows ask for. Numbers below are places among the rows that sample, that is, rows of the logits;
     `arrays` holds them again, with all values, to be uploaded as one."""
 
     arrays: dict[str, np.ndarray]

@@ -51,7 +51,7 @@ class Service:
         self._put(request, listener)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request at the next turn, if it has not ended; its listener is told as of any other end."""
+        """Ends a request at the next turn, if it has not ended; its listener learns of it as of any other end."""
         self._put(request, None)
 
     def start(self) -> None:

@@ -229,7 +229,7 @@ class StepInputs:
 
     @property
     def to_advance(self) -> list[torch.Tensor]:
-        """The advance plugin's tensors behind the tokens."""
+        """The advance plugin's tensors after the tokens."""
         names = ("position_ids", "slot_mapping", "sequence_lengths", "counter", "stage")
         return [self.device["slots"], self.sampled, self.input_ids, *(self.device[name] for name in names), self.read]
 

@@ -213,7 +213,7 @@ class StepRunner:
 
     @property
     def max_unread(self) -> int:
-        """Steps whose tokens may be unread: one that runs in every stage, and one enqueued behind them."""
+        """Steps whose tokens may be unread: one that runs in every stage, and one enqueued after them."""
         return self.stages + 1
 
     @property

@@ -1,7 +1,7 @@
-"""What stands behind the last attention of a plan needs the rows whose logits are wanted, and no others.
+"""What comes after the last attention of a plan needs the rows whose logits are wanted, and no others.
 
 The other rows of a step are prompts' tokens, of which later ones ask for K and V alone. So most of a prompt is spared
-the linear layers behind the last attention.
+the linear layers after the last attention.
 """
 
 from __future__ import annotations

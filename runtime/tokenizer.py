@@ -109,6 +109,6 @@ def _sound(text: str) -> str:
 
 
 def _piece(tokenizer: Any, before: list[int], token: int) -> str:
-    """Some decoders treat the beginning of a text in another way, so the token is read behind others."""
+    """Some decoders treat the beginning of a text in another way, so the token is read after others."""
     text = tokenizer.decode([*before, token], skip_special_tokens=False)
     return str(text.removeprefix(tokenizer.decode(before, skip_special_tokens=False)))

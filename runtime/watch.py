@@ -1,5 +1,5 @@
-"""Ranks that watch each other: a thread in each tells rank 0 that it lives and what it does, and ends the process when
-rank 0 says that the job has failed, or is gone.
+"""Ranks that watch each other: a thread in each reports to rank 0 that it is alive and what it does, and ends the
+process when rank 0 says that the job has failed, or is gone.
 
 A rank that died closes its connection; one that was stopped falls silent; one that hangs makes no progress while it
 waits for nobody. Whatever the main thread does, no rank outlives the job by more than the limit.

@@ -105,7 +105,7 @@ def _stream(
 
 def _copy(chunk: torch.Tensor, position: int, count: int, spans: list, memory: torch.Tensor) -> list:
     """Copies what the chunk (file bytes `position` to `position + count` of the data) holds of each tensor; returns
-    the tensors that go on behind it."""
+    the tensors that go on after it."""
     for begin, end, place in spans:
         if begin >= position + count:
             break

@@ -1,4 +1,4 @@
-"""A rank fails in the midst of decode steps: the job ends in time, and says which one, though a kernel of another rank
+"""A rank fails in the middle of decode steps: the job ends in time, and says which one, though a kernel of another rank
 waits for words that never come.
 
     python -m fp8.scripts.gpu_faults --engine_dir ENGINE_OF_SEVERAL_RANKS --output faults.json

@@ -7,7 +7,7 @@
 
 Each case draws fresh inputs, fills the outputs with NaN codes (0xFF), runs every tactic that the plugin offers through
 its public interface, twice over one workspace (a linear once more, as in a step), and asks for: the reference's values
-within the case's tolerance, the same bits in all runs, and untouched memory behind the outputs. Cases are checked by
+within the case's tolerance, the same bits in all runs, and untouched memory after the outputs. Cases are checked by
 several processes side by side, then timed by one alone. A process that a case takes down, or whose GPU context it
 breaks, is that case's failure; the others go on. Exits with 1 if any case fails.
 """

@@ -11,8 +11,8 @@ that `fp8-inspect compare` holds the engine against its Hugging Face model.
 Kernels sum in another order for another number of rows, so texts may part where two tokens are all but equal: a greedy
 text where the log-probabilities of the best two, alone, differ by less than 0.05; a sampled one where noise of 0.05 on
 the logits leads to the other token; a beam search where searches with such noise end as far away. With FP8 it is 0.4
-and 0.2: a code that is rounded to its other side changes much at once, though seldom. Every such place is told. Exits
-with 1 if anything else is found.
+and 0.2: a code that is rounded to its other side changes much at once, though seldom. Every such place is reported.
+Exits with 1 if anything else is found.
 """
 
 from __future__ import annotations

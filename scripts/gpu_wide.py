@@ -6,7 +6,7 @@
 
 One step of prompts, then decode steps of 1, 8 and 16 of them, replayed as CUDA graphs as in serving, each step several
 times: by one launch for all layers where there is one; by a launch for each kernel, to which ranks' rows come through
-peer memory; through NCCL, where no kernel starts to write before the one in front of it has ended. Asked for, in every
+peer memory; through NCCL, where no kernel starts to write before the one before it has ended. Asked for, in every
 step and row: the same bits each time, on all ranks, all of them finite; and as near to NCCL's as executions are whose
 sums differ in their order. A place that is written while another kernel still reads it shows in all three. Exits with 1
 if what is asked for is missed.

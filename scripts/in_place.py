@@ -31,7 +31,7 @@ State = Mapping[str, Any]  # tactics by label of their place
 
 @dataclass
 class InPlace:
-    """Launches of an engine's decode steps, one behind the other, and what takes the place of some of them. All ranks
+    """Launches of an engine's decode steps, one after the other, and what takes the place of some of them. All ranks
     make the same calls. An engine has the same tactics for all of `shapes`."""
 
     session: Session

@@ -156,7 +156,7 @@ def tactics(plan: Plan, console: Console) -> None:
     console.print(table)
     for title, found in (
         ("with the first part of attention, for prompts", plan.joins),
-        ("with the residual of the norm behind added", plan.sums),
+        ("with the residual of the norm after it added", plan.sums),
     ):
         if found:
             console.print(_replaced(plan, title, found))

@@ -60,7 +60,7 @@ class Fp8Engine(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> Fp8Engine:
-        """lm-eval's own flags go behind --model_args; its default device, cuda:0, means none was named."""
+        """lm-eval's own flags go after --model_args; its default device, cuda:0, means none was named."""
         flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if flags.get("device") == "cuda:0" and "device" not in arg_dict:
             flags["device"] = "auto"

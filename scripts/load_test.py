@@ -39,7 +39,7 @@ WORDS = ["def ", "class ", "return ", "import ", "self.", "for ", " in ", "if ",
 
 @dataclass
 class Sample:
-    """The server as /metrics tells of it."""
+    """The server as /metrics describes it."""
 
     seconds: float
     rss: float

@@ -1,4 +1,4 @@
-"""What stands here for the flags of TensorRT-LLM's commands: whoever comes with a command line of theirs is told."""
+"""What to use here instead of the flags of TensorRT-LLM's commands: the refusal of such a flag says it."""
 
 from __future__ import annotations
 

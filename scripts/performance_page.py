@@ -30,13 +30,13 @@ VARIANTS = (PRODUCTS, BURSTS)  # of a case: columns of its line
 
 
 def render(page: str, record: dict[str, Any], again: dict[str, Any] | None = None) -> str:
-    """The page with its tables made anew. Raises EngineError for a table that the record has no rows of, and for missed
-    targets of which the page does not tell why."""
+    """The page with its tables made again. Raises EngineError for a table that the record has no rows of, and for
+    missed targets of which the page does not say why."""
     told, shown = ({found["name"] for found in pattern.finditer(page)} for pattern in (WHY, MARKED))
     missed = {row["section"] for row in record["rows"] if state(row) == "missed"}
     if untold := (missed & shown) - told:
         lines = ", ".join(f"<!-- why {name} -->" for name in sorted(untold))
-        raise EngineError(f"targets are missed, and the page has no {lines} with the reasons behind it")
+        raise EngineError(f"targets are missed, and the page has no {lines} with the reasons after it")
     return MARKED.sub(lambda found: f"{found[1]}{_table(found['name'], record, again)}{found[3]}", page)
 
 

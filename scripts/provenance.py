@@ -21,7 +21,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> dict[str, Any]:
-    """Facts for the head of a results file; None for what cannot be found out. The command is told without where it
+    """Facts for the head of a results file; None for what cannot be found out. The command is recorded without where it
     worked, where its results went and of which commit they are."""
     import torch
 
@@ -38,7 +38,7 @@ def provenance(program: str, argv: Sequence[str] | None, commit: str = "") -> di
 
 
 def save_results(output: Path, program: str, argv: Sequence[str] | None, commit: str, facts: Mapping[str, Any]) -> None:
-    """A results file of `facts` behind their provenance. Raises OSError, and then leaves what was there."""
+    """A results file of `facts` after their provenance. Raises OSError, and then leaves what was there."""
     found = {**provenance(program, argv, commit), **facts}
     write_atomically(output, [json.dumps(found, indent=1).encode()])
 

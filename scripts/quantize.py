@@ -1,7 +1,7 @@
 """fp8-quantize: Hugging Face directory -> quantized checkpoint.
 
 A model that another tool has quantized to FP8 (AutoFP8, llm-compressor, ModelOpt, transformers) is recognized: its
-codes and scales are kept as they are, and nothing is calibrated. docs/checkpoint.md tells what is read.
+codes and scales are kept as they are, and nothing is calibrated. docs/checkpoint.md says what is read.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def choose_dtype(requested: str, format: Format, checkpoint: Checkpoint) -> str:
 
 
 def make_wanted(options: argparse.Namespace, scheme: Scheme, checkpoint: Checkpoint) -> Wanted:
-    """What is asked of a model that is quantized. Raises FormatError for flags that would have to quantize it anew."""
+    """What is asked of a model that is quantized. Raises FormatError for flags that would have to quantize it again."""
     for flag in ("exclude_modules", "activation_scale_ub"):
         if getattr(options, flag):
             raise FormatError(

@@ -92,7 +92,7 @@ def _lead(world: World, status: int) -> int:
 
 
 def _follow(args: argparse.Namespace) -> int:
-    # A launcher that is told to end tells all ranks, and rank 0, which may have requests to finish, tells the others.
+    # A launcher that is asked to end tells all ranks, and rank 0, which may have requests to finish, tells the others.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

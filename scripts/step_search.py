@@ -9,7 +9,7 @@ from typing import TypeVar
 
 AGAIN = 8  # contestants that are tried again when other places have changed
 LEAST = 0.5  # microseconds of a step: a smaller gain is noise
-# Turns that all contestants take, and how many of them go on: most are told from the best by few turns.
+# Turns that all contestants take, and how many of them go on: few turns tell most of them from the best.
 HEATS = ((2, 10), (3, 4), (9, 1))
 SURE = ((17, 1),)  # of a pair
 Place = TypeVar("Place")

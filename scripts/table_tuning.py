@@ -73,7 +73,7 @@ class Tuning:
         return self.table.entries.get(site.op, {}).get(site.max_tokens)
 
     def attempt(self, timer: Timer, compiler: Compiler, end: float, progress: Progress, output: Path) -> int:
-        """`run`, whose result is written however it ends: 0, or the status of a failure, which is told."""
+        """`run`, whose result is written however it ends: 0, or the status of a failure, which is reported."""
         status = 0
         try:
             self.run(timer, compiler, end, progress, output)

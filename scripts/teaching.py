@@ -1,4 +1,4 @@
-"""--help that teaches: every flag's default behind its help, examples as they are written."""
+"""--help that teaches: every flag's default after its help, examples as they are written."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _compared(place: InPlace, start: State, final: State) -> tuple[float, float]
 
 
 def _right(steps: Together, start: State, state: State) -> dict[str, Any]:
-    """`state` without what the reference belies."""
+    """`state` without what the reference contradicts."""
     right = dict(state)
     for label in [label for label in state if state[label] != start[label]]:
         why = steps.wrong(label, state[label])

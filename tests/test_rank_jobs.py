@@ -183,7 +183,7 @@ def test_fp8_bench_times_the_launches_of_all_ranks(engines, tmp_path):
     rows = json.loads((tmp_path / "f.json").read_text())["results"]
     assert {"all_reduce_norm_quant", "all_gather"} <= {row["plugin"] for row in rows}
     ended = run(mpirun((2, module("bench", "roofline", "--engine_dir", engines / "e12"))))
-    check_fault(ended, "a pipeline stage has but some")
+    check_fault(ended, "a pipeline stage has only some")
 
 
 def test_rank_0_serves_and_says_when_all_end(engines, capsys):

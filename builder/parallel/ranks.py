@@ -38,7 +38,7 @@ def build_ranks(
     expected: tuple[type[Exception], ...] = (),
 ) -> list[Built]:
     """Builds and writes every rank, or nothing; so many at a time, each in a process that reads its own slices of the
-    weights. `expected` are the errors that are told as they are."""
+    weights. `expected` are the errors that are reported as they are."""
     if side_by_side < 1:
         raise BuildError(f"workers is {side_by_side}, expected at least 1")
     if side_by_side > 1 and request.tune:

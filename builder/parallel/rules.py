@@ -1,7 +1,7 @@
 """What each operator makes of operands of which a rank holds a part: the result's part, and the node made to fit.
 
-A rule returns the result's layout and, where every rank has but its share of the sum or maximum, by which operation the
-shares become the whole. Attributes and operands that state sizes (heads, shapes) are rewritten to the rank's own.
+A rule returns the result's layout and, where every rank has only its share of the sum or maximum, by which operation
+the shares become the whole. Attributes and operands that state sizes (heads, shapes) are rewritten to the rank's own.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def run(
 ) -> list[Result]:
     """Results in the order of the tasks, which must be picklable. At most `workers` run at a time; `hear(index, ...)`
     gets what they tell. Raises BuildError, naming the task as a rank, if one fails; the others are ended. An error that
-    is not one of `expected` is told with its traceback."""
+    is not one of `expected` is reported with its traceback."""
     context = multiprocessing.get_context("spawn")
     waiting = list(enumerate(tasks))
     running: dict[Connection, tuple[int, Any]] = {}

@@ -30,7 +30,7 @@ def fuse_all_reduce(graph: gs.Graph, target: Target) -> int:
 
 
 def _is_sum(tensor: gs.Tensor, kept: frozenset[str]) -> bool:
-    """Whether it is an all-reduce's and has but one reader."""
+    """Whether it is an all-reduce's and has only one reader."""
     producer = tensor.inputs[0] if tensor.inputs else None
     if producer is None or producer.domain != DOMAIN or producer.op != "all_reduce":
         return False

@@ -1,4 +1,4 @@
-"""add: a residual sum with no norm behind it, as at the end of a pipeline stage."""
+"""add: a residual sum with no norm after it, as at the end of a pipeline stage."""
 
 from __future__ import annotations
 

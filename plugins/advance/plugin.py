@@ -1,6 +1,6 @@
-"""advance: a decode step's inputs become those of the step behind it, where the sampled tokens are.
+"""advance: a decode step's inputs become those of the step after it, where the sampled tokens are.
 
-The runtime launches it behind the sampler. The step behind then needs nothing of the host, as long as the sequences are
+The runtime launches it after the sampler. The next step then needs nothing from the host, as long as the sequences are
 the same and none of them begins a page.
 """
 

@@ -50,7 +50,7 @@ def region_bytes(world: int) -> int:
 
 
 def constants(world: int) -> tuple[tuple[str, int | str], ...]:
-    """What kernels are told of the layout."""
+    """What kernels need to know of the layout."""
     return (
         ("WORLD", world),
         ("MOST_BLOCKS", MOST_BLOCKS),

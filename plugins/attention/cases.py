@@ -79,7 +79,7 @@ def fp8_tolerance(codes: float, quant_out: bool) -> tuple[float, str]:
 
 def index_inputs(batch: Batch, generator: torch.Generator, device: str) -> tuple[list[torch.Tensor], int]:
     """position_ids, slot_mapping, query_start, sequence_lengths, block_tables over pages in random order, and how many
-    pages the pool must have. Entries of the tables behind a sequence's end are -1."""
+    pages the pool must have. Entries of the tables after a sequence's end are -1."""
     pages = [-(-length // BLOCK_SIZE) for _, length in batch.sequences]
     num_blocks = sum(pages) + 2
     order = torch.randperm(num_blocks, generator=generator, device=device).tolist()

@@ -24,7 +24,7 @@ SHARED_LIMIT = 227 * 1024  # bytes a block; a multiprocessor has 1 KB more, and 
 MOST_HEADS = 16  # of a unit: two tiles of columns of a product
 END = 16  # tokens: where a context ends, keys come in boxes of so many
 UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
-MOST_TILES = 2**16 - 16  # of a context: places are counted in 16 bits, a few of them behind the tiles
+MOST_TILES = 2**16 - 16  # of a context: places are counted in 16 bits, a few of them after the tiles
 MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
 FEWEST = MULTIPROCESSORS // 4  # units below which one is cut into four parts or more
 

@@ -86,7 +86,7 @@ def slot(table: list[int], position: int) -> int:
 
 
 def block_tables(lengths: list[int]) -> tuple[list[list[int]], int]:
-    """Tables of scattered blocks, -1 behind each sequence's end, and the size of the pool."""
+    """Tables of scattered blocks, -1 after each sequence's end, and the size of the pool."""
     counts = [-(-n // BLOCK_SIZE) for n in lengths]
     blocks = sum(counts) + 2
     step = next(s for s in (7919, 7907, 7901) if blocks % s)

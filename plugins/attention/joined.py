@@ -74,7 +74,7 @@ def bind(
     tiles: torch.Tensor,
 ) -> Launcher:
     """operands: the linear's inputs and output; q [max_tokens, H, D] and tiles as for rope_kv_write.bind; tensors:
-    attention's inputs. The launcher enqueues the linear of all rows and the first part of those behind the decode
+    attention's inputs. The launcher enqueues the linear of all rows and the first part of those after the decode
     rows, of steps whose rows all belong to sequences."""
     _, position_ids, slot_mapping, query_start, lengths, _, cos, sin, key, value, *scales = tensors[:13]
     pointers = (position_ids, slot_mapping, query_start, lengths, cos, sin, *scales, key, value, q, tiles)

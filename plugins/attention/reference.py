@@ -135,7 +135,7 @@ class Paged:
         if longest == 0:
             return torch.zeros_like(q)
         blocks = self.block_tables[sequences.start : sequences.stop, : -(-longest // BLOCK_SIZE)].long()
-        blocks = blocks.clamp(0, len(self.key_cache) - 1)  # entries behind a sequence's end may hold anything
+        blocks = blocks.clamp(0, len(self.key_cache) - 1)  # entries after a sequence's end may hold anything
         k = self._gather(self.key_cache, blocks.flatten(), self.k_scale).view(batch, -1, *self.key_cache.shape[2:])
         v = self._gather(self.value_cache, blocks.flatten(), self.v_scale).view_as(k)
         kv_heads = k.shape[2]

@@ -88,7 +88,7 @@ def _layer(w: dict[str, Any]) -> bytes:
     maps.append(matrix_map(value.view(-1, 128), 128, head_dim // 2, 0))
     for name in LINEARS:
         weight = w[f"{name}_weight"]
-        if weight is not None:  # columns of 128 of K behind one another: a stage is one box
+        if weight is not None:  # columns of 128 of K after one another: a stage is one box
             n, k = weight.shape
             maps.append(tensor_map(weight.data_ptr(), "uint8", [128, n, k // 128], [k, 128], [128, 16, 8]))
     packed = b"".join(ctypes.string_at(m.getPtr(), MAP_BYTES) for m in maps).ljust(6 * MAP_BYTES, bytes(1))

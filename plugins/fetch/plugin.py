@@ -1,6 +1,6 @@
 """fetch: a step's inputs, from the host's memory to the device's, as a kernel that CUDA graphs replay.
 
-The runtime launches it in front of a pipeline's steps, which cannot take over the inputs of the step before. A copy by
+The runtime launches it before a pipeline's steps, which cannot take over the inputs of the step before. A copy by
 the driver stands between two graphs, and costs their last and first kernels the overlap.
 """
 

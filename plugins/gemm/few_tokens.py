@@ -252,7 +252,7 @@ def cost(t: FewTokens, n: int, k_bytes: int, tokens: int) -> float:
 
     Form and coefficients are fitted to about 750 timings of eight layers (N 4096..28672, K 1024..14336, e4m3) at 1, 16
     and 64 tokens on an H200. Its first choice was within 1.3% of the fastest but for four cases of 35 (up to 6%); its
-    first three held one within 0.3%, but once (4%). `alone` and `split` are fitted anew to 98 timings, with the sums
+    first three held one within 0.3%, but once (4%). `alone` and `split` are fitted again to 98 timings, with the sums
     as they are now and every start at 5/32 of w left: then the first choice was within 1.6% of the fastest in 15 cases.
     Memory is read at 4.55 TB/s since maps are without L2 promotion, 4.25 before: one first choice of 28 became another.
     `shallow`: 64x57344x8192 took 167 us with 2 stages in a ring, 124 to 137 with 3, 117 with 4, 114 with 5.

@@ -50,7 +50,7 @@ class Channel:
         self._send(self._grid(tensor))
 
     def receive(self, into: torch.Tensor) -> None:
-        """What comes behind on this stream finds the message there."""
+        """What comes after on this stream finds the message there."""
         self._receive(self._grid(into))
 
     def _grid(self, tensor: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The residual's addition in the epilogue of the linear layer in front, and the norm of what is then the sum.
+"""A norm's residual, added in the epilogue of the linear layer before it, and the norm of that sum.
 
 Where many rows come, a norm with a residual reads two tensors and writes their sum beside its own result: two thirds of
 its traffic. gemm.cu's epilogue, which mostly runs under other tiles' products, adds the residual to the rounded output,

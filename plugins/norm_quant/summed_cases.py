@@ -1,4 +1,4 @@
-"""Cases of a linear layer that adds a residual (`summed`), and of the norm of the sum behind it.
+"""Cases of a linear layer that adds a residual (`summed`), and of the norm of the sum after it.
 
 The linear's sums are exact, so that both sides round the same numbers, and its sum with the residual has the same bits.
 """

@@ -29,8 +29,8 @@ from fp8.runtime.service import ServiceError
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """`max_requests` may be under way, waiting ones included; beyond them a client is told to come back. `body_seconds`
-    are for the headers too; `stall_seconds` for a client that takes nothing (server/connection.py keeps both)."""
+    """`max_requests` may be open, waiting ones included; beyond them a client is asked to come back. `body_seconds` are
+    for the headers, too; `stall_seconds` for a client that reads nothing (server/connection.py keeps both)."""
 
     max_requests: int = 256
     max_body_bytes: int = 4 << 20

@@ -75,7 +75,7 @@ def checks(
     ranks: Ranks, sizes: Sequence[int], begin: Callable[[str, dict[str, Any]], None], before: dict[str, Any]
 ) -> dict[str, Any]:
     """Every tactic, in and out of graphs: how many were held against the reference, and what was wrong, added to what
-    was found `before`. What fails is dropped for all that follows. `begin` is told of each before it runs."""
+    was found `before`. What fails is dropped for all that follows. `begin` is called with each before it runs."""
     found = {"checked": 0, "failures": list(before["failures"])}
     for make in every(ranks, sizes):
         work = make()

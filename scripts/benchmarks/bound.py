@@ -15,7 +15,7 @@ def bound(plan: Plan, batch: int, input_len: int, output_len: int) -> float:
     """Tokens/s if nothing but these took time: linears at their tensor-core rate for the prompts, then per output token
     all linears' weights and the cached K and V once from memory, at the rate of a copy, of which the targets are: a
     pure read is up to 7% faster. Attention's own arithmetic is left out, and it is not taken into account that most
-    tokens of a prompt need no linear behind the last attention.
+    tokens of a prompt need no linear after the last attention.
 
     Of several ranks, `plan` is one's, which does its part without a wait for the others; pipeline stages have a part of
     the sequences each, so every stage reads its weights once for each part."""

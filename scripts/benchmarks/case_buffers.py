@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Where its matrices lie is worth up to 6% to a kernel (cuBLASLt's): smaller sets lie in so many places at least.
 PLACES, SMALLER = 3, 1 << 30
-GUARD = 4096  # bytes behind every output that must stay as they are
+GUARD = 4096  # bytes after every output that must stay as they are
 
 
 def all_cases(plugin: str = "", part: str = "") -> list[tuple[str, Case]]:
@@ -94,7 +94,7 @@ class CaseBuffers:
         return [t if t is None else t.clone() for t in self.inputs]
 
     def outputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Outputs full of 0xFF (NaN in every float format), and the guards behind them."""
+        """Outputs full of 0xFF (NaN in every float format), and the guards after them."""
         import torch
 
         values, guards = [], []

@@ -76,7 +76,7 @@ class CheckedCase(CaseBuffers):
             outputs, guards = self.outputs()
             self.bind(tactic, functions, [*inputs, *outputs], workspace, **further)(self.case.step)
             torch.cuda.synchronize()
-            assert all(bool((g == 255).all()) for g in guards), "memory behind an output was written"
+            assert all(bool((g == 255).all()) for g in guards), "memory after an output was written"
             for pair in self.places:
                 outputs += self.plugin.unpack_cache(*(inputs[i] for i in pair))
             outputs += [inputs[i] for i in self.plugin.updates]

@@ -65,7 +65,7 @@ class CoreClock:
 
     @contextmanager
     def behind_prompts(self) -> Iterator[list[Stamp]]:
-        """A stamp behind each step that takes in prompts."""
+        """A stamp after each step that takes in prompts."""
         found: list[Stamp] = []
 
         @contextmanager

@@ -1,6 +1,6 @@
 """The figures that results files hold, by name: what a record is made of.
 
-A results file is what fp8-bench, gpu_round and gpu_engines write. Figures of an engine bear the shape's name, which the
+A results file is what fp8-bench, gpu_round and gpu_engines write. Figures of an engine have the shape's name, which the
 file's name begins with: llama-7b.json, llama-3.1-8b-throughput.json.
 """
 
@@ -220,7 +220,7 @@ def engines(documents: dict[str, Document]) -> list[dict[str, Any]]:
 def shape(name: str, document: Document) -> str:
     """`llama-7b fp8 + fp8 kv tp 2`: the shape that the file's name begins with, the engine's types and ranks.
 
-    Raises EngineError where the file tells of an engine of another shape."""
+    Raises EngineError if the file is about an engine of another shape."""
     model = next((m for m in sorted(PRESETS, key=len, reverse=True) if name.startswith(m)), None)
     if model is None:
         raise EngineError(f"{name}.json: its name begins with none of {', '.join(PRESETS)}: whose figures are these?")

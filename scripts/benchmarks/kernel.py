@@ -1,6 +1,6 @@
 """fp8-bench kernel: every plugin's time on a case, by the tactic that an engine would hold, and its peers' in turn.
 
-Cases are timed in a process of their own, started anew when a case ends it or leaves the GPU unusable: that case's row
+Cases are timed in a process of their own, started again when a case ends it or leaves the GPU unusable: that case's row
 says so, and the others are measured all the same.
 """
 

@@ -30,7 +30,7 @@ TURNS, TURN, LOADED = 16, 0.01, 0.16  # seconds of a turn, and of all a contesta
 # 0.67 s after the begin it falls, to 0.88 at first, for 0.2 s, and so again and again. What counts lies in between.
 HEATED, STEADY = 0.1, 0.6  # seconds after the load's begin
 # Seconds after a case under load: until a light one, which else is timed at the load's clocks, and until the next load,
-# so that it begins anew (after 0.05 to 0.3 s one row was the same within 1%).
+# so that it begins again (after 0.05 to 0.3 s one row was the same within 1%).
 REST, PAUSED = 0.2, 0.1
 LOADED_GRAPH = 4e-3  # seconds: of graphs of 0.5 ms, their own launch would be 1% where a kernel takes as long
 BURSTS, BURST, PAUSE = 3, 0.012, 0.02  # 6 to 25 ms after 20 to 200 are the same within 0.5%
@@ -119,7 +119,7 @@ class Measured:
         """Begins with all kernels, on all cores but one, in order."""
         pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
         for t in timed:
-            with contextlib.suppress(Exception):  # `row` meets it again, and tells
+            with contextlib.suppress(Exception):  # `row` meets it again, and reports it
                 for k in (k for several in tactics_of(t, self._types(t), self._chosen.tactics)[1] for k in several):
                     if k not in self._compiling:
                         self._compiling[k] = pool.submit(compile.compile_kernel, k)

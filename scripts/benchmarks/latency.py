@@ -3,12 +3,12 @@
 Tokens/s and times per token are of whole runs. First tokens are of the prompts alone, under steady load: each batch is
 submitted when the one before has its first tokens, for a second before any of them counts. A card that was at rest, or
 decoded, runs prompts of 10 to 400 ms at clocks that its power limit does not sustain; how far above them differs from
-card to card and from run to run. That first token is told beside (`first_token_ms_in_runs`).
+card to card and from run to run. That first token is reported, too (`first_token_ms_in_runs`).
 
 A run before those that count loads the kernels and captures the CUDA graphs: the same prompts, and as many tokens as it
 takes until all of them decode together. The load before first tokens takes two steps' worth of prompt at most.
 
-Beside times stand the mean SM clocks meanwhile (`mhz` of whole runs, `decode_mhz` behind their prompts,
+Beside times stand the mean SM clocks meanwhile (`mhz` of whole runs, `decode_mhz` after their prompts,
 `first_token_mhz`), counted on the device: how far two cards are apart is mostly that.
 
 Behind them all, a decode step of all of them and a step of one prompt run again and again: where the logits are not the
@@ -124,7 +124,7 @@ def _measure(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> dic
 @dataclass(frozen=True)
 class Run:
     """Seconds from the submission of a batch to its last first token, and to the end; the mean SM clock meanwhile, and
-    behind the last step that takes in prompts (None on a CPU)."""
+    after the last step that takes in prompts (None on a CPU)."""
 
     first_token: float
     total: float
@@ -145,7 +145,7 @@ def _prompts(llm: LLM, source: random.Random, batch: int, length: int) -> list[l
 
 
 def _several(run: Callable[[], Run], count: int, seconds: float, most: float | None = None) -> list[Run]:
-    """One behind the other: at least `count`, for at least `seconds`; but only those that begin within `most`."""
+    """One after the other: at least `count`, for at least `seconds`; but only those that begin within `most`."""
     runs: list[Run] = []
     begin, taken = time.perf_counter(), 0.0
     while not runs or ((len(runs) < count or taken < seconds) and (most is None or taken <= most)):

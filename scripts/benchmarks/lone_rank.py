@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def runs_alone(plugin: Plugin) -> bool:
-    """Whether it speaks to nobody, or can be had to with silent others: of several layers no more than two, as each
-    place of a share is filled once in a launch."""
+    """Whether it communicates with nobody, or can be timed with silent others: of several layers no more than two, as
+    each place of a share is filled once in a launch."""
     return not plugin.collective or isinstance(plugin, HandOn) or _in_layers(plugin)
 
 

@@ -2,7 +2,7 @@
 ask for.
 
 Every step of the plan is launched and timed by itself, so that kernels do not overlap; "whole step" beside them is the
-step as it runs when serving: as a CUDA graph (decode), kernels overlapping. So it runs again and again behind that:
+step as it runs when serving: as a CUDA graph (decode), kernels overlapping. So it runs again and again after that:
 where its logits are not the same bits each time, or not finite, its row says so, and the exit status is 1.
 """
 
@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]
     memory = args.max_kv_blocks, args.kv_cache_free_gpu_memory_fraction
     session = Session(args.engine_dir, args.device, *memory, world=args.world, make_weight=args.make_weight)
     if session.stages > 1:
-        raise RequestError("fp8-bench roofline times all launches of a step in turn; a pipeline stage has but some")
+        raise RequestError(
+            "fp8-bench roofline times all launches of a step in turn; a pipeline stage has only some of them"
+        )
     fill_cache(session)
     found = ceilings.measure()[0] if session.device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
@@ -178,7 +180,7 @@ def _timed(whole: float, kernels: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(session: Session, rows: Sequence[Row], runs: int) -> float:
-    """Seconds of a step among its like, one enqueued behind the other."""
+    """Seconds of a step among its like, one enqueued after the other."""
     for _ in range(2):  # runs it, captures its graph
         session.read(session.enqueue(rows))
     times, open_ticket = [], session.enqueue(rows)

@@ -1,6 +1,6 @@
 """Requests that arrive at random, begin alike, are streamed and cancelled.
 
-Each check takes an Engine and returns whether it passed, with the figures; fp8.scripts.gpu_service tells of them.
+Each check takes an Engine and returns whether it passed, with the figures; fp8.scripts.gpu_service describes them.
 """
 
 from __future__ import annotations
