@@ -55,8 +55,8 @@ def _table(name: str, record: dict[str, Any], again: dict[str, Any] | None) -> s
         return _by_rows(rows)
     if name in CASES:
         return _by_cases(rows, CASES[name])
-    head = ["", "measured", "target", "peer", "", "of the ceiling", ""]
-    return _markdown(head, [_cells(row) for row in rows])
+    head = ["", "measured", "target", "peer", "unit", "of the ceiling", ""]
+    return _markdown(*_filled(head, [_cells(row) for row in rows]))
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -186,6 +186,12 @@ def _figure(row: dict[str, Any]) -> str:
 def _value(value: float | None, unit: str) -> str:
     """Shares without a unit in per cent."""
     return f"{value:.2%}" if value is not None and not unit else number(value)
+
+
+def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Without the columns in which no row has anything."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

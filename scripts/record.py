@@ -91,7 +91,7 @@ def _own(target: Target, found: dict[str, float]) -> dict[str, Any]:
 def state(row: dict[str, Any]) -> str:
     if row["figure"] is None:
         return "not measured"
-    return "told" if row["met"] is None else "met" if row["met"] else "missed"
+    return "no target" if row["met"] is None else "met" if row["met"] else "missed"
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> Table:
