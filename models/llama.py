@@ -49,14 +49,15 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    attention_bias: bool
+    attention_bias: bool  # of q, k and v
+    output_bias: bool  # of o
     mlp_bias: bool
     rope: Rope
 
     @property
     def attention(self) -> blocks.Attention:
         return blocks.Attention(
-            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.attention_bias, self.attention_bias
+            self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.attention_bias, self.output_bias
         )
 
 
@@ -90,6 +91,7 @@ def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
         tie_word_embeddings=flag(config, "tie_word_embeddings"),
         attention_bias=flag(config, "attention_bias"),
+        output_bias=flag(config, "attention_bias"),
         mlp_bias=flag(config, "mlp_bias"),
         rope=read_rope(config, head_dim, positions),
     )

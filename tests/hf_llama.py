@@ -26,16 +26,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "head_dim": 26, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 5e5},
     },
 }  # fmt: skip
+KIN: dict[str, dict[str, Any]] = {  # of other model types
+    "mistral": {"kind": "Mistral", "sliding_window": None},
+    "mistral_window": {"kind": "Mistral", "sliding_window": 128},
+    "qwen2": {"kind": "Qwen2"},
+    "qwen2_tied": {"kind": "Qwen2", "tie_word_embeddings": True, "sliding_window": 32, "max_window_layers": 1},
+}
 BASE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 
-def make(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any) -> Any:
+def make(
+    directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", kind: str = "Llama", **changes: Any
+) -> Any:
     """Saves a random model of that dtype and returns it in float32. Activations have about unit variance."""
     torch.manual_seed(len(repr(changes)))
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**BASE, **changes})).eval()
+    config = getattr(transformers, f"{kind}Config")(**{**BASE, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, p in model.named_parameters():
         random = torch.randn_like(p)
         if "norm" in name:
@@ -50,7 +59,7 @@ def make(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB"
 
 def load(directory: Path) -> Any:
     """A checkpoint as transformers has it, in float32."""
-    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def add_tokenizer(directory: Path) -> None:

@@ -200,10 +200,10 @@ def quantize_input(x: torch.Tensor, format: str, bound: float) -> torch.Tensor:
 
 
 def twin(directory: Path, tool: str) -> Any:
-    """The checkpoint in transformers' Llama, in float64: weights dequantized, inputs of quantized linears rounded."""
+    """The checkpoint in transformers' model, in float64: weights dequantized, inputs of quantized linears rounded."""
     config = json.loads((directory / "config.json").read_text())
     config.pop("quantization_config", None)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval().double()
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).eval().double()
     stored = load_file(directory / "model.safetensors")
     suffix = WEIGHT_SCALE.get(tool, "weight_scale")
     weights = {n: t for n, t in stored.items() if n.endswith((".weight", ".bias"))}

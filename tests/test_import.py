@@ -23,6 +23,7 @@ from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
 from fp8.builder.parallel import ranks
 from fp8.builder.quantization_config import read_format
 from fp8.builder.verify import ExactInterpreter, exact, float64_by_default
+from fp8.models import config as models
 from fp8.models import llama
 from fp8.runtime.llm import LLM
 from fp8.runtime.request import SamplingParams
@@ -44,7 +45,8 @@ def flags(tool: str) -> tuple[str, ...]:
 
 def emitted(directory: Path) -> Any:
     checkpoint = Checkpoint(directory)
-    return llama.emit(llama.read_config(checkpoint.config), checkpoint, read_format(checkpoint.config), "float32")
+    model = models.load(checkpoint.config)
+    return model.emit(model.read_config(checkpoint.config), checkpoint, read_format(checkpoint.config), "float32")
 
 
 def logits(directory: Path) -> torch.Tensor:
@@ -167,8 +169,14 @@ def test_linears_that_were_left_in_bfloat16_stay_so(tool: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"torch_dtype": "float16"}],
-    ids=["tied", "biases", "float16"],
+    [
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"torch_dtype": "float16"},
+        {"kind": "Qwen2"},
+        {"kind": "Mistral", "sliding_window": None},
+    ],
+    ids=["tied", "biases", "float16", "qwen2", "mistral"],
 )
 def test_other_llamas(changes: dict[str, Any], tmp_path: Path) -> None:
     dtype = torch.float16 if "torch_dtype" in changes else torch.bfloat16

@@ -1,4 +1,4 @@
-"""Llama against Hugging Face transformers, and what of a config.json is refused."""
+"""Llama and its kin against Hugging Face transformers, and what of a config.json is refused."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.formats.bf16 import Bf16
 from fp8.builder.interpret import Interpreter, empty_caches, next_caches, step_inputs
 from fp8.models import config as models
-from fp8.models import llama
+from fp8.models import llama, mistral, qwen2
 from fp8.models.config import ConfigError
 from fp8.models.rope import read_rope
 
 
 def interpreted_logits(directory: Path, sequences: list[list[int]], dtype: str) -> torch.Tensor:
     checkpoint = Checkpoint(directory)
-    graph = llama.emit(llama.read_config(checkpoint.config), checkpoint, Bf16(), dtype)
+    model = models.load(checkpoint.config)
+    graph = model.emit(model.read_config(checkpoint.config), checkpoint, Bf16(), dtype)
     feeds = step_inputs([(s, 0) for s in sequences])
     return Interpreter(graph)({**feeds, **empty_caches(graph, feeds)})["logits"]
 
 
-@pytest.mark.parametrize("name", hf_llama.CONFIGS)
+@pytest.mark.parametrize("name", [*hf_llama.CONFIGS, *hf_llama.KIN])
 def test_float32_graph_is_transformers_model(name: str, tmp_path: Path) -> None:
-    config = hf_llama.CONFIGS[name]
+    config = {**hf_llama.CONFIGS, **hf_llama.KIN}[name]
     model = hf_llama.make(tmp_path, **config)
     sequences = hf_llama.sequences(1, 30, 75, vocab=config.get("vocab_size", 300))
     assert hf_llama.sqnr(hf_llama.logits(model, sequences), interpreted_logits(tmp_path, sequences, "float32")) > 100
@@ -145,6 +146,39 @@ def test_unsupported_config_is_refused_by_key(key: str) -> None:
     change = value if isinstance(value, dict) else {key: value}
     with pytest.raises(ConfigError, match=key):
         llama.read_config({**hf_llama.BASE, **change})
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "says"),
+    [
+        (
+            mistral,
+            {"sliding_window": 64},
+            "sliding_window=64 is not .* max_position_embeddings from 128 to 64",
+        ),
+        (mistral, {"max_position_embeddings": 8192}, "sliding_window=4096"),  # transformers' default
+        (mistral, {"attention_bias": True}, "attention_bias"),
+        (mistral, {"sliding_window": "wide"}, "sliding_window"),
+        (qwen2, {"use_sliding_window": True}, "use_sliding_window"),
+        (qwen2, {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        (qwen2, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ],
+)
+def test_what_makes_llamas_kin_another_model_is_refused(module: Any, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        module.read_config({**hf_llama.BASE, **change})
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
+def test_defaults_are_transformers_own(kind: str) -> None:
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    minimal = {k: hf_llama.BASE[k] for k in keys} | {"num_attention_heads": 32, "hidden_size": 512}
+    hf = getattr(transformers, f"{kind}Config")(**minimal)
+    found = models.load({"model_type": kind.lower()}).read_config({**minimal, "sliding_window": None})
+    assert found.num_kv_heads == hf.num_key_value_heads and found.rms_norm_eps == hf.rms_norm_eps
+    assert found.max_position_embeddings == hf.max_position_embeddings
+    assert found.tie_word_embeddings == hf.tie_word_embeddings
+    assert found.rope.theta == hf.rope_parameters["rope_theta"]
 
 
 def test_unknown_model_type_is_refused() -> None:
