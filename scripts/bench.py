@@ -24,6 +24,7 @@ from fp8.builder.engine import write_atomically
 from fp8.scripts.argument_types import new_file
 from fp8.scripts.benchmarks import all_reduce, host, kernel, latency, roofline, startup, throughput
 from fp8.scripts.moved_flags import CommandParser
+from fp8.scripts.printing import printing
 from fp8.scripts.provenance import add_argument, provenance
 from fp8.scripts.ranks import among_peers, on_all_ranks
 from fp8.scripts.run import ERRORS
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return on_all_ranks("fp8-bench", args, partial(command, argv))
 
 
+@printing("fp8-bench")
 def command(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     def origin() -> dict[str, Any]:
         return provenance("fp8-bench", argv, args.commit)

@@ -33,6 +33,7 @@ from fp8.plugins.base import PluginError
 from fp8.plugins.gemm.types import ACCUMULATIONS
 from fp8.scripts.argument_types import new_file, positive
 from fp8.scripts.moved_flags import CommandParser
+from fp8.scripts.printing import printing
 from fp8.scripts.progress import stages
 from fp8.scripts.teaching import Teaching
 
@@ -235,6 +236,7 @@ def _shares(plans: Sequence[Plan]) -> Table:
     return table
 
 
+@printing("fp8-build")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing half-written, as Ctrl-C

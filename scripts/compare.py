@@ -342,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts = {"a": str(options.a), "b": str(options.b), "threshold": options.threshold, "first_under": first}
         print(json.dumps({**facts, "tensors": [t.as_dict() for t in tallies]}, indent=2))
         return 0
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console() if sys.stdout and sys.stdout.isatty() else Console(width=140)
     console.print(as_table(tallies, options.threshold))
     bound = f"{options.threshold:g} dB"
     console.print(f"first tensor under {bound}: {first}" if first else f"no tensor is under {bound}", markup=False)

@@ -20,6 +20,7 @@ from rich.table import Table
 from fp8.builder import engine
 from fp8.builder.engine import Engine, EngineError, Join, Plan, Step, Sum
 from fp8.scripts.moved_flags import CommandParser
+from fp8.scripts.printing import printing
 
 SECTIONS = ("layers", "tactics", "fusion")
 SHORT = {"float8_e4m3fn": "e4m3", "bfloat16": "bf16", "float16": "f16", "float32": "f32", "int32": "i32"}
@@ -214,6 +215,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+@printing("fp8-inspect")
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
@@ -228,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(facts(loaded), indent=2))
         return 0
     chosen = [s for s in SECTIONS if getattr(options, s)] or list(SECTIONS)
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    console = Console() if sys.stdout and sys.stdout.isatty() else Console(width=WIDTH)
     overview(loaded, console)
     for name in chosen:
         {"layers": layers, "tactics": tactics, "fusion": fusion}[name](loaded.plan, console)

@@ -22,6 +22,7 @@ from fp8.runtime.sampling_params import RequestError
 from fp8.runtime.service import ServiceError
 from fp8.scripts.argument_types import fraction, positive
 from fp8.scripts.moved_flags import CommandParser
+from fp8.scripts.printing import printing
 from fp8.scripts.prompts import read_prompts
 from fp8.scripts.ranks import add_rank_arguments, on_all_ranks
 from fp8.scripts.sampling_arguments import add_sampling_arguments, sampling_params
@@ -185,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return on_all_ranks("fp8-run", args, command)
 
 
+@printing("fp8-run")
 def command(args: argparse.Namespace) -> int:
     if args.streaming and args.output == "json":
         print("fp8-run: --streaming prints as it goes; use --output text or jsonl", file=sys.stderr)

@@ -528,6 +528,16 @@ def test_a_text_of_prompts_that_is_not_there_is_named(engine: Path, refused: Ref
     refused("run", "--engine_dir", engine, "--device", "cpu", "--input_file", "no.txt", says=("no.txt cannot be read",))
 
 
+@pytest.mark.parametrize("output", ["a pipe that nobody reads", "a full disk", "none"])
+def test_an_output_that_cannot_be_written_is_no_traceback(output: str, engine: Path) -> None:
+    """`fp8-inspect engine --json | head`, with more to print than a pipe holds."""
+    command = f"{sys.executable} -m fp8.scripts.inspect {engine} --json "
+    ends = {"a pipe that nobody reads": "| true; exit ${PIPESTATUS[0]}", "a full disk": "> /dev/full", "none": ">&-"}
+    done = subprocess.run(["bash", "-c", command + ends[output]], stderr=subprocess.PIPE, text=True)
+    said = "fp8-inspect: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (output != "none", said if output == "a full disk" else "")
+
+
 @pytest.mark.parametrize("command", ["quantize", "build"])
 def test_an_interrupt_while_writing_leaves_nothing_behind(
     command: str, original: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
