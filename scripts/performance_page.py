@@ -2,9 +2,9 @@
 
     python -m fp8.scripts.performance_page --record docs/performance/h200.json --page docs/performance.md
 
-What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. NAME is a section of the record, or `summary`,
-`losses`, `engines`, or `spread`: between the record and `--again`, the record of another run. Where a section has
-missed targets, the page must say why, after `<!-- why NAME -->`.
+What stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. NAME is a section of the record, or one of
+`headlines`, `summary`, `losses`, `engines`, and `spread` (between the record and `--again`, the record of another run).
+Where a section has missed targets, the page must say why, after `<!-- why NAME -->`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from fp8.builder.engine import EngineError, write_atomically
 from fp8.scripts.benchmarks.kernel_cases import BURSTS, PRODUCTS
-from fp8.scripts.benchmarks.targets import BATCHES
+from fp8.scripts.benchmarks.targets import BATCHES, HEADLINES
 from fp8.scripts.record import Spread, load, number, spreads, state
 
 WHY = re.compile(r"<!-- why (?P<name>[^>]+?) -->\n+(?=[^<#\s])")
@@ -74,6 +74,17 @@ def _summary(record: dict[str, Any]) -> str:
     return head + _markdown(["section", "met", "missed", "not measured"], rows)
 
 
+def _headlines(record: dict[str, Any]) -> str:
+    """A few rows beside their peers, as a multiple of these."""
+    found = {row["name"]: row for row in record["rows"]}
+    rows = []
+    for row in (found[name] for name in HEADLINES if name in found):
+        name, figure, target, peer, _, _, last = _cells(row)
+        times = "" if row["figure"] is None else f"{number(row['figure'] / row['anchor'])} x"
+        rows.append([name, figure, peer, times, target, last])
+    return _markdown(["", "measured", "peer", "measured / peer", "target", ""], rows)
+
+
 def _losses(record: dict[str, Any]) -> str:
     rows = [
         [row["engine"], row["step"], f"`{row['kernel']}`", number(row["us"]), number(row["bound_us"]),
@@ -94,7 +105,8 @@ def _engines(record: dict[str, Any]) -> str:
     return _markdown(head, rows) if rows else "Not measured yet.\n"
 
 
-WHOLE = {"summary": _summary, "losses": _losses, "engines": _engines}  # tables that are not of a section's targets
+# Tables that are not of one section's targets.
+WHOLE = {"headlines": _headlines, "summary": _summary, "losses": _losses, "engines": _engines}
 
 
 def _spread(found: Sequence[Spread]) -> str:

@@ -14,7 +14,7 @@ from fp8.builder.engine import EngineError
 from fp8.scripts import performance_page, performance_plot, record
 from fp8.scripts.benchmarks import figures
 from fp8.scripts.benchmarks.kernel_cases import BURSTS, PRODUCTS, timed_cases
-from fp8.scripts.benchmarks.targets import Target, targets
+from fp8.scripts.benchmarks.targets import HEADLINES, Target, targets
 from fp8.scripts.random_checkpoint import PRESETS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -41,7 +41,7 @@ def test_the_committed_page_is_what_the_commands_make() -> None:
     again = record.load(path) if path.exists() else None
     assert performance_page.render(page, made, again) == page, "python -m fp8.scripts.performance_page makes it anew"
     sections = {found["name"] for found in performance_page.MARKED.finditer(page)}
-    assert sections == {"summary", "losses", "engines", "spread", *(target.section for target in targets())}, (
+    assert sections == {*performance_page.WHOLE, "spread", *(target.section for target in targets())}, (
         "every row stands on the page"
     )
 
@@ -244,6 +244,14 @@ def test_how_right_engines_are_stands_on_the_page(tmp_path: Path) -> None:
     made = performance_page.render(page, record.record(figures.read(tmp_path)))
     assert "| fp8 + fp8 kv | 31.2 | 31.5 | | 5.7418 | 5.7303 |" in made
     assert "Not measured yet." in performance_page.render(page, {"sources": {}, "rows": []}), "a record of before"
+
+
+def test_headlines_are_rows_with_a_peer(tmp_path: Path) -> None:
+    peers = {target.name: target.anchor for target in targets()}
+    assert all(peers[name] for name in HEADLINES) and len(set(HEADLINES)) == len(HEADLINES)
+    (tmp_path / "llama-7b.json").write_text(json.dumps(latency("llama-7b", 1, 592.0)))
+    page = performance_page.render("<!-- table headlines -->\n<!-- end -->\n", record.record(figures.read(tmp_path)))
+    assert "batch 1: tokens/s | 592 | 296 (vLLM) | 2 x | at least 500 | met |" in page
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:

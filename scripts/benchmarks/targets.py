@@ -74,6 +74,16 @@ MODELS: dict[str, tuple[Sequence[float], ...]] = {
 }  # fmt: skip
 VLLM_BF16 = (205, 1131, 1664, 2169, 2548)
 OF_THE_BOUND = 0.85
+HEADLINES = (  # rows that a page begins with
+    *(f"{model} {FP8}, 1024 in, 128 out, batch {batch}: tokens/s" for model in MODELS for batch in (1, 64)),
+    f"llama-3.1-8b {FP8}, 1000/1000, steady: output tokens/s",
+    f"llama-3.1-8b {FP8}, 1000/1000, whole: output tokens/s",
+    "gemm fp8, geometric mean over M <= 64: ratio to cuBLASLt",
+    "gemm fp8, geometric mean over M >= 1024: ratio to cuBLASLt",
+    "attention prompt fp8 1x16384 32/8: TFLOP/s",
+    "attention decode fp8 64x1024 32/8: TB/s",
+    "norm_quant static 16384x4096: TB/s",
+)
 
 
 def _whole_model() -> Iterator[Target]:
