@@ -146,7 +146,7 @@ def time_site(
         warn(f"{where}: not timed: {outcome.skipped}")
     spare = next((t for i, t in enumerate(tactics) if i not in outcome.dropped), None)
     if spare is None:
-        raise NothingWorks(f"{where}: no tactic works on this GPU; the warnings above tell why")
+        raise NothingWorks(f"{where}: no tactic works on this GPU; the warnings above say why")
     return Timed(site, {tactics[i]: took for i, took in sorted(outcome.seconds.items())}, spare)
 
 

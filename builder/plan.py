@@ -50,7 +50,7 @@ def nodes(graph: gs.Graph) -> list[Node]:
     if left:
         raise LegalityError(
             f"{len(left)} nodes were taken by no plugin, the first is {left[0].name} ({left[0].op}); "
-            f"fp8-build --explain {left[0].name} tells why"
+            f"fp8-build --explain {left[0].name} says why"
         )
     return [
         Node(

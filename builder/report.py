@@ -32,6 +32,6 @@ def report(found: list[Pair], journal: Journal) -> list[Pair]:
         left = [pair[k] for k in ("quantize", "dequantize") if pair[k] and not halves[f"{k}_in"]]
         entry = {**pair, **halves, "folded": not left}
         if left:
-            entry["reason"] = f"no plugin's pattern took {' and '.join(left)}; fp8-build --explain {left[0]} tells why"
+            entry["reason"] = f"no plugin's pattern took {' and '.join(left)}; fp8-build --explain {left[0]} says why"
         entries.append(entry)
     return entries

@@ -106,7 +106,7 @@ def choose(
                 if not candidates:
                     raise base.PluginError(
                         f"{site.plugin.name}: {site.module}: no tactic compiles for up to {site.max_tokens} rows; "
-                        "the warnings above tell why"
+                        "the warnings above say why"
                     )
             compiler.submit([k for site, candidates in waiting.items() for k in site.kernels(candidates[0])])
             for site, candidates in list(waiting.items()):

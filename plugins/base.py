@@ -201,8 +201,8 @@ def run_reference(
         return plugin.reference(*inputs, step=step)
     if comm is None:
         raise PluginError(
-            f"{plugin.name} speaks to other ranks, and there are none: this engine is one of several ranks'; start all "
-            "of them, with mpirun"
+            f"{plugin.name} needs the other ranks of this engine, which is built for several; start all of them with "
+            "mpirun"
         )
     return plugin.reference(*inputs, step=step, comm=comm)  # type: ignore[call-arg]
 

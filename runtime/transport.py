@@ -101,7 +101,7 @@ def _import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py's wheel finds no MPI library
         raise RankError(
-            f"ranks speak through mpi4py, which cannot be loaded ({error}); pip install 'fp8-engine[mpi]', or mpi4py "
+            f"ranks need mpi4py, which cannot be loaded ({error}); pip install 'fp8-engine[mpi]', or mpi4py "
             f"beside the MPI of your cluster"
         ) from error
     return MPI

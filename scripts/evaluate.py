@@ -166,8 +166,8 @@ def warnings(args: argparse.Namespace, result: dict[str, Any]) -> list[str]:
     if limit is None or args.min_accuracy > limit:
         return []
     return [
-        f"--min_accuracy {args.min_accuracy:g} is no gate: who has understood nothing reaches up to {limit:.4f} by "
-        f"chance with {result['items']} items; take a larger value or more items, or compare with --reference"
+        f"--min_accuracy {args.min_accuracy:g} is no gate: with {result['items']} items, guessing alone reaches up to "
+        f"{limit:.4f}; give a larger value or more items, or compare with --reference"
     ]
 
 
@@ -196,7 +196,9 @@ def finish(args: argparse.Namespace, result: dict[str, Any]) -> int:
     task = modules()[args.task].Task
     print("\n".join(task.report(result)))
     if result["reference"] and result["reference"]["p_value"] is not None:
-        print(f"p = {result['reference']['p_value']:.3g}: so often would it be this much worse by chance alone")
+        print(
+            f"p = {result['reference']['p_value']:.3g}: how likely such a loss is by chance if the engine is not worse"
+        )
     for warning in result["warnings"]:
         print(f"fp8-eval: warning: {warning}", file=sys.stderr)
     missed = missed_gates(args, result)
