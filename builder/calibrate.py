@@ -1,4 +1,4 @@
-"""Calibration: text through the unquantized model, layer by layer -> the largest magnitude of every observed tensor.
+"""Calibration: text through the model, layer by layer -> the largest magnitude of every observed tensor.
 
 One layer is resident at a time. Hidden states wait in a file, which together with the amaxes found so far is the state
 that an interrupted calibration continues from:
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from fp8.builder.calibration_text import CalibrationError
-from fp8.builder.formats.base import Format
 from fp8.builder.graph import Graph
 from fp8.builder.interpret import Interpreter, to_torch
 
@@ -38,7 +37,7 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 class LayerEmitter(Protocol):
-    """Emits the unquantized graph of some consecutive layers."""
+    """Emits the graph of some consecutive layers: unquantized, or as another tool has quantized them."""
 
     def __call__(self, layers: range) -> Graph: ...
 
@@ -86,16 +85,16 @@ class State:
 
 
 def calibrate(
-    emit: LayerEmitter, num_layers: int, samples: Sequence[list[int]], format: Format, state: State, device: str,
-    progress: Progress,
+    emit: LayerEmitter, num_layers: int, samples: Sequence[list[int]], wanted: Callable[[str], bool], state: State,
+    device: str, progress: Progress,
 ) -> dict[str, float]:  # fmt: skip
-    """amax of every activation that `format` stores a scale for, by scale name. Raises NonFiniteError."""
+    """amax of the activations of all wanted scales, by the scale's name. Raises NonFiniteError."""
     batches = _batches(samples, BATCH_TOKENS[torch.device(device).type])
     for layer in range(state.finished, num_layers):
         graph = emit(range(layer, layer + 1))
-        wanted = {scale: tensor for scale, tensor in graph.activations.items() if format.calibrated(scale)}
-        amax = _run_layer(graph, wanted, batches, state, layer, num_layers, device, progress)
-        state.finish_layer({scale: amax[tensor] for scale, tensor in wanted.items()})
+        found = {scale: tensor for scale, tensor in graph.activations.items() if wanted(scale)}
+        amax = _run_layer(graph, found, batches, state, layer, num_layers, device, progress)
+        state.finish_layer({scale: amax[tensor] for scale, tensor in found.items()})
     return state.amax
 
 

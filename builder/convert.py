@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
+from fp8.builder.e4m3 import scale_of
 from fp8.builder.formats.base import Format, FormatError
 from fp8.builder.graph import Graph
 from fp8.builder.imported import Imported
 from fp8.builder.imports.base import ORIGINAL, Scheme
 from fp8.builder.interpret import to_torch
 from fp8.builder.output import check_replaceable, workplace, write_config
-from fp8.builder.quantize import Model, Reporter, check_all_read, unquantized
+from fp8.builder.quantize import Calibration, Model, Reporter, Running, check_all_read, observe, unquantized
 from fp8.builder.query_scale import query_scale
 from fp8.builder.shards import Group, Planned, write_shards
 from fp8.plugins.base import SCALE_BLOCK
@@ -31,36 +33,41 @@ class Wanted:
     qformat: str | None = None
     kv_cache_dtype: str | None = None
     dtype: str = "bfloat16"  # of everything unquantized
+    calibration: Calibration = Calibration(None)  # noqa: RUF009 (frozen): of the KV cache, where that has no scales
+    device: str = "cpu"  # that calibrates
+    resume: bool = True
+    overwrite: bool = False
 
 
 def convert(
-    model: Model, checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted, output: Path, overwrite: bool = False,
-    report: Reporter = Reporter(),  # noqa: B008 (frozen)
-) -> Format:  # fmt: skip
+    model: Model, checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted, output: Path, report: Reporter
+) -> Format:
     """Writes the checkpoint, and returns its format. No value is rounded but those that were not quantized, to `dtype`.
 
-    Raises CheckpointError, FormatError, OutputError, and what the model's `read_config` raises.
+    Raises CheckpointError, FormatError, CalibrationError, OutputError, and what the model's `read_config` raises.
     """
     output = output.absolute()
-    check_replaceable(checkpoint, output, overwrite)
+    check_replaceable(checkpoint, output, wanted.overwrite)
     _check_wanted(checkpoint, scheme, wanted)
     imported = Imported(checkpoint, scheme)
-    config = model.read_config(checkpoint.config)
-    graph = model.emit(config, imported, imported.format("auto"), wanted.dtype)  # asks for every weight and scale
-    _remark(imported, graph, report)
+    running = Running(model, model.read_config(checkpoint.config), imported, imported.format("auto"), wanted.dtype)
+    graph = model.emit(running.config, imported, running.format, wanted.dtype)  # asks for every weight and scale
     format = imported.format(_kv_cache(imported, graph, wanted))
-    if format.fp8_kv_cache:
-        _attention_scales(imported, graph, report)
-    for name in graph.activations if wanted.kv_cache_dtype == "auto" else ():
-        if name.endswith(ATTENTION):
-            imported.leave(name)
+    missing = _attention_scales(imported, graph, format, wanted)
     check_all_read(imported, graph)
-    linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
-    with workplace(output, resume=False) as partial:
+    _remark(imported, graph, missing, report)
+    facts = None
+    with workplace(output, wanted.resume) as partial:
+        if missing:
+            facts = _calibrate(running, imported, format, missing, wanted, partial, report)
         groups = [*_weights(imported, graph, wanted.dtype), *_scales(imported)]
         write_shards(partial, groups, lambda done, total: report.progress("writing", done, total))
-        write_config(checkpoint, format, wanted.dtype, linears, None, partial, scheme.tool)
+        write_config(checkpoint, format, wanted.dtype, linears(graph), facts, partial, scheme.tool)
     return format
+
+
+def linears(graph: Graph) -> list[str]:
+    return [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
 
 
 def _check_wanted(checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted) -> None:
@@ -82,30 +89,52 @@ def _check_wanted(checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted) -> Non
 
 def _kv_cache(imported: Imported, graph: Graph, wanted: Wanted) -> str:
     """auto or fp8: as asked, else whether the configuration says so or scales of K and V are there."""
-    stored = [n for n in graph.activations if n.endswith(ATTENTION[1:]) and imported.source(n)]
-    if wanted.kv_cache_dtype == "fp8" and not stored:
-        raise FormatError(
-            f"{imported.directory} has no scales of K and V, which --kv_cache_dtype fp8 needs; leave it out, or "
-            f"{ORIGINAL}"
-        )
-    return wanted.kv_cache_dtype or ("fp8" if stored or imported.scheme.fp8_kv_cache else "auto")
+    return wanted.kv_cache_dtype or ("fp8" if _has_kv_scales(imported, graph) else "auto")
 
 
-def _attention_scales(imported: Imported, graph: Graph, report: Reporter) -> None:
-    """Asks for the scales of Q, K and V; what is missing of Q follows from the weights."""
-    bounded = []
-    for name in (n for n in graph.activations if n.endswith(ATTENTION)):
-        if name.endswith(".q_scale") and imported.source(name) is None:
-            bounded.append(name)
-            scale = query_scale(graph, name.removesuffix(".q_scale"), lambda module: dequantized(imported, module))
-            imported.found[name] = np.array([scale], np.float32)
-        else:
+def _has_kv_scales(imported: Imported, graph: Graph) -> bool:
+    """Whether there are any, or should be."""
+    named = any(imported.source(n) for n in graph.activations if n.endswith(ATTENTION[1:]))
+    return named or imported.scheme.fp8_kv_cache
+
+
+def _attention_scales(imported: Imported, graph: Graph, format: Format, wanted: Wanted) -> list[str]:
+    """Asks for the scales of Q, K and V, as far as the KV cache is FP8 and they are stored; a scale of Q alone follows
+    from the weights. Returns the names of those that a calibration is to give. Raises FormatError if it has no text."""
+    names = [n for n in graph.activations if n.endswith(ATTENTION)]
+    if not format.fp8_kv_cache:
+        for name in names:
+            imported.leave(name)
+        return []
+    has = _has_kv_scales(imported, graph)
+    missing = [n for n in names if imported.source(n) is None and (n.endswith(ATTENTION[0]) or not has)]
+    for name in names:
+        if name not in missing:
             imported.scale(name)
-    if bounded:
-        report.remark(
-            f"scales of K and V are the checkpoint's; it has none of Q, which FP8 attention needs: {len(bounded)} made "
-            "from the weights, so that no query saturates"
+    if wanted.calibration.dataset is not None:
+        return missing
+    if not has:
+        raise FormatError(
+            f"{imported.directory} has no scales of K and V, which --kv_cache_dtype fp8 needs; give --calib_dataset to "
+            "calibrate them, or leave the flag out"
         )
+    for name in missing:
+        scale = query_scale(graph, name.removesuffix(ATTENTION[0]), lambda module: dequantized(imported, module))
+        imported.found[name] = np.array([scale], np.float32)
+    return []
+
+
+def _calibrate(
+    running: Running, imported: Imported, format: Format, missing: list[str], wanted: Wanted, partial: Path,
+    report: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Puts the missing scales into `imported.found`; returns what is told of the calibration."""
+    amax, facts = observe(
+        running, format, frozenset(missing).__contains__, wanted.calibration, partial, wanted.device, report
+    )
+    for name in missing:
+        imported.found[name] = scale_of(torch.tensor([amax[name]])).numpy()
+    return facts
 
 
 def dequantized(imported: Imported, module: str) -> torch.Tensor:
@@ -120,15 +149,22 @@ def dequantized(imported: Imported, module: str) -> torch.Tensor:
     return weight * spread
 
 
-def _remark(imported: Imported, graph: Graph, report: Reporter) -> None:
-    """Says what happens to the linears that are not quantized, and where one activation has scales that differ."""
+def _remark(imported: Imported, graph: Graph, missing: list[str], report: Reporter) -> None:
+    """Says what is kept, what is made, and where one activation has scales that differ."""
     scheme, found = imported.scheme, imported.found
-    linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
-    plain = [m for m in linears if m not in imported.quantized]
+    plain = [m for m in linears(graph) if m not in imported.quantized]
     left = f", {len(plain)} left as they are ({plain[0]}{', ...' if len(plain) > 1 else ''})" if plain else ""
+    made = [n for n in found if n.endswith(ATTENTION[0]) and imported.source(n) is None]
+    kinds = ", ".join(kind[1:] for kind in ATTENTION if any(name.endswith(kind) for name in missing))
+    rest = (
+        f"{kinds} of every layer's attention are calibrated" if missing
+        else "nothing is calibrated; scales of Q, which FP8 attention needs beside those of K and V, are made from the "
+        "weights, so that no query saturates" if made
+        else "nothing is calibrated"
+    )  # fmt: skip
     report.remark(
-        f"{imported.directory} was quantized by {scheme.tool}: {len(linears) - len(plain)} linears keep their codes "
-        f"and scales{left}; nothing is calibrated"
+        f"{imported.directory} was quantized by {scheme.tool}: {len(linears(graph)) - len(plain)} linears keep their "
+        f"codes and scales{left}; {rest}"
     )
     readers: dict[str, set[float]] = {}
     for name, activation in graph.activations.items():

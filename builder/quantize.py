@@ -48,6 +48,22 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Running:
+    """A model as calibration runs it: unquantized, or as another tool has quantized it."""
+
+    model: Model
+    config: Any
+    checkpoint: Checkpoint
+    format: Format
+    dtype: str
+
+    def emit(self, layers: range, positions: int) -> Graph:
+        return self.model.emit(
+            self.config, self.checkpoint, self.format, self.dtype, layers=layers, max_positions=positions
+        )
+
+
+@dataclass(frozen=True)
 class Reporter:
     """Where progress goes: (stage, done, total), and remarks."""
 
@@ -76,7 +92,8 @@ def quantize_checkpoint(
         facts: dict[str, Any] | None = None
         if needed:
             try:
-                amax, facts = _calibrate(model, config, checkpoint, format, dtype, calibration, partial, device, report)
+                running = Running(model, config, checkpoint, Bf16(), dtype)
+                amax, facts = observe(running, format, format.calibrated, calibration, partial, device, report)
             except NonFiniteError:
                 for name in whole.axes:  # a damaged weight is the better explanation
                     _finite(checkpoint, name, getattr(torch, dtype), device)
@@ -115,10 +132,12 @@ def _fingerprint(checkpoint: Checkpoint, format: Format, dtype: str, c: Calibrat
     return h.hexdigest()
 
 
-def _calibrate(
-    model: Model, config: Any, checkpoint: Checkpoint, format: Format, dtype: str, c: Calibration, partial: Path,
-    device: str, report: Reporter,
+def observe(
+    running: Running, format: Format, wanted: Callable[[str], bool], c: Calibration, partial: Path, device: str,
+    report: Reporter,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
+    """amax by the name of each wanted scale, and what is told of it in config.json. `format` is what it is made for."""
+    config, checkpoint = running.config, running.checkpoint
     if c.dataset is None:
         raise CalibrationError(
             f"qformat {format.name} with kv_cache_dtype {format.kv_cache_dtype} has static scales; give --calib_dataset"
@@ -128,12 +147,12 @@ def _calibrate(
     samples = read_samples(c.dataset, encode, config.vocab_size, c.size, length, c.seed)
     if len(samples) < c.size:
         report.remark(f"{c.dataset} gives {len(samples)} samples of the {c.size} asked for")
-    state = State.open(partial, _fingerprint(checkpoint, format, dtype, c))
+    state = State.open(partial, _fingerprint(checkpoint, format, running.dtype, c))
     if state.finished:
         report.remark(f"continuing an earlier calibration of the same inputs after layer {state.finished - 1}")
-    emit = lambda layers: model.emit(config, checkpoint, Bf16(), dtype, layers=layers, max_positions=length)
+    emit = lambda layers: running.emit(layers, length)
     progress = lambda done, total: report.progress("calibrating", done, total)
-    amax = calibrate(emit, config.num_layers, samples, format, state, device, progress)
+    amax = calibrate(emit, config.num_layers, samples, wanted, state, device, progress)
     facts = {
         "dataset": c.dataset.name, "samples": len(samples), "tokens": sum(map(len, samples)),
         "max_seq_length": length, "seed": c.seed,

@@ -1,7 +1,8 @@
 """fp8-quantize: Hugging Face directory -> quantized checkpoint.
 
 A model that another tool has quantized to FP8 (AutoFP8, llm-compressor, ModelOpt, transformers) is recognized: its
-codes and scales are kept as they are, and nothing is calibrated. docs/checkpoint.md says what is read.
+codes and scales are kept as they are; only scales of an FP8 KV cache that it lacks are calibrated.
+docs/checkpoint.md says what is read.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ examples:
   fp8-quantize --model_dir HF_DIR --qformat fp8 --kv_cache_dtype fp8 --calib_dataset text.txt --output_dir ckpt
   fp8-quantize --model_dir HF_DIR --calib_dataset text.txt --exclude_modules '*.down_proj' --output_dir ckpt
   fp8-quantize --model_dir FP8_DIR --output_dir ckpt               what another tool quantized, code for code
+  fp8-quantize --model_dir FP8_DIR --kv_cache_dtype fp8 --calib_dataset text.txt --output_dir ckpt
 
 Then: fp8-build --checkpoint_dir ckpt --output_dir engine
 """
@@ -123,7 +125,14 @@ def make_wanted(options: argparse.Namespace, scheme: Scheme, checkpoint: Checkpo
                 "give the original model"
             )
     dtype = choose_dtype(options.dtype, load(scheme.format)(), checkpoint)
-    return Wanted(options.qformat, options.kv_cache_dtype, dtype)
+    return Wanted(
+        options.qformat, options.kv_cache_dtype, dtype, make_calibration(options), choose_device(options.device),
+        options.resume, options.overwrite,
+    )  # fmt: skip
+
+
+def make_calibration(options: argparse.Namespace) -> Calibration:
+    return Calibration(options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed)
 
 
 def choose_device(requested: str) -> str:
@@ -143,15 +152,12 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if scheme is not None:
             wanted = make_wanted(options, scheme, checkpoint)
             dtype = wanted.dtype
-            format = convert(model, checkpoint, scheme, wanted, options.output_dir, options.overwrite, report)
+            format = convert(model, checkpoint, scheme, wanted, options.output_dir, report)
         else:
             dtype = choose_dtype(options.dtype, format, checkpoint)
-            calibration = Calibration(
-                options.calib_dataset, options.calib_size, options.calib_max_seq_length, options.seed
-            )
             quantize_checkpoint(
-                model, checkpoint, format, dtype, calibration, options.output_dir, choose_device(options.device),
-                options.resume, options.overwrite, report,
+                model, checkpoint, format, dtype, make_calibration(options), options.output_dir,
+                choose_device(options.device), options.resume, options.overwrite, report,
             )  # fmt: skip
     told = f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}"
     console.print(told, markup=False, soft_wrap=True)

@@ -44,7 +44,9 @@ def amaxes(directory: Path, work: Path, emit: Emitter | None = None, fingerprint
     emit = emit or Emitter(directory)
     work.mkdir(exist_ok=True)
     state = State.open(work, fingerprint)
-    return calibrate(emit, emit.config.num_layers, SAMPLES, Fp8("fp8"), state, "cpu", lambda done, total: None)
+    return calibrate(
+        emit, emit.config.num_layers, SAMPLES, Fp8("fp8").calibrated, state, "cpu", lambda done, total: None
+    )
 
 
 def transformers_amaxes(model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:

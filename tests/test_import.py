@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.imports.base import names
-from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
+from fp8.builder.interpret import empty_caches, step_inputs
 from fp8.builder.parallel import ranks
 from fp8.builder.quantization_config import read_format
 from fp8.builder.verify import ExactInterpreter, exact, float64_by_default
@@ -207,64 +207,6 @@ def test_a_converted_checkpoint_becomes_an_engine_that_answers(tmp_path: Path) -
     assert build.main([*arguments, "--output_dir", str(tmp_path / "engine")]) == 0
     (completion,) = LLM(tmp_path / "engine").generate([SEQUENCE[:9]], SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(completion.token_ids) == 4
-
-
-# KV cache
-
-
-@pytest.mark.parametrize("tool", ["autofp8", "modelopt", "fbgemm"])
-def test_scales_of_k_and_v_are_kept(tool: str, tmp_path: Path) -> None:
-    source = elsewhere.write(tmp_path / "in", tool, kv=True)
-    assert run(source, tmp_path / "ckpt") == 0
-    after = load_file(tmp_path / "ckpt/model.safetensors")
-    for i in range(2):
-        found = [after[f"model.layers.{i}.self_attn.{n}_scale"].item() for n in "kv"]
-        assert found == [torch.tensor(0.013).item(), torch.tensor(0.017).item()]
-    assert read_format(json.loads((tmp_path / "ckpt/config.json").read_text())).fp8_kv_cache
-    assert run(source, tmp_path / "plain", "--kv_cache_dtype", "auto") == 0
-    assert not any("k_scale" in n for n in load_file(tmp_path / "plain/model.safetensors"))
-
-
-def test_scales_of_k_and_v_by_compressed_tensors(tmp_path: Path) -> None:
-    source = elsewhere.by_compressed_tensors(tmp_path / "in", "FP8", kv=True)
-    assert run(source, tmp_path / "ckpt") == 0
-    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "ckpt"))
-    name = "model.layers.1.self_attn.k_scale"
-    assert before[name].dtype == torch.bfloat16 and after[name].item() == before[name].item()
-
-
-def test_old_names_of_scales_are_known(tmp_path: Path) -> None:
-    """AutoFP8 began with `act_scale` and one `kv_scale` a layer."""
-    source = elsewhere.write(tmp_path / "in", "autofp8", kv=True)
-    path = source / "model.safetensors"
-    tensors = {n: t for n, t in load_file(path).items() if not n.endswith(".v_scale")}
-    renamed = {n.replace("input_scale", "act_scale").replace(".k_scale", ".kv_scale"): t for n, t in tensors.items()}
-    save_file(renamed, path)
-    assert run(source, tmp_path / "ckpt") == 0
-    after = load_file(tmp_path / "ckpt/model.safetensors")
-    attention = "model.layers.0.self_attn"
-    assert after[f"{attention}.k_scale"] == after[f"{attention}.v_scale"] == tensors[f"{attention}.k_scale"]
-    assert after[f"{attention}.q_proj.input_scale"].item() == torch.tensor(elsewhere.STATIC).item()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_no_query_saturates_by_the_scale_that_is_made(bias: bool, tmp_path: Path) -> None:
-    source = elsewhere.write(tmp_path / "in", "autofp8", kv=True, attention_bias=bias)
-    assert run(source, tmp_path / "ckpt") == 0
-    graph = emitted(tmp_path / "ckpt")
-    feeds = step_inputs([(hf_llama.sequences(100)[0], 0)])
-    after = load_file(tmp_path / "ckpt/model.safetensors")
-    names = [f"model.layers.{i}.self_attn/q_heads" for i in range(2)]
-    found = Interpreter(graph)({**feeds, **empty_caches(graph, feeds)}, outputs=names)
-    for i, name in enumerate(names):
-        largest, limit = found[name].abs().max(), 448 * after[f"model.layers.{i}.self_attn.q_scale"].item()
-        assert limit / 32 < largest <= limit
-        # The worst input there is: in the direction of one row of the weight.
-        module = f"model.layers.{i}.self_attn.q_proj"
-        weight = after[f"{module}.weight"].float() * after[f"{module}.weight_scale"]
-        gained = weight * after[f"model.layers.{i}.input_layernorm.weight"].float()
-        worst = gained.norm(dim=1).max() * 256**0.5
-        assert worst < limit < 2 * worst + 4 * bias
 
 
 # Several ranks
