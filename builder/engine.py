@@ -321,7 +321,7 @@ def check_weights(engine: Engine, found: str) -> None:
 
 class Digest:
     """The sha256 of the sha256 digests of a file's pieces of 16 MiB, one after the other. Pieces are hashed side by
-    side, for one core hashes more slowly than weights are read. To be closed, by `with`."""
+    side, for one core hashes more slowly than weights are read. Use it in a `with` statement."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))

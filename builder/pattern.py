@@ -128,7 +128,7 @@ class Op:
         return Result(dataclasses.replace(value.call, shared=True), value.index)
 
     def alone(self, value: Result) -> Result:
-        """The contrary of `shared`, which is the rule: where a pattern chooses between the two."""
+        """The opposite of `shared`, and the default: for patterns that choose between the two."""
         return value
 
     def module(self, value: Result) -> Result:

@@ -84,7 +84,7 @@ def _one_scale(op: str) -> str:
 
 
 def parse_op(name: str) -> tuple[Plugin, tuple[Tensor | None, ...]]:
-    """The inverse of `op_name`. Raises ValueError, TypeError or PluginError for a name that is none (any more)."""
+    """The inverse of `op_name`. Raises ValueError, TypeError or PluginError for a name that no op has (any more)."""
     head, *inputs = name.split("|")
     plugin, *words = head.split(" ")
     pairs = (word.partition("=") for word in words)
@@ -107,7 +107,8 @@ def _tensor(text: str) -> Tensor | None:
 
 
 def digest_of_tactics(tactics: Iterable[Any]) -> str:
-    """Fields at their defaults do not count: that a kind of tactic gets another one does not change those that were."""
+    """A digest of tactics. Fields at their defaults do not count, so a new field does not change the digest of tactics
+    that were there before."""
     return _digest(f"{type(t).__name__} {_set_fields(t)}" for t in tactics)
 
 
@@ -146,7 +147,7 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """A line for each op."""
+    """Writes a line for each op."""
     head = json.dumps({"format": FORMAT, "measured": table.facts})[:-1]
     lines = []
     for op, ranges in sorted(table.entries.items()):
@@ -157,5 +158,5 @@ def write(path: Path, table: Table) -> None:
 
 @functools.cache
 def shipped() -> Table:
-    """What the package brings; empty if it brings none."""
+    """The table that ships with the package; empty if there is none."""
     return read(SHIPPED) if SHIPPED.is_file() else Table()

@@ -47,7 +47,7 @@ class Taps:
     disabled: list[str] = field(default_factory=list)  # sentences
 
     def lines(self) -> list[str]:
-        """What the build says."""
+        """Lines that the build prints."""
         lines = [f"debug tensors: {len(self.taken)} dumped by fp8-run --debug_mode"]
         lines += self.disabled or ["debug tensors: no fusion disabled"]
         inside: dict[str, list[str]] = {}
@@ -58,7 +58,7 @@ class Taps:
 
 
 def _alike(lines: list[str]) -> list[str]:
-    """Sentences that differ by the layer alone, once."""
+    """The sentences, those that differ in the layer alone only once."""
     shapes = {line: re.sub(r"\.\d+(?=[./])", ".*", line) for line in lines}
     counts = Counter(shapes.values())
     named = {shape: line for line, shape in shapes.items()}

@@ -33,7 +33,7 @@ class Site:
 
     @cached_property
     def op(self) -> str:
-        """What the shipped table is keyed by."""
+        """The key of the shipped table."""
         return tactic_table.op_name(self.plugin.timed_as, self.types)
 
     @property
@@ -48,12 +48,12 @@ class Site:
 
     @property
     def label(self) -> str:
-        """What measured tactics are keyed by: `gemm|float8_e4m3fn T,4096|...|<=16`."""
+        """The key of measured tactics: `gemm|float8_e4m3fn T,4096|...|<=16`."""
         return f"{self.op}|<={self.max_tokens}"
 
     @property
     def favourites(self) -> tuple[Any, ...]:
-        """What an entry of the shipped table is to have won against."""
+        """What an entry of the shipped table must have won against."""
         return self.offered[: tactic_table.FAVOURITES]
 
     def candidates(self, measured: dict[str, Any] | None = None) -> list[Any]:
@@ -129,7 +129,7 @@ class Compiler:
         self._results: dict[Kernel, Cubin | None] = {}
 
     def submit(self, kernels: Sequence[Kernel]) -> None:
-        """Begins, in this order."""
+        """Begins to compile these, in this order."""
         for kernel in kernels:
             if kernel not in self._started:
                 self._started[kernel] = self._pool.submit(_compiled, kernel)

@@ -35,7 +35,7 @@ def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def float64_by_default() -> Iterator[None]:
-    """The default type is the process's, not a thread's: set it around all ranks."""
+    """Makes float64 the default type. That is the process's, not a thread's, so set it around all ranks."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -65,7 +65,8 @@ def sliced(name: str, whole: gs.Constant, box: Sequence[tuple[int, int] | None])
 
 
 def concatenate(*parts: torch.Tensor) -> torch.Tensor:
-    """Along the first dimension. (torch.cat on meta tensors would import torch's compiler: a second of every build.)"""
+    """Concatenates along the first dimension. (torch.cat on meta tensors would import torch's compiler: a second of
+    every build.)"""
     if parts[0].is_meta:
         return parts[0].new_empty(sum(p.shape[0] for p in parts), *parts[0].shape[1:])
     return torch.cat(parts)

@@ -96,7 +96,7 @@ def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
 
 
 def _gib(size: int) -> str:
-    """Rounded up: so much would do."""
+    """In GiB, rounded up, so that this much is enough."""
     return f"{math.ceil(size / 2**30 * 10) / 10:.1f} GiB"
 
 

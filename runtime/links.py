@@ -57,7 +57,7 @@ class Returned:
         self._coming: deque[int] = deque()  # the steps whose tables were not taken
 
     def begin(self, samples: bool, behind: int) -> None:
-        """Before a step: takes the tables that it needs, the last one that of the step so many steps before."""
+        """Before a step: takes the tables that it needs, up to that of the step so many steps before."""
         self._take(self._begun - min(behind or self._stages, self._stages))
         if samples:
             self._coming.append(self._begun)

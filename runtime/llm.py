@@ -39,7 +39,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of one prompt. `text` is None where the engine has no tokenizer."""
+    """The output of one prompt. `text` is None where the engine has no tokenizer."""
 
     prompt: Prompt
     prompt_token_ids: list[int] = field(repr=False)
@@ -59,8 +59,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Delta:
-    """What came of a prompt since the last one. The `text` of all of them is the completion's; the last one, and no
-    other, has a `finish_reason`."""
+    """A piece of a prompt's output: what came since the last one. The `text` of all of them is the completion's; the
+    last one, and no other, has a `finish_reason`."""
 
     token_ids: list[int]
     text: str | None  # None where the engine has no tokenizer
@@ -79,14 +79,14 @@ class DeltaSource:
         self._told = self._taken = 0
 
     def news(self) -> tuple[list[int], str | None]:
-        """Tokens since the last call, and the finish reason: for a listener, at its turn. However much a slow reader
-        lets pile up, it is the output once."""
+        """Tokens since the last call, and the finish reason; for a listener, at its turn. However slow the reader is,
+        what piles up is no more than the output."""
         new = self.request.output_from(self._told)
         self._told += len(new)
         return new, self.request.finish_reason
 
     def take(self, new: list[int], finish_reason: str | None) -> Delta:
-        """What `news` told, in its order. Raises ServiceError if the request was dropped."""
+        """Takes what `news` gave, in its order. Raises ServiceError if the request was dropped."""
         if finish_reason == "abort":
             raise ServiceError(f"the request was dropped: {self._service.failure or 'it was cancelled'}")
         begin, self._taken = self._taken, self._taken + len(new)
@@ -159,7 +159,7 @@ class LLM:
                     take_turn()
             finally:
                 for request in requests:
-                    self.service.cancel(request)  # of effect after an interrupt only
+                    self.service.cancel(request)  # has an effect only after an interrupt
         if any(request.finish_reason == "abort" for request in requests):
             raise ServiceError(f"the requests were dropped: {self.service.failure}")
         return [
@@ -171,7 +171,7 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0, user: str = ""
     ) -> Generator[Delta, None, None]:
-        """What comes of a prompt, as it comes; runs beside whatever else runs. Closing the iterator cancels it.
+        """A prompt's output as it comes, while other requests run. Closing the iterator cancels it.
 
         Raises RequestError, here and not at the first element, for a prompt that cannot be served.
         """
@@ -261,7 +261,7 @@ class LLM:
         return self.tokenizer.encode(prompt)
 
     def completions(self, prompt: Prompt, request: Request, sample: int = 0) -> list[Completion]:
-        """What came of a request that has ended: one, or of a beam search the n best."""
+        """The completions of a request that has ended: one, or the n best of a beam search."""
         if request.search is None:
             whole = self._completion(prompt, request, request.output, request.stop_reason)
             total = None if whole.logprobs is None else sum(entry.logprob for entry in whole.logprobs)
@@ -295,7 +295,7 @@ def _ignore(_: Request) -> None:
 
 
 def check_stream(request: Request) -> None:
-    """Raises RequestError if its text does not come piece by piece."""
+    """Raises RequestError for a request whose text does not come piece by piece."""
     if request.search:
         raise RequestError(
             f"beam_width is {len(request.beams)}, and which beam wins is known at the end; do not stream it"
@@ -320,7 +320,7 @@ def check_prompt(tokens: Sequence[int], index: int, max_seq_len: int, vocab_size
 
 
 def check_tokens(params: SamplingParams, index: int, vocab_size: int) -> None:
-    """Raises RequestError if a parameter names a token that there is not."""
+    """Raises RequestError if a parameter names a token that does not exist."""
     for name in ("stop_token_ids", "logit_bias", "logprob_token_ids"):
         for token in getattr(params, name):
             if token >= vocab_size:

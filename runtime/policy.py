@@ -28,7 +28,7 @@ class Policy(Protocol):
         rows of one token. `ready`: tokens of the `prompts` that could run in it."""
 
     def served(self, request: Request, tokens: int) -> None:
-        """`tokens` of a request are computed."""
+        """Called when `tokens` of a request have been computed."""
 
 
 # Linear layers compute tiles of 128 tokens, as many at once as the card has multiprocessors; in the usual widths 1024

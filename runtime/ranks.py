@@ -73,13 +73,13 @@ class Ranks:
             self.world.fail(f"interrupted ({type(error).__name__})")
 
     def tell(self, command: Command) -> None:
-        """Rank 0 to all others. They have it, or will without help, when this returns: what rank 0 enqueues next may
-        fill its GPU's queue and block it until they take part."""
+        """Sends from rank 0 to all others. When this returns they have it, or will get it without further help: what
+        rank 0 enqueues next may fill its GPU's queue and block it until they take part."""
         tell(self.world, command)
         self.world.deliver()
 
     def next_command(self, meanwhile: Callable[[], None]) -> Command:
-        """What rank 0 tells next; `meanwhile` is called again and again."""
+        """The next command from rank 0; until it comes, `meanwhile` is called again and again."""
 
         def look() -> bytes | None:
             meanwhile()

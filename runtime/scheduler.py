@@ -173,7 +173,8 @@ class Scheduler:
         return copies
 
     def update(self, rows: Sequence[Row], tokens: Sequence[int | Candidates]) -> list[Request]:
-        """Takes in what `rows` sampled, in order: a token, or a beam's candidates. Returns the requests that got on."""
+        """Takes in what `rows` sampled, in order: a token, or a beam's candidates. Returns the requests that made
+        progress."""
         got = []
         for row, token in zip((r for r in rows if r.samples), tokens, strict=True):
             request = row.request
@@ -198,8 +199,8 @@ class Scheduler:
             self._forget(request)
 
     def _decode_rows(self, requests: Sequence[Request], behind: int) -> list[Row]:
-        """A row of one token for each, as far as they keep their place; for one whose token is not read, if that was
-        sampled so many steps ago."""
+        """A row of one token for each request that keeps its place; for one whose token has not been read, only if that
+        was sampled at least `behind` steps ago."""
         size, served = self.pool.block_size, self.policy.served
         most = min(self.max_num_tokens, -(-len(self.running) // self.stages))
         rows: list[Row] = []
@@ -237,7 +238,8 @@ class Scheduler:
         return row
 
     def _make_room(self, request: Request) -> bool:
-        """Blocks for all tokens of a running request, that to be written next its own; false if it had to give way."""
+        """Gives a running request blocks for all its tokens, the one to be written next unshared; false if it had to
+        give way."""
         while request.slot >= 0:
             begun = request.computed // self.pool.block_size
             copied = begun < len(request.blocks) and self.pool.shared(request.blocks[begun])
@@ -256,7 +258,7 @@ class Scheduler:
         return False
 
     def _make_way(self) -> None:
-        """Preempts sequences of lower priority than who is next, if that lets it start."""
+        """Preempts sequences of lower priority than the next request, if that lets it start."""
         if not self.waiting:
             return
         candidate = self.policy.next(self.waiting)

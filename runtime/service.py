@@ -99,7 +99,7 @@ class Service:
             with self._turn:
                 try:
                     self._take_turn()
-                except Exception:  # every request has been told; whether the engine still works shows the next one
+                except Exception:  # every request knows; the next one shows whether the engine still works
                     LOG.exception("a step of the engine failed")
 
     def _take_turn(self) -> None:

@@ -1,4 +1,4 @@
-"""One engine on one device: takes scheduled rows, gives tokens or logits. Knows no queue and no text."""
+"""One engine on one device: takes scheduled rows, gives tokens or logits. Knows nothing of queues or text."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Session(StepRunner):
     `read`, because sampled tokens stay on the device.
 
     `world` are the ranks of an engine that is divided among several: rank 0 enqueues and reads, the others `follow`.
-    Raises what StepRunner does. `probing` is for who looks at steps, and serves nobody.
+    Raises what StepRunner does. `probing` is for looking at steps; it serves no request.
     """
 
     def __init__(

@@ -126,7 +126,7 @@ class Packer:
         host["logits_indices"][:rows] = np.arange(rows, dtype=np.int32)
 
     def live(self, shape: StepShape, host: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What of the packed arrays a step of that shape reads, for another rank's `restore`."""
+        """The parts of the packed arrays that a step of that shape reads, for another rank's `restore`."""
         return {name: host[name][where] for name, where in self._live(shape).items()}
 
     def restore(self, shape: StepShape, live: dict[str, np.ndarray], host: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""One rank's device in the steps of an engine: buffers, launches and the KV pool. Knows not what the rows are for."""
+"""One rank's device in the steps of an engine: buffers, launches, the KV pool. It does not know what rows are for."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class StepRunner:
             world.rest()
 
     def _open(self, engine: Engine, max_kv_blocks: int | None, fraction: float, world: World | None) -> None:
-        """Each stage on all ranks or on none: a rank that cannot go on is not waited for by the next stage."""
+        """Opens on all ranks or on none, stage by stage, so that nobody waits for a rank that cannot go on."""
         on_gpu = self.device.type == "cuda"
         prepare, allocate = (
             (self._prepare_gpu, self._allocate_on_gpu) if on_gpu else (self._prepare_cpu, self._allocate_on_cpu)
@@ -189,7 +189,7 @@ class StepRunner:
             torch.cuda.set_device(self.device)
 
     def wait(self, stage: int) -> None:
-        """Until the step that used that staging buffer last has ended."""
+        """Waits until the step that last used that staging buffer has ended."""
         if self.graphs is None:
             return
         if self.ranks is None:
@@ -299,7 +299,7 @@ class StepRunner:
         return logits
 
     def _run_stage(self, shape: StepShape) -> torch.Tensor:
-        """One of several ranks' part."""
+        """This rank's part of a step, where there are several ranks."""
         assert self.ranks is not None and self._links is not None
         samples = shape.logits_rows > 0
         hidden = self._links.receive(shape.tokens, samples)

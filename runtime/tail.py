@@ -28,7 +28,7 @@ class Tail:
 
 
 def find(plan: Plan) -> Tail | None:
-    """None where there is none: a pipeline stage without logits, steps that look at more than a row."""
+    """The tail of a plan; None if it has none: a pipeline stage without logits, steps that look at more than a row."""
     last = max((i for i, step in enumerate(plan.steps) if step.plugin == "attention"), default=len(plan.steps))
     before, behind = plan.steps[: last + 1], plan.steps[last + 1 :]
     written = {name for step in before for name in step.outputs}

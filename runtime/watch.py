@@ -38,7 +38,8 @@ class Status:
 
 @dataclass
 class Seen:
-    """What rank 0 knows of a rank: its status, when it last spoke, when it last got on. Seconds of time.monotonic."""
+    """What rank 0 knows of a rank: its status, when it last spoke, when it last made progress. Seconds of
+    time.monotonic."""
 
     status: Status
     spoke: float
@@ -100,7 +101,7 @@ class Watch:
         self.status.steps += 1
 
     def begin(self, what: str) -> None:
-        """A new piece of work: from now on, to stand still for `limit` seconds is to hang."""
+        """A new piece of work begins: from now on, no progress for `limit` seconds is a hang."""
         self.status.what, self.status.idle, self.status.patience = what, False, 1
         self.status.steps += 1
 

@@ -50,7 +50,8 @@ class Worker:
         self.statistics.prompt_tokens += len(request.prompt)
 
     def step(self) -> list[Request]:
-        """Starts a step if any row can run and takes in the step `lag` before; returns who got a token."""
+        """Starts a step if any row can run, and reads the step `lag` before it; returns the requests that got a
+        token."""
         before = self.scheduler.preemptions, self.scheduler.reused_tokens
         times = [time.perf_counter()]
         rows = self.scheduler.schedule()
@@ -74,10 +75,8 @@ class Worker:
             self._count_finished(request, time.perf_counter())
 
     def drop_all(self) -> list[Request]:
-        """Ends every request, returns whom it ended; the pool is whole afterwards. Waits for the steps under way.
-
-        What lies in the pool is not shared any more: a step that failed may have left anything there.
-        """
+        """Ends every request and returns those that it ended; the pool is whole afterwards. Waits for the steps in
+        progress. Nothing in the pool is shared any more, as a step that failed may have left anything there."""
         tickets, self._open = list(self._open), deque()
         retired = [row.request.owner for ticket in tickets for row in ticket.rows]
         left = [r.owner for r in (*self.scheduler.running, *self.scheduler.waiting)]

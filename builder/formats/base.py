@@ -32,7 +32,7 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """Base of all formats; on its own it quantizes no linear, only the KV cache if told so.
+    """Base of all formats; on its own it quantizes no linear, only the KV cache if asked to.
 
     `exclude_modules` are globs over module paths (`model.layers.0.*`, `*.down_proj`), or regular expressions after
     `re:`; lm_head is never quantized.
@@ -46,7 +46,7 @@ class Format:
     static: ClassVar[bool] = False  # activations have calibrated scales
     scheme: ClassVar[dict[str, Any] | None] = None  # compressed-tensors group of the quantized linears
     unit: ClassVar[int] = 16  # columns of an MLP that ranks do not part: what kernels read at once
-    foreign_options: ClassVar[dict[str, Any]] = {}  # own fields' values in checkpoints that do not tell them
+    foreign_options: ClassVar[dict[str, Any]] = {}  # own fields' values in checkpoints that do not state them
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
