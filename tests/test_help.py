@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,3 +58,21 @@ def test_examples_in_help_keep_their_lines(monkeypatch: pytest.MonkeyPatch) -> N
     for command in ("fp8-quantize", "fp8-build", "fp8-eval"):
         (parser,) = parsers(command, monkeypatch)
         assert f"\n  {command} " in parser.format_help()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_before_a_command_is_imported_is_no_traceback(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, name = COMMANDS[command].split(":")
+    main = getattr(importlib.import_module(module), name)
+    assert callable(importlib.import_module(f"fp8.scripts.{name}").main)
+    monkeypatch.setattr(sys, "argv", [f"/usr/bin/{command}"])
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib, "import_module", interrupt)
+        assert main() == 130
+    assert capsys.readouterr().err == f"{command}: interrupted\n"
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
