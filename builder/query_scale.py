@@ -1,9 +1,9 @@
 """A scale for the queries of FP8 attention where a checkpoint has scales of K and V alone, as all tools but ours write.
 
 The input of q_proj is an RMSNorm's output, g * u with |u| <= sqrt(H). So by Cauchy and Schwarz no element of q exceeds
-sqrt(H) * |g * row of the weight| + |bias|, and none sqrt(2) times that once RoPE has turned pairs of them. This bound,
-over 448, saturates no query. It is some times larger than what calibration finds, which costs next to nothing: E4M3 is
-as precise at a hundredth of its range as at its end.
+sqrt(H) * |g * row of the weight| + |bias|, and none sqrt(2) times that once RoPE has turned pairs of them (times what
+YaRN lets them grow by). This bound, over 448, saturates no query. It is some times larger than what calibration finds,
+which costs next to nothing: E4M3 is as precise at a hundredth of its range as at its end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def query_scale(graph: Graph, attention: str, dequantized: Callable[[str], torch
     bias = next((c for n in graph.nodes if n.name == f"{module}/gemm" for c in n.inputs[2:]), None)
     if bias is not None:
         rows = rows + _constant(bias).abs()
-    return rows.max().item() * math.sqrt(2) * ROUNDING / E4M3_MAX
+    rotary = next(n for n in graph.nodes if n.op == "RotaryEmbedding")
+    growth = sum(_constant(table).square() for table in rotary.inputs[1:3]).max().sqrt().item()
+    return rows.max().item() * math.sqrt(2) * growth * ROUNDING / E4M3_MAX
 
 
 def _constant(tensor: object) -> torch.Tensor:

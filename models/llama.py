@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x: MHA, GQA and MQA, biases, tied embeddings, linear and llama3 RoPE scaling."""
+"""Llama 1 to 3.x: MHA, GQA and MQA, biases, tied embeddings, linear, llama3 and YaRN RoPE scaling."""
 
 from __future__ import annotations
 

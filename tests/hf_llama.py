@@ -30,6 +30,15 @@ KIN: dict[str, dict[str, Any]] = {  # of other model types
     "mistral": {"kind": "Mistral", "sliding_window": None},
     "mistral_window": {"kind": "Mistral", "sliding_window": 128},
     "qwen2": {"kind": "Qwen2"},
+    "qwen2_yarn": {
+        "kind": "Qwen2",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "qwen2_tied": {"kind": "Qwen2", "tie_word_embeddings": True, "sliding_window": 32, "max_window_layers": 1},
 }
 BASE: dict[str, Any] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import hf_llama
 import pytest
@@ -52,9 +54,15 @@ def test_old_names_of_scales_are_known(tmp_path: Path) -> None:
     assert after[f"{attention}.q_proj.input_scale"].item() == torch.tensor(elsewhere.STATIC).item()
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_no_query_saturates_by_the_scale_that_is_made(bias: bool, tmp_path: Path) -> None:
-    source = elsewhere.write(tmp_path / "in", "autofp8", kv=True, attention_bias=bias)
+@pytest.mark.parametrize(
+    ("changes", "growth", "bias"),
+    [({}, 1.0, 0), ({"attention_bias": True}, 1.0, 4), (hf_llama.KIN["qwen2_yarn"], 1 + 0.1 * math.log(4), 4)],
+    ids=["plain", "bias", "yarn"],
+)
+def test_no_query_saturates_by_the_scale_that_is_made(
+    changes: dict[str, Any], growth: float, bias: float, tmp_path: Path
+) -> None:
+    source = elsewhere.write(tmp_path / "in", "autofp8", kv=True, **changes)
     assert run(source, tmp_path / "ckpt") == 0
     graph = emitted(tmp_path / "ckpt")
     feeds = step_inputs([(hf_llama.sequences(100)[0], 0)])
@@ -64,8 +72,8 @@ def test_no_query_saturates_by_the_scale_that_is_made(bias: bool, tmp_path: Path
     for i, name in enumerate(names):
         largest, limit = found[name].abs().max(), 448 * after[f"model.layers.{i}.self_attn.q_scale"].item()
         assert limit / 32 < largest <= limit
-        worst = query_bound(after, f"model.layers.{i}")
-        assert worst < limit < 1.2 * worst + 4 * bias
+        worst = growth * query_bound(after, f"model.layers.{i}")
+        assert worst < limit < 1.2 * worst + bias
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -92,12 +92,18 @@ def test_chained_layer_slices_are_the_whole_graph(tmp_path: Path) -> None:
     assert torch.equal(results["logits"], interpreted_logits(tmp_path, sequences, "bfloat16"))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     "rope",
     [
         {"rope_type": "default", "rope_theta": 1e4},
         hf_llama.LLAMA3_ROPE,
         {**hf_llama.CONFIGS["linear_rope"]["rope_parameters"]},
+        YARN,
+        {**YARN, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2},
     ],
 )
 def test_rope_tables_are_transformers_own(rope: dict[str, Any]) -> None:
@@ -122,7 +128,10 @@ REFUSED: dict[str, Any] = {
     "sliding_window": 4096,
     "final_logit_softcapping": 30.0,
     "layer_types": ["sliding_attention"],
-    "rope_type": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "rope_type": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "attention_factor": {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "attention_factor": 1.1}},
+    "rope_theta": {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "beta_fast": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}},
     "partial_rotary_factor": 0.5,
     "num_key_value_heads": 3,
     "vocab_size": "many",
@@ -161,7 +170,6 @@ def test_unsupported_config_is_refused_by_key(key: str) -> None:
         (mistral, {"sliding_window": "wide"}, "sliding_window"),
         (qwen2, {"use_sliding_window": True}, "use_sliding_window"),
         (qwen2, {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
-        (qwen2, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ],
 )
 def test_what_makes_llamas_kin_another_model_is_refused(module: Any, change: dict[str, Any], says: str) -> None:
