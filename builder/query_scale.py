@@ -41,7 +41,8 @@ def query_scale(graph: Graph, attention: str, dequantized: Callable[[str], torch
     if bias is not None:
         rows = rows + _constant(bias).abs()
     rotary = next(n for n in graph.nodes if n.op == "RotaryEmbedding")
-    growth = sum(_constant(table).square() for table in rotary.inputs[1:3]).max().sqrt().item()
+    cos, sin = map(_constant, rotary.inputs[1:3])
+    growth = (cos.square() + sin.square()).max().sqrt().item()
     return rows.max().item() * math.sqrt(2) * growth * ROUNDING / E4M3_MAX
 
 

@@ -93,7 +93,7 @@ class Rope:
 def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings: int) -> Rope:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
 
-    Raises ConfigError for a rope type other than default, linear, llama3 and yarn.
+    Raises ConfigError for a rope type other than default, dynamic, linear, llama3 and yarn.
     """
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping) or any(isinstance(v, Mapping) for v in parameters.values()):
@@ -105,7 +105,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings:
     if kind == "yarn":
         return Rope(theta, head_dim, _yarn(config, parameters, theta, max_position_embeddings))
     refuse(parameters, {"attention_factor": (None, 1.0)})
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # the latter differs beyond max_position_embeddings, where no engine goes
         return Rope(theta, head_dim)
     if kind == "linear":
         return Rope(theta, head_dim, LinearScaling(number(parameters, "factor")))
@@ -115,7 +115,9 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_position_embeddings:
         if high <= low:
             raise ConfigError(f"config.json: high_freq_factor {high} must exceed low_freq_factor {low}")
         return Rope(theta, head_dim, Llama3Scaling(number(parameters, "factor"), low, high, original))
-    raise ConfigError(f"config.json: rope_type {kind!r} is not supported; supported are default, linear, llama3, yarn")
+    raise ConfigError(
+        f"config.json: rope_type {kind!r} is not supported; supported are default, dynamic, linear, llama3, yarn"
+    )
 
 
 def _trained_length(config: Mapping[str, Any], parameters: Mapping[str, Any], default: int) -> int:
