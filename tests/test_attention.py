@@ -214,13 +214,12 @@ def test_tactics_survive_the_plan_and_fit_the_shared_memory() -> None:
             assert prefill.shared_bytes(case.plugin.head_dim, fp8, tactic) <= prefill.SHARED_LIMIT
 
 
-@pytest.mark.parametrize("fp8", [True, False])
-def test_work_list_has_room_for_every_tile(fp8: bool) -> None:
+def test_work_list_has_room_for_every_piece() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         lengths = torch.randint(1, 600, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator)
-        tiles = sum(-(-int(n) // prefill.tile_rows(fp8)) for n in lengths)
-        assert tiles <= prefill.most_tiles(int(lengths.sum()), len(lengths), fp8)
+        pieces = sum(-(-int(n) // prefill.UNIT) for n in lengths)
+        assert pieces <= prefill.most_pieces(int(lengths.sum()), len(lengths))
 
 
 @pytest.mark.parametrize("tokens", [2, 7, 64])

@@ -167,12 +167,14 @@ def whole(*lengths: int) -> list[tuple[int, int]]:
 
 
 CHUNKS = [(65, 130), (64, 64), (7, 700), (128, 1000), (300, 301), (2, 3)]
+FEW_BESIDE = [*((1, 3000 + 7 * i) for i in range(40)), (910, 4910)]
 BESIDE = [
     *((1, 100 + 13 * i) for i in range(150)),
     (300, 900),
     (129, 129),
     (500, 500),
 ]  # prompts beside many decode rows
+ROWS = [(n, n + 500) for units in range(1, 10) for n in (64 * units - 1, 64 * units, 64 * units + 1)]
 MIXED = [(1, 1), (1, 300), (1, 64), (1, 65), (130, 195), (5, 5), (63, 129)]
 
 
@@ -199,8 +201,14 @@ def cases() -> list[Case]:
         found += [case(f"steep {steep}", [(65, 700), (300, 301)], (4, 1), 64, fp8=False, steep=steep)]
     found += [case("mean 2", [(1000, 1500), (2048, 2048)], quant_out=False, mean=2)]
     found += [case("to e4m3", CHUNKS, fp8=False, quant_out=True), case("many", whole(*range(1, 200)), (4, 1), 64)]
+    # Divided differently by the number of heads.
+    for n, context in ((65, 5000), (300, 3000), (449, 3000), (577, 3000), (910, 10910), (1216, 3000)):
+        found += [case(f"{n} rows of {context}", [(n, context)], heads) for heads in ((32, 8), (8, 2))]
+    found += [case("rows of every kind", ROWS), case("40 x 128", whole(*[128] * 40), (32, 8))]
+    found += [case("end and begin", [(300, 20000), (610, 610)], (32, 8))]
     for heads in ((32, 8), (32, 32)):
         found += [case(f"prompt {n}", whole(n), heads) for n in (4096, 16384)]
         found += [case("8 x 1024", whole(*[1024] * 8), heads)]
     found += [case("64 x 1024", whole(*[1024] * 64), (32, 8)), case("beside many", BESIDE, (32, 8))]
+    found += [case("beside few", FEW_BESIDE, (32, 8))]
     return [*found, case("prompt 4096", whole(4096), (32, 8), fp8=False)]

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 E4M3 = "float8_e4m3fn"
 TILE = 128  # tokens of a K or V tile
+UNIT = 64  # query rows of a consumer warpgroup, the fewest of a piece that does not end its sequence
 SHARED_LIMIT = 226 * 1024  # bytes of dynamic shared memory; barriers take less than the 1 KB left
 TILE_ENTRY = 16  # bytes of the work list: tiles.cuh
 
@@ -71,7 +72,7 @@ def row_bytes(plugin: Attention, inputs: Sequence[Tensor | None]) -> int:
 
 
 def tile_rows(fp8: bool) -> int:
-    """Query rows of a work item: 64 of each of the kernel's consumer warpgroups (tiles.cuh)."""
+    """Most query rows of a work item: 64 of each of the kernel's consumer warpgroups (tiles.cuh)."""
     return 192 if fp8 else 128
 
 
@@ -107,16 +108,16 @@ def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None])
     return (Kernel("attention", "prefill.cu", "prefill", (*constants, ("STAGES", tactic.prefill_stages))),)
 
 
-def most_tiles(tokens: int, sequences: int, fp8: bool) -> int:
-    """Bound of the number of query tiles: every sequence has at most one that is not full."""
-    return tokens // tile_rows(fp8) + sequences
+def most_pieces(tokens: int, sequences: int) -> int:
+    """Bound of the number of pieces that rows are divided into: every sequence has at most one that is smaller."""
+    return tokens // UNIT + sequences
 
 
 def workspace(
     plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
 ) -> int:
     """The work list, which the first part writes: its length, then its tiles."""
-    return TILE_ENTRY * (1 + most_tiles(max_tokens, max_sequences, _fp8(inputs)))
+    return TILE_ENTRY * (1 + most_pieces(max_tokens, max_sequences))
 
 
 def bind(
@@ -142,9 +143,9 @@ def bind(
     multiprocessors = torch.cuda.get_device_properties(y.device).multi_processor_count
 
     def run(step: StepShape) -> None:
-        tiles = most_tiles(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences, fp8)
+        pieces = most_pieces(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences)
         beside.value = step.decode_sequences > 0
-        launch(min(multiprocessors, tiles * plugin.num_heads))
+        launch(min(multiprocessors, pieces * plugin.num_heads))
 
     return run
 

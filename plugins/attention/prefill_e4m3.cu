@@ -1,5 +1,5 @@
-// Causal attention of packed prefill chunks over the paged e4m3 cache (prefill.cu: 16 bits): O = softmax(scale Q K^T) V, per query
-// tile of 192 rows and head. Persistent (blocks take items from a list; `beside`: prefill.cu), warp-specialised: a TMA warp fills
+// Causal attention of packed prefill chunks over the paged e4m3 cache (prefill.cu: 16 bits): O = softmax(scale Q K^T) V, per piece
+// of up to 192 query rows and head. Persistent (blocks take items from a list; `beside`: prefill.cu), warp-specialised: a TMA warp fills
 // rings of K and V tiles of 128 tokens (two pages); three consumer warpgroups of 64 query rows each take turns at the products:
 // P V of tile j - 1, then Q K^T of tile j, whose softmax runs under the products of the other two.
 //
@@ -16,6 +16,8 @@
 // Per 128 x 128 scores, in clocks of an H200 (D 128, 16384 tokens): products need 1015, all the rest 1290 with three warpgroups.
 // Two, with the total in registers and Q K^T and P V of the tile before under one softmax, took 2100; three without turns 1930 to
 // 2020, in turn by named barriers 1850 to 1880 (O flushed every 1024 tokens; 1960 every 512).
+// An item of 128 rows, that is of two warpgroups, takes 0.77 of the time of one of 192, one of 64 rows 0.65 (0.89 and 0.65 without
+// turns; who has no rows takes none).
 // Tried here: tiles of 64 tokens, Q in registers or not, P V and Q K^T issued together, or P V under the softmax, 2170 to 2250; of 96
 // tokens 2060 to 2170; the turn passed when all, half or a quarter of Q K^T is still to come, or between the products, +1 to +3 %
 // (behind the maxima, where ptxas put it, 1 to 6 % at 4096 and 8192 tokens); row sums by wgmma with a tile of ones, of the codes,
@@ -61,8 +63,6 @@ DEVICE u64 value_descriptor(u32 address) {
 DEVICE u64 tile_descriptor(u64 first, int stage) {
   return (first & 0xFFFFFFFF00000000ull) | ((u32)first + stage * (TILE_BYTES >> 4));
 }
-
-DEVICE void pin(u64& x) { asm volatile("" : "+l"(x)); }
 
 template <int N> DEVICE void issue_qk(float (&s)[N], u64 q, u64 k) {
 #pragma unroll
@@ -137,13 +137,26 @@ DEVICE void produce(const TensorMap* q_map, const TensorMap* k_map, const Tensor
 struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
   u64 k_first, v_first;  // descriptors of the rings' first tiles
   float scale;
-  int group;
+  int group, next;  // next: the barrier of who has the next turn; 0 if a warpgroup is alone
   float4* total;  // of this thread in shared memory, 128 * GROUPS apart
   u32 behind[2];  // of the thread's two rows: log2 of what the total is to be divided by
   // The warpgroups issue products in turn, a tile's P V and Q K^T at a time: so the softmax of each runs under the products of
-  // the others. Named barriers 1 to 3. Each takes as many turns in an item.
-  METHOD void take_turn() { barrier_sync(1 + group, 256); }
-  METHOD void pass_turn() { barrier_arrive(group == GROUPS - 1 ? 1 : 2 + group, 256); }
+  // the others. Named barriers 1 to 3. Each that has rows takes as many turns in an item; between items the
+  // turn is warpgroup 0's.
+  METHOD void take_turn() {
+    if (next) barrier_sync(1 + group, 256);
+  }
+  METHOD void pass_turn() {
+    if (next) barrier_arrive(next, 256);
+  }
+
+  // A tile that the warpgroup has no rows for.
+  METHOD void skip() {
+    wait_k();
+    release_k();
+    wait_v();
+    release_v();
+  }
 
   METHOD float factor(int row) const { return __uint_as_float((127 - behind[row]) << 23); }
 
@@ -239,7 +252,8 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
                     Shared& b, u32 q_smem, u32 k_smem, u32 v_smem, float4* total, int group) {
   const int lane = threadIdx.x % 32, c = lane % 4, row_of_tile = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   const float out_factor = QUANT_OUT ? *v_scale / *out_scale : *v_scale;
-  Consumer my{{b, lane}, row_descriptor(k_smem), value_descriptor(v_smem), (float)SCALE_LOG2 * *q_scale * *k_scale, group, total};
+  const float scale = (float)SCALE_LOG2 * *q_scale * *k_scale;
+  Consumer my{{b, lane}, row_descriptor(k_smem), value_descriptor(v_smem), scale, group, 1, total};
   if (group == GROUPS - 1) my.pass_turn();  // the first turn is warpgroup 0's
   Ring<Q_STAGES> q_ring;
 #pragma unroll 1
@@ -247,6 +261,16 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     mbarrier_wait(shared_address(&b.q_full[q_ring.stage]), q_ring.phase);
     const Item item = b.items[q_ring.stage];
     if (item.rows < 0) break;
+    const int groups = (item.rows + 63) / 64;  // that have rows
+    if (group >= groups) {
+#pragma unroll 1
+      for (int j = item.tiles(); j > 0; j--) my.skip();  // not ahead of the others: an mbarrier tells two phases apart
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
+      q_ring.next();
+      continue;
+    }
+    my.next = groups == 1 ? 0 : group == groups - 1 ? 1 : 2 + group;
     float o[HEAD_DIM / 2];
     u32 p[PV_STEPS][4];
     Softmax state{{-1e30f, -1e30f}, {0.f, 0.f}, {1.f, 1.f}, false};
@@ -254,7 +278,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0.f;
     my.behind[0] = my.behind[1] = 0;
     const int my_rows = min(item.rows, group * 64 + 64);
-    const int mine = item.rows > group * 64 ? max(item.position + my_rows + TILE_KV - 1, 0) / TILE_KV : 0;
+    const int mine = max(item.position + my_rows + TILE_KV - 1, 0) / TILE_KV;
     const int whole = (item.position + group * 64 + 1) / TILE_KV;  // tiles that every row sees wholly
     const int last = item.position + row_of_tile - 2 * c;
     const u64 q = row_descriptor(q_smem + q_ring.stage * Q_BYTES + group * 64 * SWIZZLE);
@@ -292,10 +316,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
     q_ring.next();
     for (int j = mine; j < same.tiles(); j++) {  // tiles for the other warpgroups alone
-      my.wait_k();
-      my.release_k();
-      my.wait_v();
-      my.release_v();
+      my.skip();
       my.take_turn();
       my.pass_turn();
     }

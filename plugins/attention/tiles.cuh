@@ -1,58 +1,135 @@
 #pragma once
-// The work list of the prefill kernels: one entry per tile of TILE_Q query rows of one sequence, longest first, so that blocks
-// which take from it in order end evenly. An entry is {first row in the packed batch, valid rows, position of the first
-// row in its context, sequence}. tiles[0] is {entries, items taken, heads of a section, 0}: an item is an entry and a head;
-// the list is gone through for one section of heads after another, so that what a section reads stays in the L2 cache.
+// The work list of the prefill kernels: one entry per piece of a sequence's query rows, longest first, so that blocks which take
+// from it in order end evenly. An entry is {first row in the packed batch, valid rows, position of the first row in its context,
+// sequence}. tiles[0] is {entries, items taken, heads of a section, 0}: an item is an entry and a head; a long list is gone through
+// for one section of heads after another, so that what a section reads stays in the L2 cache.
+//
+// A piece has one to MOST_UNITS units of UNIT rows, one of each consumer warpgroup. The more, the less a unit costs; but few long
+// items leave multiprocessors without work: 5 pieces of 192 rows and 32 heads are 160 items, two rounds of blocks of which the
+// second is nearly empty, 8 pieces of 128 rows two rounds of 256 shorter ones. So where there are few rounds of long contexts the
+// division into the fewest pieces is weighed against those into as many as fill the rounds, or one more. Blocks begin apart
+// beside decode rows, as decode attention leaves them. How rows are divided changes no bit of them.
+//
+// us of an H200, 32/8 heads, in pieces of 192 and so: 910 rows at position 10000 266 and 218, beside 88 decode rows of 21000 1090
+// and 1047; 300 rows at 19700 and a prompt of 610 251 and 204, beside the same 1086 and 1034; 1216 rows at 10000 273 and 255.
+// Sections cost two rounds 3 %. Weighed for every list: 1 to 4 us for contexts of up to 1024 tokens, which gain nothing.
 //
 // Constants: FP8_CACHE.
 #include "fp8/types.cuh"
 
-constexpr int TILE_Q = FP8_CACHE ? 192 : 128;  // query rows: 64 of each consumer warpgroup
-// A sequence's rows are divided from this multiple behind their end on: a tile that is not full is the one of the shortest context.
-constexpr int TILE_STEP = FP8_CACHE ? 64 : 128;
+constexpr int UNIT = 64;                         // query rows of a consumer warpgroup
+constexpr int MOST_UNITS = FP8_CACHE ? 3 : 2;    // of a piece
+constexpr int WEIGHED = 3;                       // divisions that are looked at
+constexpr int UNIT_COSTS = FP8_CACHE ? 42 | 49 << 8 | 64 << 16 : 43 | 64 << 8;  // of a tile of keys for so many units
+constexpr float BEGIN_TILES = 1.2f;              // what its begin and its end cost it, in tiles
+constexpr float WORTH = 0.98f;                   // a division into more pieces must be better by as much
+constexpr float SPREAD = 64 * 7e-9f;             // how far apart decode attention leaves blocks, for a byte that it reads
+constexpr int MULTIPROCESSORS = 132;
 constexpr int SECTION_BYTES = 16 << 20;  // of keys and values
-constexpr int TILE_BINS = 128;  // by context length
+constexpr int FEW_ROUNDS = 4;            // of items: no sections, and divisions are weighed
+constexpr int LONG = 2048;               // tokens of a context from which on that pays for itself: it takes 2 us
+constexpr int TILE_BINS = 128;           // by cost
 
-// Counting sort by one warp with `bins` [TILE_BINS] in shared memory: a lane takes every 32nd of the sequences [first, last). The
-// order within a bin is free and changes no result. `kv_bytes`: of a token and a head; `group`: heads that share them, of `kv_heads`.
+DEVICE float piece_cost(int units, int context) {
+  return (UNIT_COSTS >> 8 * (units - 1) & 0xFF) * ((context + 127) / 128 + BEGIN_TILES);
+}
+
+// Exclusive prefix sum over the warp, and the sum of all.
+DEVICE int warp_prefix(int own, int& all) {
+  int sum = own;
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(~0u, sum, d);
+    if ((int)threadIdx.x % 32 >= d) sum += other;
+  }
+  all = __shfl_sync(~0u, sum, 31);
+  return sum - own;
+}
+
+DEVICE float warp_sum(float x) {
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+// Counting sort by one warp with `bins` [TILE_BINS] in shared memory, of the sequences [first, last). The order within a bin is free
+// and changes no result. `kv_bytes`: of a token and a head; `group`: heads that share them, of `kv_heads`.
 DEVICE void write_tiles(int* bins, int4* tiles, const int* query_start, const int* sequence_lengths, int first, int last, int kv_bytes,
                         int kv_heads, int group) {
   constexpr int EACH = TILE_BINS / 32;
-  const int lane = threadIdx.x % 32;
-  int context = 0, longest = 1;
-  for (int i = first + lane; i < last; i += 32) context += sequence_lengths[i], longest = max(longest, sequence_lengths[i]);
-  context = __reduce_add_sync(~0u, context), longest = __reduce_max_sync(~0u, longest);
-  const int width = ((longest - 1) / (TILE_BINS * 128) + 1) * 128;  // of a bin, in tokens
-  for (int i = 0; i < EACH; i++) bins[lane * EACH + i] = 0;
-  __syncwarp();
+  const int lane = threadIdx.x % 32, heads = kv_heads * group;
+  int context = 0, longest = 1, fewest = 0;
+  float weight = 0.f, spread = 0.f;
+  const auto units_of = [](int rows) { return (rows + UNIT - 1) / UNIT; };
+  for (int i = first + lane; i < last; i += 32) {
+    const int length = sequence_lengths[i], units = units_of(query_start[i + 1] - query_start[i]);
+    context += length, longest = max(longest, length), fewest += (units + MOST_UNITS - 1) / MOST_UNITS;
+    weight += (float)units * length;
+  }
+  context = __reduce_add_sync(~0u, context), longest = __reduce_max_sync(~0u, longest), fewest = __reduce_add_sync(~0u, fewest);
+  const bool few = fewest * heads <= FEW_ROUNDS * MULTIPROCESSORS, weighing = FP8_CACHE && few && longest >= LONG;
+  if (weighing) {
+    for (int i = lane; i < first; i += 32) spread += sequence_lengths[i];
+  }
+  weight = warp_sum(weight);
+  const float per_cost = TILE_BINS / piece_cost(MOST_UNITS, longest), per_weight = weight > 0.f ? 1.f / weight : 0.f;
+  spread = warp_sum(spread) * kv_heads * kv_bytes * SPREAD * per_cost;  // in bins
+  const int at_once = few ? kv_heads : (int)min((u64)kv_heads, max(1ull, (u64)SECTION_BYTES / max(1ull, (u64)context * kv_bytes)));
+  if (lane == 0) tiles[0] = make_int4(0, 0, at_once * group, 0);
+  const int shift = last - first > 16 ? 0 : __clz(last - first - 1) - 27;  // 2 ^ shift lanes share a sequence
+  int more = 0;  // pieces than the fewest, of the best division so far
+  float shortest = 0.f;
 #pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {  // count, then place
+  for (int pass = weighing ? 0 : WEIGHED; pass < WEIGHED + 2; pass++) {  // weigh, then count, then place
+    const bool weigh = pass < WEIGHED, place = pass == WEIGHED + 1;
+    const int rounds = (fewest * heads + MULTIPROCESSORS - 1) / MULTIPROCESSORS + pass - 1;
+    const int extra = !weigh ? more : pass == 0 ? 0 : rounds * MULTIPROCESSORS / heads - fewest;
+    if (weigh && pass > 0 && extra <= 0) continue;
+    if (!place) {
+      for (int i = 0; i < EACH; i++) bins[lane * EACH + i] = 0;
+      __syncwarp();
+    }
+    float cost = 0.f;
 #pragma unroll 1
-    for (int i = first + lane; i < last; i += 32) {
-      const int begin = query_start[i], rows = query_start[i + 1] - begin, cached = sequence_lengths[i] - rows;
+    for (int i = first + (lane >> shift); i < last; i += 32 >> shift) {
+      const int begin = query_start[i], rows = query_start[i + 1] - begin, length = sequence_lengths[i], units = units_of(rows);
+      if (units == 0) continue;
+      const int share = extra * ((float)units * length * per_weight) + 0.001f;
+      const int pieces = min(units, (units + MOST_UNITS - 1) / MOST_UNITS + share);
+      const int each = 1 + (units >= 2 * pieces) + (units >= 3 * pieces), larger = units - each * pieces;
 #pragma unroll 1
-      for (int end = (rows + TILE_STEP - 1) / TILE_STEP * TILE_STEP; end > 0; end -= TILE_Q) {
-        const int row = max(end - TILE_Q, 0), valid = min(end, rows) - row, bin = (max(cached + row + valid, 1) - 1) / width;
-        const int place = atomicAdd(&bins[TILE_BINS - 1 - bin], 1);
-        if (pass == 1) tiles[1 + place] = make_int4(begin + row, valid, cached + row, i);
+      for (int k = lane & ((1 << shift) - 1); k < pieces; k += 1 << shift) {  // from the sequence's end on
+        const int end = (units - k * each - min(k, larger)) * UNIT, height = each + (k < larger);
+        const int row = end - height * UNIT, valid = min(end, rows) - row, seen = max(length - rows + row + valid, 0);
+        const float c = piece_cost(height, seen) * per_cost;  // in bins
+        const int at = atomicAdd(&bins[TILE_BINS - 1 - min((int)c, TILE_BINS - 1)], 1);
+        cost += c;
+        if (place) tiles[1 + at] = make_int4(begin + row, valid, length - rows + row, i);
       }
     }
     __syncwarp();
-    if (pass == 1) break;
-    int sum = 0;  // exclusive prefix sum over the bins
+    if (place) break;
+    int sum = 0, all;
     for (int i = 0; i < EACH; i++) sum += bins[lane * EACH + i];
-    int before = -sum;
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += other;
+    int before = warp_prefix(sum, all);
+    if (weigh) {
+      // Blocks are busy for the average. Of the items up to the n-th longest one block takes n / MULTIPROCESSORS, the last of which
+      // begins the later the more blocks there are before it.
+      float time = warp_sum(cost) * heads / MULTIPROCESSORS + spread * 0.5f;
+      for (int i = 0; i < EACH; i++) {
+        const int count = bins[lane * EACH + i];
+        before += count;
+        const int items = before * heads - 1, done = items / MULTIPROCESSORS, bin = TILE_BINS - lane * EACH - i;
+        if (count) time = fmaxf(time, (done + 1) * bin + spread * (items - done * MULTIPROCESSORS) / MULTIPROCESSORS);
+        if (count && done > 0) time = fmaxf(time, done * bin + spread);
+      }
+      time = __int_as_float(__reduce_max_sync(~0u, __float_as_int(time)));  // none is negative
+      if (pass == 0 || time < shortest * WORTH) shortest = time, more = extra;
+    } else {
+      for (int i = 0; i < EACH; i++) {
+        const int count = bins[lane * EACH + i];
+        bins[lane * EACH + i] = before, before += count;
+      }
+      if (lane == 0) tiles[0].x = all;
     }
-    before += sum;
-    for (int i = 0; i < EACH; i++) {
-      const int count = bins[lane * EACH + i];
-      bins[lane * EACH + i] = before, before += count;
-    }
-    const int at_once = (int)min((u64)kv_heads, max(1ull, (u64)SECTION_BYTES / max(1ull, (u64)context * kv_bytes)));
-    if (lane == 31) tiles[0] = make_int4(before, 0, at_once * group, 0);
     __syncwarp();
   }
 }

@@ -38,6 +38,7 @@ DEVICE u32 map_shared_rank(u32 address, u32 rank) {
 // Pins a value here: what reads it afterwards is not moved before the waits and products that stand in front.
 DEVICE void pin(float& x) { asm volatile("" : "+f"(x)); }
 DEVICE void pin(int& x) { asm volatile("" : "+r"(x)); }
+DEVICE void pin(u64& x) { asm volatile("" : "+l"(x)); }
 // A value of shared memory, read here and not earlier, so that ptxas cannot move what needs it up.
 DEVICE float load_late(const float& shared) {
   float x;
