@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fp8.builder.calibrate import NonFiniteError
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.e4m3 import scale_of
 from fp8.builder.formats.base import Format, FormatError
@@ -129,9 +130,13 @@ def _calibrate(
     report: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """Puts the missing scales into `imported.found`; returns what is told of the calibration."""
-    amax, facts = observe(
-        running, format, frozenset(missing).__contains__, wanted.calibration, partial, wanted.device, report
-    )
+    observed = frozenset(missing).__contains__
+    try:
+        amax, facts = observe(running, format, observed, wanted.calibration, partial, wanted.device, report)
+    except NonFiniteError:
+        for module in sorted(imported.quantized):  # a damaged weight is the better explanation
+            codes(imported, f"{module}.weight")
+        raise
     for name in missing:
         imported.found[name] = scale_of(torch.tensor([amax[name]])).numpy()
     return facts

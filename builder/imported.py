@@ -29,8 +29,9 @@ class Imported(Checkpoint):
         self.entries = original.entries
         self.found: dict[str, np.ndarray] = {}
         self._sources: set[str] = set()
-        self.quantized = [n.removesuffix(".weight") for n, e in self.entries.items() if is_quantized(n, e)]
-        for module in self.quantized:
+        quantized = [n.removesuffix(".weight") for n, e in self.entries.items() if is_quantized(n, e)]
+        self.quantized = frozenset(quantized)
+        for module in quantized:
             self._check(module)
 
     def __iter__(self) -> Iterator[str]:
@@ -43,7 +44,7 @@ class Imported(Checkpoint):
         if name == "bf16" and read_dtype(self.config) == "float16":
             name = "fp16"
         modules = (n.removesuffix(".weight") for n in self.entries if n.endswith(".weight"))
-        plain = tuple(sorted(set(modules) - set(self.quantized)))
+        plain = tuple(sorted(set(modules) - self.quantized))
         return load(name)(kv_cache_dtype, plain, **self.scheme.options)
 
     def _check(self, module: str) -> None:

@@ -235,6 +235,19 @@ def test_blocks_are_parted_whole_or_not_at_all(tmp_path: Path, capsys: pytest.Ca
     assert "tp_size" in error and "Traceback" not in error
 
 
+def test_older_spellings_of_compressed_tensors_are_read(tmp_path: Path) -> None:
+    source = elsewhere.by_compressed_tensors(tmp_path / "in", "FP8_BLOCK")
+    config = json.loads((source / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    quantization["config_groups"]["group_0"]["weights"]["block_structure"] = "128x128"
+    quantization |= {"quantization_status": "frozen", "format": "naive-quantized"}
+    (source / "config.json").write_text(json.dumps({**config, "compression_config": quantization}))
+    assert build.main(["--checkpoint_dir", str(source), "--target", "cpu", "--dry_run"]) == 1
+    assert run(source, tmp_path / "ckpt") == 0
+    assert_kept(source, tmp_path / "ckpt")
+    assert "compression_config" not in json.loads((tmp_path / "ckpt/config.json").read_text())
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_fp8_build_reads_compressed_tensors_that_need_no_conversion(preset: str, tmp_path: Path) -> None:
     source = elsewhere.by_compressed_tensors(tmp_path / "in", preset)

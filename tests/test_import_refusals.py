@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_llama
 import pytest
 import quantized_elsewhere as elsewhere
 import tiny_checkpoint
@@ -152,6 +153,15 @@ def test_a_configuration_that_its_tensors_contradict_is_refused(
     edit_config(source, quantization_config=ignored)
     error = refused(source, capsys)
     assert f"{UP}.weight is float8_e4m3fn" in error and "leaves it unquantized" in error
+
+
+def test_a_damaged_weight_explains_a_calibration_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = elsewhere.write(tmp_path / "in", "autofp8")
+    edit(source, f"{UP}.weight", torch.full((384, 256), 127, dtype=torch.uint8).view(E4M3))
+    hf_llama.add_tokenizer(source)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 9)
+    more = ("--kv_cache_dtype", "fp8", "--calib_dataset", str(tmp_path / "text.txt"))
+    assert f"{UP}.weight contains NaN" in refused(source, capsys, *more)
 
 
 def test_sizes_that_blocks_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
 def refuse_unconverted(checkpoint: Checkpoint) -> None:
     """Raises FormatError for a checkpoint that another tool quantized, unless its layout is ours."""
     scheme = None if "fp8_engine" in checkpoint.config else read_scheme(checkpoint)
-    if scheme is not None and not scheme.direct:
+    if scheme is not None and not (scheme.direct and checkpoint.config.get("quantization_config")):
         raise FormatError(
             f"{checkpoint.directory} was quantized by {scheme.tool}; give what fp8-quantize --model_dir "
             f"{checkpoint.directory} --output_dir CHECKPOINT makes of it (the same codes and scales)"
