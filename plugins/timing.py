@@ -19,8 +19,8 @@ GRAPH_SECONDS = 5e-4  # a graph lasts about as long, so that its own launch does
 
 @dataclass(frozen=True)
 class Pace:
-    """How long contestants run: `turns` times `seconds` each, one after the other in a turn; `before` turns before, a
-    quarter as many unless told, but at least one, are not counted."""
+    """How long contestants run: `turns` times `seconds` each, one after the other in a turn. Before these come `before`
+    turns that are not counted (by default a quarter as many, at least one)."""
 
     turns: int
     seconds: float
@@ -42,7 +42,7 @@ class Graph:
 
 
 def sets_for(size: int, cold: int = COLD) -> int:
-    """How many sets of buffers of `size` bytes one launch after the other is to rotate over, to come through `cold`."""
+    """How many sets of buffers of `size` bytes launches must rotate over, so that they go through `cold` bytes."""
     return min(MOST_SETS, -(-cold // max(size, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Cases of all_reduce with one rank, for types and shapes; what several ranks make of it needs several processes."""
+"""Cases of all_reduce with one rank, for types and shapes; several ranks need several processes."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def suits_push(size: int, world: int) -> bool:
 
 def _methods(world: int, fp8: bool) -> list[str]:
     """Two phases send no more bytes than one does; among more than two ranks far fewer. In FP8 they round once more, so
-    that there is but one method."""
+    there is only one method."""
     if world > 2:
         return ["two_phases"]
     return ["one_phase"] if fp8 else ["two_phases", "one_phase"]

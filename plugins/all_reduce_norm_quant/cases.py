@@ -1,5 +1,5 @@
 """Cases of all_reduce_norm_quant: norm_quant's with a residual, and ranks of which each has a part of the sum. With one
-rank for types and shapes; what several make of it, `fp8-bench all_reduce` checks."""
+rank for types and shapes; several are checked by `fp8-bench all_reduce`."""
 
 from __future__ import annotations
 

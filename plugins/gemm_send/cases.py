@@ -1,5 +1,5 @@
-"""Cases of gemm_send: gemm's of rows that a norm can take. With one rank for types and shapes; what several make of it,
-`fp8-bench all_reduce` checks."""
+"""Cases of gemm_send: gemm's of rows that a norm can take. With one rank, for types and shapes; several are
+checked by `fp8-bench all_reduce`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gemm_send: a linear layer whose rows go to all ranks as it has them, for a sum over ranks that awaits no kernel."""
+"""gemm_send: a linear layer that sends its rows to all ranks as it has them; their sum does not wait for its end."""
 
 from __future__ import annotations
 

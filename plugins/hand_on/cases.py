@@ -1,4 +1,4 @@
-"""Cases of hand_on with one rank, which gets its own; what several make of it needs several processes."""
+"""Cases of hand_on with one rank, which gets its own; several need several processes."""
 
 from __future__ import annotations
 

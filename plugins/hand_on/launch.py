@@ -46,11 +46,11 @@ class Channel:
         self._send, self._receive = bound(send, after, 2 * kind), bound(receive, own, 2 * kind + 1)
 
     def send(self, tensor: torch.Tensor) -> None:
-        """Enqueues it; returns before anybody has it."""
+        """Enqueues the sending; returns before anybody has the message."""
         self._send(self._grid(tensor))
 
     def receive(self, into: torch.Tensor) -> None:
-        """What comes after on this stream finds the message there."""
+        """What is enqueued next on this stream finds the message there."""
         self._receive(self._grid(into))
 
     def _grid(self, tensor: torch.Tensor) -> int:

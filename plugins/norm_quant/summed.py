@@ -33,7 +33,7 @@ Types = Sequence[Tensor | None]
 
 
 def norm_of_sum(norm: NormQuant) -> NormQuant:
-    """Reads the sum."""
+    """The norm that reads the sum."""
     return dataclasses.replace(norm, residual=False)
 
 

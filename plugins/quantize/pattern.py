@@ -17,7 +17,7 @@ def quantize(op, x, scale, *, quant=("per_token", "block", "from_amax", "static"
 def finish(op, y, scale, quant, bounded):
     """y f32 [T, K] rounded to the model's type, or quantized: the plugin's outputs. None for a variant like another.
 
-    "from_amax": `scale` is the largest magnitude of each row, which somebody else found."""
+    "from_amax": `scale` is the largest magnitude of each row, already known."""
     if not bounded and quant not in ("per_token", "from_amax"):
         return None
     if quant == "none":
