@@ -106,13 +106,23 @@ def load_encoder(directory: Path) -> Callable[[str], list[int]]:
     if (directory / "tokenizer.json").is_file():
         import tokenizers
 
-        tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # the package raises plain Exception
+            raise _unreadable(directory / "tokenizer.json", error) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return lambda text: tokenizer.encode(text).ids
     if (directory / "tokenizer.model").is_file():
         import transformers
 
-        slow = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:
+            slow = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # whatever is wrong with the file, or missing to read it
+            raise _unreadable(directory / "tokenizer.model", error) from error
         return lambda text: slow(text)["input_ids"]
     raise CalibrationError(f"{directory} has neither tokenizer.json nor tokenizer.model; calibration text needs one")
+
+
+def _unreadable(path: Path, error: Exception) -> CalibrationError:
+    return CalibrationError(f"{path} cannot be read: {str(error).partition(chr(10))[0]}; copy the model's again")

@@ -29,7 +29,7 @@ class ChatTemplate:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as above
             raise EngineError(f"{directory}: the tokenizer cannot be opened for its chat template: {error}") from error
         if not self._tokenizer.chat_template:
             raise EngineError(
@@ -85,7 +85,10 @@ class SlowTokenizer:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # whatever is wrong with the files, or missing to read them
+            raise EngineError(f"{directory}: the tokenizer cannot be read: {error}; copy the model's again") from error
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(_sound(text), verbose=False)["input_ids"])

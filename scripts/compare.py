@@ -26,7 +26,7 @@ from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
 from fp8.runtime.tokenizer import Tokenizer, load_tokenizer
 from fp8.scripts.argument_types import positive
-from fp8.scripts.hugging_face import misread
+from fp8.scripts.hugging_face import HuggingFaceError, load_model
 from fp8.scripts.moved_flags import CommandParser
 from fp8.scripts.run import ERRORS, token_ids
 from fp8.scripts.teaching import Teaching
@@ -139,15 +139,10 @@ class HuggingFaceSide:
     limit = 1 << 30
 
     def __init__(self, directory: Path, dtype: str) -> None:
-        import transformers
-
-        if wrong := misread(directory):
-            raise CompareError(wrong)
         try:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-        except (OSError, ValueError, ImportError) as error:
-            raise CompareError(f"{directory} is no engine, and transformers cannot read it: {error}") from error
-        self.model.eval()
+            self.model = load_model(directory, getattr(torch, dtype))
+        except HuggingFaceError as error:
+            raise CompareError(str(error)) from error
         self.tokenizer = load_tokenizer(directory)
 
     def check(self, tokens: Sequence[int], index: int) -> None:

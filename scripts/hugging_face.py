@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fp8.builder.checkpoint import CheckpointError, read_json
 from fp8.builder.formats.base import FormatError
 from fp8.builder.imports.base import quantization_of
 
+if TYPE_CHECKING:
+    import torch
 
-def misread(directory: Path) -> str | None:
+
+class HuggingFaceError(ValueError):
+    """A model directory that is no reference: says why."""
+
+
+def load_model(directory: Path, dtype: torch.dtype) -> Any:
+    """The model in this directory as transformers has it, on the CPU. Raises HuggingFaceError."""
+    import transformers
+
+    if wrong := _misread(directory):
+        raise HuggingFaceError(wrong)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
+    except Exception as error:  # of a damaged file, of another architecture, of sizes that contradict config.json
+        why = str(error).strip().partition("\n")[0]
+        raise HuggingFaceError(f"{directory} cannot be read by transformers: {why}") from error
+
+
+def _misread(directory: Path) -> str | None:
     """Why transformers is no reference for the model in this directory (which has a config.json), None if it is one.
 
     Of quantized models it computes those of compressed-tensors in any type and on any device. Others fail in the middle

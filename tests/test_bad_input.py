@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hf_llama
 import pytest
 import tiny_checkpoint
 import tiny_engine
@@ -481,6 +482,35 @@ def test_an_unreadable_text_to_evaluate_is_refused(
         text.write_bytes(content)
     arguments = ["--engine_dir", engine, "--device", "cpu", "--data", text, "--output", tmp_path / "result.json"]
     refused("evaluate", *arguments, says=("text.txt",))
+
+
+@pytest.mark.parametrize("damage", ["an engine", "weights", "config.json"])
+def test_a_reference_that_transformers_cannot_read_is_named(
+    damage: str, engine: Path, original: Path, tmp_path: Path, refused: Refusal
+) -> None:
+    (tmp_path / "text.txt").write_text("ABABAB")
+    hf_llama.add_tokenizer(engine)
+    if damage == "an engine":
+        (original / "config.json").write_text('{"model": {}, "limits": {}}')
+    elif damage == "weights":
+        truncate_header(original / "model.safetensors")
+    else:
+        edit_config(original, hidden_size=128)
+    arguments = ["--engine_dir", engine, "--device", "cpu", "--data", tmp_path / "text.txt", "--reference", original]
+    refused("evaluate", *arguments, says=("--reference", str(original), "cannot be read by transformers"))
+    refused("inspect", "compare", engine, original, "--device", "cpu", says=("cannot be read by transformers",))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_a_tokenizer_that_cannot_be_read_is_named(
+    file: str, original: Path, engine: Path, tmp_path: Path, refused: Refusal
+) -> None:
+    (tmp_path / "text.txt").write_text("a text")
+    for directory in (original, engine):
+        (directory / file).write_text('{"model":')
+    changes = {"qformat": "fp8", "calib_dataset": tmp_path / "text.txt"}
+    refused("quantize", *quantize_arguments(original, **changes), says=(file, "cannot be read"))
+    refused("run", "--engine_dir", engine, "--device", "cpu", "--input_text", "a", says=("engine", "cannot be read"))
 
 
 # --- a full disk, and Ctrl-C ---

@@ -15,7 +15,7 @@ from fp8.runtime.llm import LLM
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.scoring import GROUP, logit_losses, score_continuations, token_losses
 from fp8.runtime.tokenizer import Tokenizer
-from fp8.scripts.hugging_face import misread
+from fp8.scripts.hugging_face import HuggingFaceError, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +70,15 @@ class Reference:
 
     def __init__(self, directory: Path, device: str, eos_token_ids: Sequence[int] = ()) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         if not (directory / "config.json").is_file():
             raise RequestError(f"--reference {directory} has no config.json; give a Hugging Face model directory")
-        if wrong := misread(directory):
-            raise RequestError(f"--reference {wrong}")
         self.directory, self.device = directory, device
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        try:
+            self.model = load_model(directory, torch.float32)
+        except HuggingFaceError as error:
+            raise RequestError(f"--reference {error}") from error
         self.model.to(torch.device(device))
         eos = list(eos_token_ids)
         # Greedy, whatever the checkpoint recommends.
