@@ -31,8 +31,7 @@ SCALES = ("F32", "BF16", "F16", "F64", "F8_E8M0")  # types of scales
 LFS_POINTER = b"version "  # what git leaves of a file that git-lfs was to fetch: no header is so long
 FOREIGN = {  # a file that gives away what a directory is, with and without a config.json
     "rank0.engine": "is an engine directory; give the checkpoint that it was built from",
-    "rank0.safetensors": "is a TensorRT-LLM checkpoint, which is not read; quantize its Hugging Face model with "
-    "fp8-quantize",
+    "rank0.safetensors": "is a TensorRT-LLM checkpoint; give what fp8-quantize --model_dir makes of it",
 }
 UNCONVERTED = {
     "*.gguf": "holds GGUF files, which are not read",

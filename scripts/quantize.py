@@ -1,13 +1,14 @@
 """fp8-quantize: Hugging Face directory -> quantized checkpoint.
 
-A model that another tool has quantized to FP8 (AutoFP8, llm-compressor, ModelOpt, transformers) is recognized: its
-codes and scales are kept as they are; only scales of an FP8 KV cache that it lacks are calibrated.
+A model that another tool has quantized to FP8 (AutoFP8, llm-compressor, ModelOpt, TensorRT-LLM, transformers) is
+recognized: its codes and scales are kept as they are; only scales of an FP8 KV cache that it lacks are calibrated.
 docs/checkpoint.md says what is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from fp8.builder.imports.base import Scheme, read_scheme
 from fp8.builder.output import OutputError
 from fp8.builder.quantization_config import read_dtype
 from fp8.builder.quantize import Calibration, Reporter, quantize_checkpoint
+from fp8.builder.unified import UnifiedCheckpoint, open_checkpoint
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.scripts.argument_types import positive
@@ -144,9 +146,11 @@ def choose_device(requested: str) -> str:
 def run(options: argparse.Namespace, console: Console) -> None:
     """Quantizes as asked, with a progress bar. Raises one of ERRORS."""
     format = make_format(options)  # bad flags are refused before anything is read
-    checkpoint = Checkpoint(options.model_dir)
+    checkpoint = open_checkpoint(options.model_dir)
     model = models.load(checkpoint.config)
     scheme = read_scheme(checkpoint)
+    if scheme is not None and isinstance(checkpoint, UnifiedCheckpoint):
+        scheme = dataclasses.replace(scheme, tool="TensorRT-LLM")
     with stages(console) as (show, above):
         report = Reporter(show, functools.partial(above.print, markup=False, soft_wrap=True))
         if scheme is not None:
@@ -159,6 +163,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 model, checkpoint, format, dtype, make_calibration(options), options.output_dir,
                 choose_device(options.device), options.resume, options.overwrite, report,
             )  # fmt: skip
+    if isinstance(checkpoint, UnifiedCheckpoint):
+        told = f"{options.model_dir} has no tokenizer and no end-of-sequence ids: copy the model's tokenizer files and "
+        console.print(f"{told}generation_config.json to {options.output_dir}", markup=False, soft_wrap=True)
     told = f"{options.output_dir}: {format.name}, KV cache {format.kv_cache_dtype}, {dtype}"
     console.print(told, markup=False, soft_wrap=True)
 

@@ -118,7 +118,9 @@ def write(
         if tool in INPUT_SCALE:
             tensors[f"{module}.{INPUT_SCALE[tool]}"] = torch.tensor(STATIC)
         if kv and kind == "weight" and module.endswith("k_proj"):
-            for part, value in zip(KV_SCALES.get(tool, ("k_scale", "v_scale")), (0.013, 0.017), strict=True):
+            for part, value in zip(
+                KV_SCALES.get(tool.partition("_")[0], ("k_scale", "v_scale")), (0.013, 0.017), strict=True
+            ):
                 tensors[f"{module.removesuffix('.k_proj')}.{part}"] = torch.tensor(value)
     save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
     write_config(directory, tool, kv)

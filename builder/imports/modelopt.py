@@ -38,8 +38,8 @@ def read(quantization: Quantization) -> Scheme:
         format,
         options={"activation_scale_ub": None} if format == "fp8_rowwise" else {},
         departure=departure,
-        k_scale=("k_proj.k_scale",),
-        v_scale=("v_proj.v_scale",),
+        k_scale=("k_proj.k_scale", "k_scale"),
+        v_scale=("v_proj.v_scale", "v_scale"),
         fp8_kv_cache=_kv_cache(quantization),
         ignored=strings(quantization, "exclude_modules", "ignore"),
     )
