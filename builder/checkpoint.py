@@ -110,7 +110,10 @@ def _entry(path: Path, data: int, name: str, fields: Any) -> Entry:
             f"{path}: {name}: dtype, shape or data_offsets missing or malformed; fetch the file again"
         )
     if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name}: dtype {dtype} is unknown; known are {', '.join(DTYPES)}")
+        other = (
+            "; FNUZ codes mean other values than E4M3's, quantize the original model" if "FNUZ" in str(dtype) else ""
+        )
+        raise CheckpointError(f"{path}: {name}: dtype {dtype} is unknown; known are {', '.join(DTYPES)}{other}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
         raise CheckpointError(

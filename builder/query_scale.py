@@ -1,4 +1,4 @@
-"""A scale for the queries of FP8 attention where a checkpoint has scales of K and V alone, as all tools but ours write.
+"""A scale for the queries of FP8 attention where a checkpoint has scales of K and V alone, as most tools write.
 
 The input of q_proj is an RMSNorm's output, g * u with |u| <= sqrt(H). So by Cauchy and Schwarz no element of q exceeds
 sqrt(H) * |g * row of the weight| + |bias|, and none sqrt(2) times that once RoPE has turned pairs of them (times what

@@ -40,6 +40,15 @@ def test_scales_of_k_and_v_by_compressed_tensors(tmp_path: Path) -> None:
     assert before[name].dtype == torch.bfloat16 and after[name].item() == before[name].item()
 
 
+def test_a_scale_of_q_that_is_there_is_kept(tmp_path: Path) -> None:
+    """vLLM reads such files; compressed-tensors writes them where it quantizes attention."""
+    source = elsewhere.write(tmp_path / "in", "autofp8", kv=True)
+    for i in range(2):
+        elsewhere.edit(source, f"model.layers.{i}.self_attn.q_scale", torch.tensor(0.25))
+    assert run(source, tmp_path / "ckpt") == 0
+    assert load_file(tmp_path / "ckpt/model.safetensors")["model.layers.1.self_attn.q_scale"].item() == 0.25
+
+
 def test_old_names_of_scales_are_known(tmp_path: Path) -> None:
     """AutoFP8 began with `act_scale` and one `kv_scale` a layer."""
     source = elsewhere.write(tmp_path / "in", "autofp8", kv=True)

@@ -362,6 +362,7 @@ BAD_HEADERS: dict[str, tuple[Any, int, int | None, str]] = {
     "gap": ({"a": f32(0, 4, [1]), "b": f32(8, 12, [1])}, 12, None, "b leaves a gap"),
     "size": ({"a": f32(0, 8, [3])}, 8, None, "takes 12 bytes, data_offsets span 8"),
     "dtype": ({"a": f32(0, 8, [2], "F31")}, 8, None, "dtype F31 is unknown"),
+    "fnuz": ({"a": f32(0, 8, [8], "F8_E4M3FNUZ")}, 8, None, "FNUZ codes mean other values"),
     "negative": ({"a": f32(0, 4, [-1])}, 4, None, "malformed"),
     "reversed": ({"a": f32(4, 0, [1])}, 4, None, "malformed"),
     "not_json": (b"{abc", 0, None, "not valid JSON"),
