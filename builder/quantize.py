@@ -86,6 +86,8 @@ def quantize_checkpoint(
     check_all_read(checkpoint, whole)
     linears = [name.removesuffix(".input_scale") for name in whole.activations if name.endswith(".input_scale")]
     _check_patterns(format, linears)
+    for module in filter(format.quantizes, linears):
+        format.check(module, *checkpoint.entry(f"{module}.weight").shape)
     needed = [name for name in whole.activations if format.calibrated(name)]
     with workplace(output, resume) as partial:
         amax: dict[str, float] = {}

@@ -265,6 +265,13 @@ def edit_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_a_linear_that_blocks_do_not_fit_is_refused_before_anything_is_quantized(
+    original: Path, refused: Refusal
+) -> None:
+    says = ("model.layers.0.self_attn.q_proj", "K=192 is not a multiple of 128", "--exclude_modules")
+    refused("quantize", *quantize_arguments(original, qformat="fp8_block"), says=says)
+
+
 def test_an_unknown_model_type_is_refused(original: Path, refused: Refusal) -> None:
     edit_config(original, model_type="megallama")
     refused("quantize", *quantize_arguments(original), says=("model_type", "megallama", "llama"))

@@ -85,6 +85,9 @@ class Format:
         """Whether the linear at this module path is quantized."""
         return self.scheme is not None and not self.excludes(module)
 
+    def check(self, module: str, rows: int, columns: int) -> None:
+        """Raises FormatError for a linear [N, K] that cannot be quantized so: known before anything is calibrated."""
+
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """[N, K] of any float dtype -> what is stored for it: `weight` e4m3 [N, K], `weight_scale` f32."""
         raise NotImplementedError

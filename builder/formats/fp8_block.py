@@ -48,7 +48,7 @@ class Fp8Block(Format):
         if not linears:
             return []
         for m in linears:
-            _check(m)
+            self.check(m.name, m.out_features, m.in_features)
         first = linears[0].name
         scale = self.group_scale(b, x, first)
         along = {"axis": 1, "block_size": SCALE_BLOCK}
@@ -74,18 +74,16 @@ class Fp8Block(Format):
         rows = b.constant(f"{m.name}/row_blocks", np.arange(m.out_features, dtype=np.int64) // SCALE_BLOCK)
         return b.gather(b.scales(f"{m.name}.weight_scale", blocks), rows, f"{m.name}/row_scales")
 
+    def check(self, module: str, rows: int, columns: int) -> None:
+        for what, size, unit in (("K", columns, SCALE_BLOCK), ("N", rows, ROWS)):
+            if size % unit:
+                raise FormatError(
+                    f"fp8_block: {module}: {what}={size} is not a multiple of {unit}; keep this layer in 16 bits "
+                    f"(--exclude_modules '{module}'), or choose fp8 or fp8_rowwise"
+                )
+
     def attention_output(self, b: GraphBuilder, x: gs.Tensor, consumer: str) -> gs.Tensor:
         """128 channels of attention's output may be those of two heads: it is rounded to DT, and quantized after."""
         if not self.quantizes(consumer):
             return x
         return b.widen(b.round(x, f"{consumer}/round_input"), f"{consumer}/widen_input")
-
-
-def _check(m: Linear) -> None:
-    """Raises FormatError for a linear that the blocks do not fit."""
-    for what, size, unit in (("K", m.in_features, SCALE_BLOCK), ("N", m.out_features, ROWS)):
-        if size % unit:
-            raise FormatError(
-                f"fp8_block: {m.name}: {what}={size} is not a multiple of {unit}; keep this layer in 16 bits "
-                f"(--exclude_modules '{m.name}'), or choose fp8 or fp8_rowwise"
-            )

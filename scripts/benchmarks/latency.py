@@ -30,6 +30,7 @@ from fp8.runtime.llm import LLM
 from fp8.runtime.request import RequestError, SamplingParams
 from fp8.runtime.scheduler import Row
 from fp8.runtime.session import Session
+from fp8.scripts import argument_types
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, open_llm, random_tokens
 from fp8.scripts.benchmarks.bound import bound
 from fp8.scripts.benchmarks.device_clock import CoreClock
@@ -54,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=7,
         help="runs of the prompts alone under steady load, for first tokens; more if they take less than 1.5 s",
     )
-    parser.add_argument("--max_seconds", type=float, help="start no further run of a row after so many seconds")
+    parser.add_argument(
+        "--max_seconds", type=argument_types.seconds, help="start no further run of a row after so many seconds"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -21,6 +21,7 @@ from fp8.runtime.kv_cache import BlockPool, blocks_for, extend_keys
 from fp8.runtime.llm import LLM
 from fp8.runtime.request import Request, RequestError, SamplingParams
 from fp8.runtime.session import Session
+from fp8.scripts import argument_types
 from fp8.scripts.benchmarks.arguments import add_engine_arguments, engine_facts, fill_cache, open_llm, random_tokens
 from fp8.scripts.benchmarks.device_clock import CoreClock, DeviceClock
 from fp8.scripts.run import positive
@@ -53,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="sequences at the same time; one number, or one for each input_len (default: the engine's)",
     )
-    parser.add_argument("--max_seconds", type=float, help="measure the steady state instead, for so long")
+    parser.add_argument(
+        "--max_seconds", type=argument_types.seconds, help="measure the steady state instead, for so long"
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
