@@ -221,7 +221,8 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 
   if (warpgroup == WARPGROUPS) {
     if constexpr (WARPGROUPS == 2) setmaxnreg_dec<40>();
-    if (leader) {
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+    if (warp == 0 && elect_one()) {
       auto load_x = [&](int stage, int k, Tile t) {
         load<BLOCK_M, (CLUSTER_N > 1)>(stages + stage * STAGE_BYTES, &x_map, full_bar + stage * 8, k * ROW_K, t.m, rank);
       };
@@ -252,7 +253,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
-    } else if (BLOCKWISE && threadIdx.x / 32 % 4 == 1) {  // the second warp brings the scales
+    } else if (BLOCKWISE && warp == 1) {  // the second warp brings the scales
       constexpr int V = SCALE_VECTOR;
       int lane = threadIdx.x % 32, slot = 0;
       griddepcontrol_wait();
@@ -276,7 +277,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       }
     }
 #if HEADS
-    else if (blockIdx.x == 0 && threadIdx.x / 32 % 4 == 2 && cache.sequences > cache.decode_rows) {
+    else if (blockIdx.x == 0 && warp == 2 && cache.sequences > cache.decode_rows) {
       __shared__ int bins[TILE_BINS];
       griddepcontrol_wait();
       write_tiles(bins, cache.tiles, cache.query_start, cache.lengths, cache.decode_rows, cache.sequences, 2 * HEAD_DIM * CACHE_BYTES,
