@@ -9,6 +9,7 @@ How a consumer walks the graph:
 - A linear M reading x (float32), F being the first linear that reads the same x:
     unquantized  x -Cast[F/round]-> DT -Cast[M/widen]-> f32 -Gemm[M/gemm]-> f32 -Cast[M/output]-> DT
     fp8          x -QuantizeLinear[F/quantize]-> e4m3 -DequantizeLinear[M/dequantize]-> f32 -Gemm ... as above
+    fp8_channel  the same
     fp8_rowwise  the same with a scale computed per token: Abs[F/abs], ReduceMax[F/row_amax], Min[F/bounded_amax],
                  Div[F/scaled_amax], Max[F/input_scale]
     fp8_block    with a scale per 128 channels of a token (block_size 128): Abs[F/abs], Reshape[F/groups],

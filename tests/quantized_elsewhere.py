@@ -16,6 +16,7 @@ from compressed_tensors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
+    QuantizationScheme,
     apply_quantization_config,
     preset_name_to_scheme,
 )
@@ -58,7 +59,7 @@ FORMAT = {
     "autofp8": "fp8", "mistral": "fp8", "fbgemm": "fp8_rowwise", "finegrained": "fp8_block", "modelopt": "fp8",
     "modelopt_rowwise": "fp8_rowwise", "modelopt_block": "fp8_block",
 }  # fmt: skip
-PRESETS = {"FP8": "fp8", "FP8_DYNAMIC": "fp8_rowwise", "FP8_BLOCK": "fp8_block"}
+PRESETS = {"FP8": "fp8", "FP8_CHANNEL": "fp8_channel", "FP8_DYNAMIC": "fp8_rowwise", "FP8_BLOCK": "fp8_block"}
 
 
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
@@ -152,8 +153,14 @@ def by_compressed_tensors(
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     shutil.rmtree(directory)
     scheme = QuantizationArgs(num_bits=8, type="float", strategy="tensor", dynamic=False, symmetric=True)
+    channel = scheme.model_copy(update={"strategy": "channel"})
+    group = (
+        QuantizationScheme(targets=["Linear"], weights=channel, input_activations=scheme)
+        if preset == "FP8_CHANNEL"
+        else preset_name_to_scheme(preset, ["Linear"])
+    )
     config = QuantizationConfig(
-        config_groups={"group_0": preset_name_to_scheme(preset, ["Linear"])},
+        config_groups={"group_0": group},
         ignore=list(ignore),
         kv_cache_scheme=scheme if kv else None,
     )

@@ -20,6 +20,8 @@ from fp8.builder.quantization_config import read_dtype, read_format, write_engin
 
 LINEARS = [f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
 
+STATIC = ("fp8", "fp8_channel")  # scales of activations
+
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -34,7 +36,7 @@ def config_of(format: Format) -> dict[str, Any]:
 
 
 def test_formats_are_the_files_of_the_folder() -> None:
-    assert names() == ["bf16", "fp16", "fp8", "fp8_block", "fp8_rowwise"]
+    assert names() == ["bf16", "fp16", "fp8", "fp8_block", "fp8_channel", "fp8_rowwise"]
     assert [load(n).name for n in names()] == names()
 
 
@@ -120,7 +122,7 @@ def test_what_each_format_has_calibrated() -> None:
     scales = ("model.layers.0.mlp.up_proj.input_scale", "model.layers.0.self_attn.k_scale")
     found = {(n, kv): [load(n)(kv).calibrated(s) for s in scales] for n in names() for kv in ("auto", "fp8")}
     for (name, kv), (inputs, cache) in found.items():
-        assert inputs == (name == "fp8") and cache == (kv == "fp8"), (name, kv)
+        assert inputs == (name in STATIC) and cache == (kv == "fp8"), (name, kv)
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
@@ -142,7 +144,7 @@ def test_activation_bound_is_read_back() -> None:
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-@pytest.mark.parametrize("name", ["fp8", "fp8_rowwise", "fp8_block"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_channel", "fp8_rowwise", "fp8_block"])
 def test_compressed_tensors_reads_the_config(name: str, kv: str) -> None:
     written = write_quantization(load(name)(kv_cache_dtype=kv), LINEARS)
     config = QuantizationConfig.model_validate(written)
@@ -150,10 +152,11 @@ def test_compressed_tensors_reads_the_config(name: str, kv: str) -> None:
     weights, activations = {
         "fp8": ("tensor", "tensor"),
         "fp8_rowwise": ("channel", "token"),
+        "fp8_channel": ("channel", "tensor"),
         "fp8_block": ("block", "group"),
     }[name]
     assert group.weights.num_bits == 8 and group.weights.strategy == weights
-    assert group.input_activations.strategy == activations and group.input_activations.dynamic is (name != "fp8")
+    assert group.input_activations.strategy == activations and group.input_activations.dynamic is (name not in STATIC)
     assert (config.kv_cache_scheme is not None) == (kv == "fp8")
 
 

@@ -11,14 +11,22 @@ from fp8.builder import build, report
 from fp8.builder.build import BuildError, Reporter, Request
 from fp8.builder.target import Journal
 
-ATTENTION = {f: ["attention"] for f in ("fp8", "bf16", "fp16")} | {
+ATTENTION = {f: ["attention"] for f in ("fp8", "fp8_channel", "bf16", "fp16")} | {
     f: ["attention", "quantize"] for f in ("fp8_rowwise", "fp8_block")
 }
 MLP = {
-    "fp8": ["gemm_swiglu", "gemm"], "fp8_rowwise": ["gemm", "act_quant", "gemm"], "bf16": ["gemm_swiglu", "gemm"],
+    "fp8": ["gemm_swiglu", "gemm"], "fp8_channel": ["gemm_swiglu", "gemm"],
+    "fp8_rowwise": ["gemm", "act_quant", "gemm"], "bf16": ["gemm_swiglu", "gemm"],
     "fp8_block": ["gemm", "act_quant", "gemm"], "fp16": ["gemm_swiglu", "gemm"],
 }  # fmt: skip
-QUANT = {"fp8": "static", "fp8_rowwise": "per_token", "fp8_block": "block", "bf16": "none", "fp16": "none"}
+QUANT = {
+    "fp8": "static",
+    "fp8_channel": "static",
+    "fp8_rowwise": "per_token",
+    "fp8_block": "block",
+    "bf16": "none",
+    "fp16": "none",
+}
 EXCLUDED = [
     (), ("model.layers.0.*",), ("*.o_proj", "*.down_proj"), ("*.self_attn.q_proj",), ("*.k_proj",), ("*.up_proj",),
     ("*.v_proj", "*.gate_proj"), ("*.mlp.*",),
@@ -39,10 +47,12 @@ def test_a_layer_is_exactly_these_steps(tmp_path, format, kv):
     assert [n.op for n in graph.nodes] == ["embedding", *layer, *layer, "norm_quant", "gemm"]
     assert [n.attrs["quant"] for n in graph.nodes if n.op == "norm_quant"] == [QUANT[format]] * 4 + ["none"]
     assert [n.attrs["residual"] for n in graph.nodes if n.op == "norm_quant"] == [False, True, True, True, True]
-    assert all(n.attrs["quant_out"] == (format == "fp8") for n in graph.nodes if n.op == "attention")
+    assert all(n.attrs["quant_out"] == (QUANT[format] == "static") for n in graph.nodes if n.op == "attention")
 
 
-@pytest.mark.parametrize(("format", "kv"), [("fp8", "auto"), ("fp8_rowwise", "fp8"), ("fp8_block", "fp8")])
+@pytest.mark.parametrize(
+    ("format", "kv"), [("fp8", "auto"), ("fp8_channel", "auto"), ("fp8_rowwise", "fp8"), ("fp8_block", "fp8")]
+)
 @pytest.mark.parametrize("exclude", EXCLUDED)
 def test_no_pair_is_left_whatever_is_excluded(tmp_path, format, kv, exclude):
     graph, entries = fused(tmp_path, format, kv, exclude, num_hidden_layers=1)

@@ -19,7 +19,9 @@ from fp8.builder.graph import Graph, StoredValues, serialize
 from fp8.builder.interpret import to_torch
 from fp8.models import llama
 
-FORMATS = [(name, kv) for name in ("bf16", "fp16", "fp8", "fp8_rowwise", "fp8_block") for kv in ("auto", "fp8")]
+FORMATS = [
+    (name, kv) for name in ("bf16", "fp16", "fp8", "fp8_channel", "fp8_rowwise", "fp8_block") for kv in ("auto", "fp8")
+]
 
 
 def emit(directory: Path, format: Format, dtype: str = "bfloat16") -> Graph:

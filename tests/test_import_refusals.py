@@ -90,7 +90,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "group": (compressed("group", None), "config_groups.group_0.weights: strategy 'group'"),
     "weight only": (compressed("channel", None), "quantize weights alone; fp8_rowwise quantizes activations too"),
     "dynamic tensor": (compressed("tensor", {**FLOAT8, "dynamic": True}), "--qformat fp8_rowwise takes the weights"),
-    "static channel": (compressed("channel", FLOAT8), "static activations of strategy tensor with weights of strategy"),
+    "static token": (compressed("channel", {**FLOAT8, "strategy": "token"}), "static activations of strategy token"),
     "asymmetric": (compressed("tensor", {**FLOAT8, "symmetric": False}), "symmetric False, is not read"),
     "local": (compressed("tensor", {**FLOAT8, "dynamic": "local"}), "dynamic is 'local', expected true or false"),
     "kv heads": (compressed("tensor", FLOAT8, kv_cache_scheme={**FLOAT8, "strategy": "attn_head"}), "kv_cache_scheme"),

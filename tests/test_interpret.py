@@ -28,7 +28,9 @@ from fp8.builder.interpret import (
 from fp8.models import llama
 from fp8.plugins.base import StepShape
 
-FORMATS = [(name, kv) for name in ("bf16", "fp16", "fp8", "fp8_rowwise", "fp8_block") for kv in ("auto", "fp8")]
+FORMATS = [
+    (name, kv) for name in ("bf16", "fp16", "fp8", "fp8_channel", "fp8_rowwise", "fp8_block") for kv in ("auto", "fp8")
+]
 
 
 def emit(directory: Path, name: str, kv: str, dtype: str = "float32", **config: Any) -> Graph:

@@ -41,8 +41,9 @@ def found(plan: Plan) -> merge.Found:
     return merge.find(plan.steps, {b.name: b for b in plan.buffers})
 
 
-def test_the_layers_of_a_plan_are_found(tmp_path: Path) -> None:
-    plan = planned(tmp_path, num_hidden_layers=3)
+@pytest.mark.parametrize("format", ["fp8", "fp8_channel"])
+def test_the_layers_of_a_plan_are_found(format: str, tmp_path: Path) -> None:
+    plan = planned(tmp_path, format, num_hidden_layers=3)
     first, count, step = found(plan)
     plugins = [s.plugin for s in plan.steps]
     assert plugins[:first] == ["embedding", "norm_quant", "gemm"]

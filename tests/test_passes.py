@@ -29,7 +29,7 @@ SHAPES = {
         }
     },
 }  # fmt: skip
-FORMATS = list(itertools.product(("fp8", "fp8_rowwise", "fp8_block", "bf16", "fp16"), ("auto", "fp8")))
+FORMATS = list(itertools.product(("fp8", "fp8_channel", "fp8_rowwise", "fp8_block", "bf16", "fp16"), ("auto", "fp8")))
 
 
 def emitted(tmp_path, format="fp8", kv="fp8", exclude=(), **changes):

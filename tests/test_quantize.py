@@ -22,7 +22,7 @@ from fp8.builder.workplace import alone
 from fp8.models import llama
 from fp8.scripts import quantize
 
-FORMATS = [(name, kv) for name in ("bf16", "fp16", "fp8", "fp8_rowwise") for kv in ("auto", "fp8")]
+FORMATS = [(name, kv) for name in ("bf16", "fp16", "fp8", "fp8_channel", "fp8_rowwise") for kv in ("auto", "fp8")]
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,11 @@ def test_checkpoint_holds_what_its_format_says(name: str, kv: str, source: Path,
     entries = Checkpoint(tmp_path / "ckpt").entries
     module, attention = "model.layers.1.mlp.gate_proj", "model.layers.1.self_attn"
     found = {n: (e.dtype.name, e.shape) for n, e in entries.items()}
-    rows = {"fp8": (1,), "fp8_rowwise": (96, 1)}.get(name)
+    rows = {"fp8": (1,), "fp8_channel": (96, 1), "fp8_rowwise": (96, 1)}.get(name)
     plain = "float16" if name == "fp16" else "bfloat16"
     assert found[f"{module}.weight"] == ("float8_e4m3fn" if rows else plain, (96, 64))
     assert found.get(f"{module}.weight_scale") == (("float32", rows) if rows else None)
-    assert found.get(f"{module}.input_scale") == (("float32", (1,)) if name == "fp8" else None)
+    assert found.get(f"{module}.input_scale") == (("float32", (1,)) if name in ("fp8", "fp8_channel") else None)
     for n in "qkv":
         assert found.get(f"{attention}.{n}_scale") == (("float32", (1,)) if kv == "fp8" else None)
     assert found["lm_head.weight"] == (plain, (300, 64))

@@ -38,8 +38,11 @@ class Fp8(Format):
         xq = b.quantize(x, scale, f"{linears[0].name}/quantize")
         outputs = []
         for m in linears:
-            w_scale = b.scale(f"{m.name}.weight_scale")
-            w = b.quantized_weight(m)
-            wide = b.dequantize(w, w_scale, f"{m.name}/dequantize_weight")
+            wide = self.dequantized(b, m)
             outputs.append(b.gemm(b.dequantize(xq, scale, f"{m.name}/dequantize"), wide, m, b.dtype))
         return outputs
+
+    def dequantized(self, b: GraphBuilder, m: Linear) -> gs.Tensor:
+        """A linear's weight, f32 [N, K]."""
+        w_scale = b.scale(f"{m.name}.weight_scale")
+        return b.dequantize(b.quantized_weight(m), w_scale, f"{m.name}/dequantize_weight")

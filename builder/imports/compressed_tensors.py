@@ -20,8 +20,8 @@ Activations = tuple[str, bool, int | None] | None  # strategy, dynamic, size of 
 STATIC, TOKEN, GROUP = ("tensor", False, None), ("token", True, None), ("group", True, SCALE_BLOCK)
 # (weights, activations): format here
 KEPT: dict[tuple[str, Activations], str] = {
-    ("tensor", STATIC): "fp8", ("tensor", TOKEN): "fp8_rowwise", ("channel", TOKEN): "fp8_rowwise",
-    ("block", GROUP): "fp8_block",
+    ("tensor", STATIC): "fp8", ("channel", STATIC): "fp8_channel", ("tensor", TOKEN): "fp8_rowwise",
+    ("channel", TOKEN): "fp8_rowwise", ("block", GROUP): "fp8_block",
 }  # fmt: skip
 LOOSE = {"tensor": "fp8_rowwise", "channel": "fp8_rowwise", "block": "fp8_block"}  # whatever the activations were
 
@@ -48,7 +48,7 @@ def read(quantization: Quantization) -> Scheme:
         raise FormatError(
             f"quantization_config.config_groups: static activations of strategy {activations[0]} with weights of "
             f"strategy {weights} are not read; with static activations of strategy tensor go weights of strategy "
-            f"tensor; {ORIGINAL}"
+            f"tensor or channel; {ORIGINAL}"
         )
     format = KEPT.get((weights, activations), LOOSE[weights])
     return Scheme(
