@@ -31,6 +31,14 @@ class OutputError(RuntimeError):
 
 
 def check_replaceable(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
+    """Raises OutputError for a directory that is there, but for a checkpoint that may be replaced."""
+    try:
+        _check(checkpoint, output, overwrite)
+    except OSError as error:  # a name that is too long, a directory that may not be listed
+        raise OutputError(unwritable(output, error)) from error
+
+
+def _check(checkpoint: Checkpoint, output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists already; remove it, or pass --overwrite")
     if checkpoint.directory.resolve().is_relative_to(output.resolve()):

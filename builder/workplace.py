@@ -19,6 +19,13 @@ class BuildError(ValueError):
 
 def check_output(output: Path) -> None:
     """Raises BuildError unless `output` is new, empty, or an engine directory, which is replaced."""
+    try:
+        _check(output)
+    except OSError as error:  # a name that is too long, a directory that may not be listed
+        raise BuildError(unwritable(output, error)) from error
+
+
+def _check(output: Path) -> None:
     if is_here(output):
         raise BuildError(f"{output} is the current directory, which would be replaced; choose another --output_dir")
     if output.is_dir() and (not any(output.iterdir()) or (output / "rank0.engine").is_file()):

@@ -616,6 +616,21 @@ def test_a_write_that_the_system_refuses_leaves_nothing_behind(command: str, ori
     assert sorted(p.name for p in original.parent.iterdir()) == ["model"]
 
 
+def test_a_full_disk_is_told_by_a_rank_that_is_built_beside_others(original: Path) -> None:
+    arguments = build_arguments(original, tp_size=2, workers=2)
+    line = [sys.executable, "-c", LIMITED.format(command="build", limit=200_000), *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert_one_error(done.stderr, "rank ", "out.partial cannot be written: File too large")
+    assert sorted(p.name for p in original.parent.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "build"])
+def test_a_name_that_no_directory_may_have_is_refused(command: str, original: Path, refused: Refusal) -> None:
+    arguments = {"quantize": quantize_arguments, "build": build_arguments}[command]
+    refused(command, *arguments(original, output_dir="a" * 300), says=("cannot be written: File name too long",))
+
+
 def test_ctrl_c_in_a_calibration_ends_it_and_the_same_command_continues(tmp_path: Path) -> None:
     model, out = EXAMPLES / "tiny-python-llama", tmp_path / "out"
     line = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fp8.builder import build, memory, pipeline
 from fp8.builder.build import BuildError, Reporter, Request, Source
-from fp8.builder.engine import Plan
+from fp8.builder.engine import Plan, unwritable
 from fp8.builder.parallel import workers
 from fp8.builder.parallel.pipeline import Place
 from fp8.builder.parallel.workers import Tell
@@ -90,7 +90,10 @@ def _build(open_source: Open, request: Request, place: Place, directory: Path, t
     )
     compiled = build.compile(open_source(), request, reporter, place=place)
     lines = compiled.taps.lines() if compiled.taps.taken else []
-    return Built(build.write_rank(compiled, directory, reporter), lines)
+    try:
+        return Built(build.write_rank(compiled, directory, reporter), lines)
+    except OSError as error:  # in a process of its own, where it would be told with a traceback
+        raise BuildError(unwritable(directory, error)) from error
 
 
 def _hear(reporter: Reporter, rank: int, kind: str, *values: object) -> None:
