@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
+from fp8.builder.graph import stored_array
 from fp8.builder.imports.base import names
 from fp8.builder.interpret import empty_caches, step_inputs
 from fp8.builder.parallel import ranks
@@ -152,6 +153,20 @@ def test_parts_of_a_merged_linear_keep_scales_of_their_own(tmp_path: Path) -> No
     graph = rank_group.fused(Source(llama, checkpoint), request, request.place())
     merged = next(n for n in graph.nodes if n.op == "gemm" and "q_proj" in n.name)
     assert "k_proj" in merged.name
+
+
+def test_of_differing_scales_of_one_activation_the_largest_is_taken_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = elsewhere.write(tmp_path / "in", "autofp8")
+    elsewhere.edit(source, "model.layers.1.self_attn.k_proj.input_scale", torch.tensor(0.02))
+    assert run(source, tmp_path / "ckpt") == 0
+    assert "1 activations (model.layers.1.input_layernorm/norm) have a scale per linear" in capsys.readouterr().err
+    assert_kept(source, tmp_path / "ckpt")
+    quantize_node = next(
+        n for n in emitted(tmp_path / "ckpt").nodes if n.name == "model.layers.1.self_attn.q_proj/quantize"
+    )
+    assert stored_array(quantize_node.inputs[1]).item() == torch.tensor(0.02).item()
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -24,7 +24,9 @@ def config_file(directory: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("qformat", "kv"), [("fp8", "fp8"), ("fp8_rowwise", "auto"), ("bf16", "fp8")])
+@pytest.mark.parametrize(
+    ("qformat", "kv"), [("fp8", "fp8"), ("fp8_channel", "fp8"), ("fp8_rowwise", "auto"), ("bf16", "fp8")]
+)
 def test_a_random_checkpoint_has_the_tensors_of_a_quantized_one_and_builds(
     tmp_path: Path, qformat: str, kv: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
