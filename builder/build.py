@@ -39,7 +39,8 @@ __all__ = ["BuildError", "check_output"]  # used through this module
 
 
 ALONE = Place()
-MOST_RANKS, MOST_TOKENS = 1024, 1 << 20  # of an engine, of a step
+MOST_RANKS = 1024
+MOST_TOKENS, MOST_SEQUENCES = 1 << 20, (1 << 16) - 1  # of a step; a launch has no more rows of blocks
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BuildError(f"{name} is {value}, expected at least 1")
-        if self.max_num_tokens > MOST_TOKENS:
-            raise BuildError(f"max_num_tokens is {self.max_num_tokens}, expected at most {MOST_TOKENS}")
+        for name, most in (("max_num_tokens", MOST_TOKENS), ("max_batch_size", MOST_SEQUENCES)):
+            if getattr(self, name) > most:
+                raise BuildError(f"{name} is {getattr(self, name)}, expected at most {most}")
         if self.tp_size * self.pp_size > MOST_RANKS:
             raise BuildError(
                 f"tp_size {self.tp_size} x pp_size {self.pp_size} are more than {MOST_RANKS} ranks; one rank is one GPU"

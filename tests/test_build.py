@@ -245,6 +245,7 @@ def test_a_node_that_no_plugin_takes_is_an_error(tmp_path):
         ({"max_seq_len": 257}, "max_seq_len 257 exceeds the model's max_position_embeddings 256"),
         ({"max_batch_size": 65}, "max_num_tokens 64 is below max_batch_size 65"),
         ({"max_num_tokens": 0}, "max_num_tokens is 0, expected at least 1"),
+        ({"max_num_tokens": 1 << 20, "max_batch_size": 1 << 16}, "max_batch_size is 65536, expected at most 65535"),
         ({"max_seq_len": -1}, "max_seq_len is -1"),
         ({"target": "sm_80"}, "target 'sm_80' is not known; expected sm_90a or cpu"),
     ],
