@@ -95,6 +95,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "local": (compressed("tensor", {**FLOAT8, "dynamic": "local"}), "dynamic is 'local', expected true or false"),
     "kv heads": (compressed("tensor", FLOAT8, kv_cache_scheme={**FLOAT8, "strategy": "attn_head"}), "kv_cache_scheme"),
     "sparse": (compressed("tensor", FLOAT8, sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
+    "no strategy": (compressed("tensor", {**FLOAT8, "strategy": ["token"]}), "strategy is ['token'], expected str"),
+    "no size": (compressed("tensor", {**FLOAT8, "group_size": [128]}), "group_size is [128], expected int"),
+    "no activations": (compressed("tensor", "fp8"), "input_activations is 'fp8', expected an object"),
+    "no nested object": ({"quant_method": "modelopt", "quantization": "FP8"}, "quantization is 'FP8', expected"),
     "rotated": (compressed("tensor", FLOAT8, transform_config={"a": {}}), "activations are rotated"),
     "outputs": (
         {"quant_method": "compressed-tensors", "config_groups": {

@@ -91,7 +91,12 @@ def _group(name: str, group: Any) -> tuple[str, Activations]:
 
 
 def _arguments(where: str, found: Any) -> dict[str, Any]:
-    arguments = {**DEFAULTS, **{k: v for k, v in dict(found).items() if v is not None}}
+    if not isinstance(found, Mapping):
+        raise FormatError(f"{where} is {found!r}, expected an object; {ORIGINAL}")
+    arguments = {**DEFAULTS, **{k: v for k, v in found.items() if v is not None}}
+    for key, kind in (("strategy", str), ("group_size", int)):
+        if not isinstance(arguments.get(key, kind()), kind):
+            raise FormatError(f"{where}.{key} is {arguments[key]!r}, expected {kind.__name__}; {ORIGINAL}")
     if arguments["dynamic"] not in (True, False):
         raise FormatError(f"{where}.dynamic is {arguments['dynamic']!r}, expected true or false; {ORIGINAL}")
     if (arguments["num_bits"], arguments["type"], arguments["symmetric"]) != (8, "float", True):

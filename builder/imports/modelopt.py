@@ -10,6 +10,7 @@ from typing import Any
 
 from fp8.builder.formats.base import FormatError
 from fp8.builder.imports.base import ORIGINAL, Quantization, Scheme, strings
+from fp8.builder.quantization_config import object_of
 
 # quant_algo: format here, and the departure from the activations that ModelOpt simulated
 ALGORITHMS: dict[str, tuple[str, str]] = {
@@ -26,7 +27,7 @@ def recognizes(quantization: Quantization) -> bool:
 
 def read(quantization: Quantization) -> Scheme:
     if "quantization" in quantization:  # nested, as version 0.33 wrote it into config.json
-        quantization = {**quantization, **quantization["quantization"]}
+        quantization = {**quantization, **object_of(quantization, "quantization")}
     algorithm = str(quantization.get("quant_algo", "absent"))
     if algorithm.upper() not in ALGORITHMS:
         raise FormatError(
