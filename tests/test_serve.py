@@ -221,6 +221,23 @@ def test_the_api_key_is_asked_for(engine_dir: Path) -> None:
     assert asyncio.run(main()) == [401, 401, 200]
 
 
+def test_an_api_key_may_have_any_characters_and_the_scheme_any_case(engine_dir: Path) -> None:
+    async def main() -> list[int]:
+        async with client(engine_dir, api_key="schlüssel") as (http, _):
+            sent = [
+                "Bearer schlüssel",
+                "bearer  schlüssel",
+                "schlüssel",
+                "Basic schlüssel",
+                "Bearer",
+                "Bearer schlussel",
+            ]
+            headers = [{"Authorization": value.encode()} for value in sent]
+            return [(await http.get("/v1/models", headers=h)).status_code for h in headers]
+
+    assert asyncio.run(main()) == [200, 200, 401, 401, 401, 401]
+
+
 def test_a_full_queue_is_429_with_retry_after_and_others_finish(engine_dir: Path) -> None:
     async def main() -> list[Any]:
         async with client(engine_dir, ServerLimits(max_requests=2)) as (http, _):

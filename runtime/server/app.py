@@ -66,8 +66,9 @@ class Server:
 
     def authorize(self, http: Request) -> None:
         """Raises ClientError unless the request carries the API key, if there is one."""
-        given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if self.api_key is not None and not hmac.compare_digest(given, self.api_key.encode()):
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        key = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""  # the bytes that were sent
+        if self.api_key is not None and not hmac.compare_digest(key, self.api_key.encode()):
             raise ClientError(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
                               "authentication_error", code="invalid_api_key")  # fmt: skip
 
