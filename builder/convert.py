@@ -90,7 +90,9 @@ def _check_wanted(checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted) -> Non
 
 def _kv_cache(imported: Imported, graph: Graph, wanted: Wanted) -> str:
     """auto or fp8: as asked, else whether the configuration says so or scales of K and V are there."""
-    return wanted.kv_cache_dtype or ("fp8" if _has_kv_scales(imported, graph) else "auto")
+    if wanted.kv_cache_dtype is not None:
+        return wanted.kv_cache_dtype
+    return "fp8" if _has_kv_scales(imported, graph) else "auto"
 
 
 def _has_kv_scales(imported: Imported, graph: Graph) -> bool:

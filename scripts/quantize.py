@@ -90,13 +90,15 @@ def format_texts() -> str:
 
 
 def make_format(options: argparse.Namespace) -> Format:
-    kind = load(options.qformat or "fp8")
+    kind = load("fp8" if options.qformat is None else options.qformat)
     own = {}
     if options.activation_scale_ub is not None:
         if "activation_scale_ub" not in kind.option_names():
             raise FormatError(f"--activation_scale_ub does not apply to qformat {kind.name}")
         own["activation_scale_ub"] = _bound(options.activation_scale_ub)
-    return kind(options.kv_cache_dtype or "auto", tuple(options.exclude_modules), **own)
+    return kind(
+        "auto" if options.kv_cache_dtype is None else options.kv_cache_dtype, tuple(options.exclude_modules), **own
+    )
 
 
 def _bound(text: str) -> float | None:

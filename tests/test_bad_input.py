@@ -291,7 +291,8 @@ def test_a_config_that_is_no_json_object_is_refused(text: str, original: Path, r
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("qformat", "fp7"), ("kv_cache_dtype", "int3"), ("dtype", "float64"), ("exclude_modules", "no_such_module"),
+    [("qformat", "fp7"), ("qformat", ""), ("kv_cache_dtype", "int3"), ("kv_cache_dtype", ""),
+     ("dtype", "float64"), ("exclude_modules", "no_such_module"),
      ("calib_size", "0"), ("calib_max_seq_length", "-3"), ("activation_scale_ub", "much"), ("device", "tpu")],
 )  # fmt: skip
 def test_quantize_refuses_an_unknown_flag_value(flag: str, value: str, original: Path, refused: Refusal) -> None:
@@ -309,6 +310,17 @@ def test_build_refuses_an_unknown_flag_value(flag: str, value: str, quantized: P
     refused(
         "build", *build_arguments(quantized, **{flag: value}), says=(flag if value != "model.layers.77" else value,)
     )
+
+
+def test_a_flag_that_another_one_must_go_with_is_refused_alone(quantized: Path, refused: Refusal) -> None:
+    refused("build", *build_arguments(quantized, rank=1), says=("--rank", "give --explain"), status=2)
+    tokens = ("--engine_dir", "engine", "--input_tokens", "5")
+    refused("run", *tokens, "--debug_dir", "dumps", says=("--debug_dir needs --debug_mode",), status=2)
+
+
+def test_layers_that_are_no_numbers_tell_what_is_expected(quantized: Path, refused: Refusal) -> None:
+    says = ("--pp_layers: '2,a' is no list of layers per stage such as 20,20,24,16",)
+    refused("build", *build_arguments(quantized, pp_layers="2,a"), says=says, status=2)
 
 
 @pytest.mark.parametrize("command", ["quantize", "build", "run", "evaluate", "bench", "inspect"])

@@ -140,6 +140,7 @@ def test_what_departs_from_the_checkpoint_is_taken_when_asked_for(tmp_path: Path
     ("more", "says"),
     [(("--qformat", "fp8_rowwise"), "is qformat fp8, not fp8_rowwise"),
      (("--exclude_modules", "*.q_proj"), "has quantized"),
+     (("--kv_cache_dtype", ""), "kv_cache_dtype '' is not one of auto, fp8"),
      (("--kv_cache_dtype", "fp8"), "has no scales of K and V, which --kv_cache_dtype fp8 needs; give --calib_dataset"),
      (("--qformat", "fp8_rowwise", "--activation_scale_ub", "7"), "--activation_scale_ub does not apply")],
 )  # fmt: skip
