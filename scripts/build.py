@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="layers of each stage, such as 20,20,24,16 (default: as evenly as possible)",
     )  # fmt: skip
     parser.add_argument("--workers", type=positive, default=1, help="ranks to build at a time, each in a process")
-    parser.add_argument("--rank", type=int, default=0, help="the rank that --explain looks at")
+    parser.add_argument("--rank", type=int, help="the rank that --explain looks at (default: 0)")
     parser.add_argument(
         "--target", default="sm_90a", help=f"one of {', '.join(TARGETS)}; every engine runs on a CPU too"
     )
@@ -130,12 +130,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--output_dir is needed, except with --dry_run, --explain or --export_onnx")
     if options.debug_tensors and not options.enable_debug_output:
         parser.error("--debug_tensors needs --enable_debug_output")
+    if options.rank is not None and not options.explain:
+        parser.error("--rank is the rank that --explain looks at; give --explain, or leave it out: all ranks are built")
     return options
 
 
 def layer_counts(text: str) -> tuple[int, ...]:
     """`20,20,24,16`."""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers per stage such as 20,20,24,16") from error
 
 
 def memory_size(text: str) -> int:
@@ -159,7 +164,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if options.output_dir:
         build.check_output(options.output_dir)
     if options.explain:
-        print("\n".join(build.explain(source, request, request.place(options.rank))))
+        print("\n".join(build.explain(source, request, request.place(options.rank or 0))))
         return
     if options.export_onnx:
         export(source, options.export_onnx, options.export_dtype, source.limits(request).max_seq_len)

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--debug_mode", action="store_true", help="write every step's debug tensors (fp8-build --enable_debug_output)"
     )
-    p.add_argument("--debug_dir", type=Path, default=Path("debug"), help="where --debug_mode writes")
+    p.add_argument("--debug_dir", type=Path, help="where --debug_mode writes (default: debug)")
     p.add_argument("--output", choices=("text", "json", "jsonl"), default="text", help="how results are printed")
     return p
 
@@ -104,7 +104,7 @@ def _record(llm: LLM, args: argparse.Namespace) -> None:
     if args.debug_mode:
         if args.world is not None:
             raise RequestError("--debug_mode dumps the tensors of engines of one rank only; this one has several")
-        llm.session.recorder = Dump(llm.session.plan, llm.session.executor.weight, args.debug_dir)
+        llm.session.recorder = Dump(llm.session.plan, llm.session.executor.weight, args.debug_dir or Path("debug"))
 
 
 def generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -182,7 +182,10 @@ def _logprob(entry: TokenLogprobs | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    if args.debug_dir is not None and not args.debug_mode:
+        p.error("--debug_dir needs --debug_mode, which writes there")
     return on_all_ranks("fp8-run", args, command)
 
 
