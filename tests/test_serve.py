@@ -25,6 +25,7 @@ from fp8.runtime.async_llm import AsyncLLM
 from fp8.runtime.llm import LLM
 from fp8.runtime.request import SamplingParams
 from fp8.runtime.server.app import ServerLimits, create_app
+from fp8.runtime.server.choice import Choice
 from fp8.scripts import serve
 
 TEMPLATE = (
@@ -443,6 +444,36 @@ def test_a_body_that_breaks_off_into_nonsense_is_400_and_no_exception(
         assert not server.server_state.connections and not server.config.app.state.server.reserved
         logging.getLogger("uvicorn").removeHandler(caplog.handler)
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("where", ["a request", "an answer", "a stream"])
+def test_an_unexpected_exception_is_told_in_openais_form_and_logged(
+    engine_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a defect")
+
+    body = {"prompt": "A", "max_tokens": 2, "stream": where == "a stream"}
+    with listening(engine_dir) as (url, server, _):
+        logging.getLogger("uvicorn").addHandler(caplog.handler)
+        if where == "a request":
+            monkeypatch.setattr(engine_of(server), "request", fail)
+        else:
+            monkeypatch.setattr(Choice, "take", fail)
+        received = b""
+        breaks_off = contextlib.suppress(httpx.RemoteProtocolError)  # as a stream does
+        with breaks_off, httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            for part in answer.iter_bytes():
+                received += part
+        asyncio.run(wait_until_free(engine_of(server)))
+        assert not server.config.app.state.server.reserved
+    logging.getLogger("uvicorn").removeHandler(caplog.handler)
+    assert answer.status_code == (200 if where == "a stream" else 500) and b"[DONE]" not in received
+    assert json.loads(received.removeprefix(b"data: "))["error"] == {
+        "message": "the server failed in a way that was not foreseen; its log says how", "type": "server_error",
+        "param": None, "code": "internal_error",
+    }  # fmt: skip
+    assert [r.exc_info[0] for r in caplog.records if r.exc_info] == [ZeroDivisionError]
 
 
 def test_bad_clients_beside_a_sound_one_change_nothing_for_it(engine_dir: Path) -> None:

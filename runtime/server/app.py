@@ -26,6 +26,10 @@ from fp8.runtime.server.metrics import exposition
 from fp8.runtime.server.protocol import Answer, ClientError, Order, parse_order, usage
 from fp8.runtime.service import ServiceError
 
+UNFORESEEN = ClientError(
+    500, "the server failed in a way that was not foreseen; its log says how", "server_error", code="internal_error"
+)
+
 
 @dataclass(frozen=True)
 class ServerLimits:
@@ -169,6 +173,9 @@ class Server:
             yield "data: [DONE]\n\n"
         except (TimeoutError, ServiceError) as error:
             yield _event(self._failure(error).body)
+        except Exception:
+            yield _event(UNFORESEEN.body)
+            raise
 
 
 class EventStream(StreamingResponse):
@@ -203,6 +210,7 @@ def create_app(engine: AsyncLLM, model: str, limits: ServerLimits | None = None,
     app.add_exception_handler(404, _unknown_path)
     app.add_exception_handler(405, _unknown_path)
     app.add_exception_handler(ClientDisconnect, _client_left)
+    app.add_exception_handler(Exception, _defect)
     _add_routes(app, server)
     return app
 
@@ -247,6 +255,10 @@ async def _error_response(_: Request, error: Exception) -> Response:
 async def _unknown_path(http: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     return JSONResponse(ClientError(status, f"{http.method} {http.url.path} is not served here").body, status)
+
+
+async def _defect(_: Request, error: Exception) -> Response:
+    return JSONResponse(UNFORESEEN.body, UNFORESEEN.status)  # the exception goes on to the listener, which logs it
 
 
 async def _client_left(_: Request, error: Exception) -> Response:
