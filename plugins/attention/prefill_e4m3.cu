@@ -20,11 +20,16 @@
 // turns; who has no rows takes none).
 // Tried here: tiles of 64 tokens, Q in registers or not, P V and Q K^T issued together, or P V under the softmax, 2170 to 2250; of 96
 // tokens 2060 to 2170; the turn passed when all, half or a quarter of Q K^T is still to come, or between the products, +1 to +3 %
-// (behind the maxima, where ptxas put it, 1 to 6 % at 4096 and 8192 tokens); row sums by wgmma with a tile of ones, of the codes,
-// are too coarse for few tokens and not faster. The flush is short of shared memory's bandwidth: within the turn, under
-// Q K^T, a quarter of the columns a tile costs 9 % and all of them 50 %, before the turn a quarter a tile 7 %, a quarter every second
-// tile 3 %, in the softmax 2 % more than before the turn. Two tiles of Q, three of K and two of V against one, three and three: 1 to
-// 2 %, 10 % at 1024 tokens. The last tile of a warpgroup in half where no row sees more: 5 % at 1024 tokens.
+// (behind the maxima, where ptxas put it, 2 to 5 %); row sums by wgmma with a tile of ones, of the codes, are too coarse for few
+// tokens and not faster. The flush costs 4 %; within the turn, under Q K^T, a quarter of the columns a tile 9 % and all of them
+// 50 %, before the turn a quarter a tile 7 %, a quarter every second tile 3 %, in the softmax 2 % more. A float16 total would save
+// 1 % from 8192 tokens on, but a row that ends with a flush's tile is rounded only where its piece goes on. Two tiles of Q, three of K
+// and two of V against one, three and three: 1 to 2 %, 10 % at 1024 tokens. The last tile of a warpgroup in half where no row sees
+// more: 5 % at 1024 tokens. An item's last P V in one turn with the next item's first Q K^T: 2 to 9 % slower, for what ends an item
+// then stands before that tile's softmax. No difference (below 1 %): O overwritten after a flush instead of cleared; maxima made
+// integers by an addition; negative scores looked at only while a maximum is negative; four tiles of K and of V; K and V loaded once
+// for two blocks whose heads share them (a cluster, multicast). From 8192 tokens on the GPU is at its power limit: products in turn
+// without the softmax take 3/4 of the time, 1.33 PFLOP/s.
 // Tried with two warpgroups: a quarter of the exponentials by a polynomial of degree 3 (-7 %), adding up every second or fourth
 // tile (-1 to -2 %), turns at the products (-3 to -6 %) or at the exponentials (-12 %), P V issued after the maxima (-6 %), maxima
 // reduced only when one rises (-11 %), scores one tile ahead with the sums in shared memory (-22 %), the next item's Q K^T before an
