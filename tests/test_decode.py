@@ -65,7 +65,8 @@ def test_odd_numbers_of_rotation_pairs_have_kernels() -> None:
         (8, 32, 6, 264, 1),
         (8, 64, 3, 528, 1),
         (32, 4, 9, 132, 1),
-        (32, 32, 3, 528, 0),  # a block has several units
+        (32, 32, 3, 528, -2),  # a block has several units
+        (32, 40, 3, 528, 0),  # three units each for 427 blocks of 528
     ],
 )
 def test_contexts_of_one_length_are_dealt_without_counting(

@@ -42,12 +42,27 @@
 // multiprocessor: a layer of llama-7B at 1 x 300 takes 59.2 instead of 60.6 us, at 2 x 1088 64.4 (66.3), at 4 67.5 (70.1); of
 // llama-3.1-8B at 1 x 1088 62.9 (63.7), at 2 66.6 (68.3), at 8 68.7 (71.3).
 // The kernel before holds an SM's shared memory to its end, so that the memory has nothing to do from there to a block's first
-// tiles. Contexts of one length are dealt without counts and barriers, a unit to each block or to several in even runs; facts are
+// tiles. Contexts of one length are dealt without counts and barriers, a unit to each block or to several in even runs; facts were
 // sent for before the tiles, where registers allow; nine warps take up to 18 tiles in two rounds; and few units' keys and values
 // are the first to leave the L2 cache, for what all layers need. A layer of llama-3.1-8B in a chain, us less at 8, 16, 32 and 64
 // x 1088, one after the other: 1.2, 0.2, 0.2, 0.4; facts 0.5, 0.1, 0, -0.7 (not there); leaving first 0.4, 0.8, 0, -2.9 (not
 // there); nine warps instead of eight 0.3, 0.8. Without gain: lengths, tables and angles loaded to stay in the L2 cache (-0.3 to
 // 0.1), keys alone sent for before the wait (-0.4 to 0.3).
+// By time stamps in a step at 64 x 1088 with 8 KV heads, from the linear's end: a block's first tiles were on their way at 3.4 us
+// (its start at 0, then lengths, its page, positions and angles one after the other, 1.2 us each and more), its queries there
+// at 7.5, when all rings were long full. With lengths, pages and numbers asked for at once, and scales once a block, at 1.6 and
+// 5.8 us: 5.6 us less of a step of 8 layers. Where a block has one unit and few bytes are read, keys and values leave the L2 cache
+// first: 7.3 more, at 16 x 1088 with 32 KV heads 8; but -18 at 64, -3 at 32, and chains of attention alone at 16 x 16384 1.7% longer
+// (LEAVING in decode.py). The row of qkv in front of the first tiles, not behind them: at 8 and 16 with 8 KV heads 5 and 3 less
+// at 1.8 GHz, 10 and 8 at 1.35 (chains of attention alone 7.8 instead of 7.4 us, at 32 19.1 instead of 17.1); with 32 KV heads,
+// where the linear's blocks end further apart, -14 at 16, -8 at 8. All in all, steps of 8 layers at 1.8 GHz (at 1.38), us less of
+// llama-3.1-8B at 2 to 64: 7.2 of 474, 5.0, 6.3, 3.0, 4.9, 12.3 of 782 (7.8, 6.6, 9.3, 8.5, 2.9, 13.1 of 825), of llama-7B at 4 to 64:
+// 4.7, 0.5, 9.6, 5.1, 4.4 (2.0, 4.7, 5.4, 7.7, 5.0); of 8B with contexts of 600 to 1499 tokens at 8, 16 and 64: 8.7 of 529, 10.6, 16.2
+// of 801 (7.1, 15.9, 18.3). Steady reading is not bound by clocks: 3 warps of a scheduler have a tile each 8500 clocks, of 900
+// instructions.
+// Without gain there (us less of 8 layers): early blocks that bring later ones' first tiles into the L2 cache (-7 to 0; of the
+// tables 0), all columns merged at once in the rings' memory (-1), blocks of 12 warps (-9, with 32 KV heads -88), norm blocks that
+// bring gate_up's weights behind its rings there while o_proj runs (-15 to 0), the last tile kept in the cache (-5).
 // Tried, no gain: clusters of 2, 4 or 8 blocks that join through distributed shared memory (st.async): no faster than the
 // words, and only 30 clusters of four find a multiprocessor for each block; the others, and all that comes after, wait.
 // Also sending for the first unit's row of qkv before the first tiles (9.4 instead of 10.0 us at 1 x 1024 with
@@ -77,11 +92,27 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
        const __grid_constant__ TensorMap k_end_map, const u16* qkv, const int* position_ids, const int* slot_mapping,
        const int* block_tables, const int* sequence_lengths, const float* cos, const float* sin, u8* key_cache,
        u8* value_cache, const float* q_scale, const float* k_scale, const float* v_scale, const float* out_scale, void* y,
-       Partial* partials, int sequences, int max_blocks, int unit_cost, int prompts, int parts) {
+       Partial* partials, int sequences, int max_blocks, int unit_cost, int prompts, int parts, int once) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& shared = *(Shared*)memory;
   if (!prompts) griddepcontrol_launch_dependents();
   const int warp = threadIdx.x / 32;
+  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, position_ids, cos, sin};
+  // Later blocks have earlier runs: who waits for a result waits for a block that was started before. Where contexts have one
+  // length, a unit is `parts` blocks', or -parts units a block's; of short ones, blocks without any come last. What the block's
+  // first unit needs is asked for together with what tells whether that is so: each answer takes a microsecond and more.
+  const int each = max(1, -parts), units = UNITS * sequences;  // units of a block, and of all
+  const int used = parts > 1 ? parts * units : (units + each - 1) / each;
+  int mine = (parts && once ? used : (int)gridDim.x) - 1 - (int)blockIdx.x;
+  Guess guess = {sequences == 1 ? 0 : parts && mine >= 0 && mine < used ? mine * each / (max(1, parts) * UNITS) : -1, 0};
+  Incoming incoming;
+  guess.ask(block_tables, max_blocks);
+  if (guess.sequence >= 0) incoming.load_numbers(inputs, guess.sequence);
+  float stored = 1.0f;
+  if (threadIdx.x < 4 && (threadIdx.x < 3 ? FP8_CACHE : QUANT_OUT))
+    stored = *(threadIdx.x == 0 ? q_scale : threadIdx.x == 1 ? k_scale : threadIdx.x == 2 ? v_scale : out_scale);
+  const int tiles = tiles_of_all(sequence_lengths, sequences, parts);
+  if (!tiles) mine = gridDim.x - 1 - blockIdx.x;
   if (threadIdx.x == 0) {
     prefetch_tensormap(&k_map);
     prefetch_tensormap(&v_map);
@@ -89,10 +120,6 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     for (int i = 0; i < WARPS * SLOTS; i++) mbarrier_init(shared_address(&shared.full[i]), 1);
     fence_mbarrier_init();
   }
-  const Inputs inputs = {qkv, sequence_lengths, slot_mapping, position_ids, cos, sin, q_scale, k_scale, v_scale};
-  Incoming incoming;
-  if (sequences == 1) incoming.load_facts(inputs, 0);  // all at once: nothing has to be found before
-  const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (FP8_CACHE ? *q_scale * *k_scale : 1.0f);
 
   // What a step takes in and the cache's older tokens were there before the step's first kernel: the tiles that hold them
   // are sent for while the kernel before is still at work.
@@ -104,18 +131,17 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     least = max(LEAST, (most + each - 1) / each);
     nothing = (least - most % least) % least;
   }
-  // Later blocks have earlier runs: who waits for a result waits for a block that was started before.
-  const int mine = gridDim.x - 1 - blockIdx.x;
   Cursor at;
   int total, run, begin;
-  const int tiles = tiles_of_all(sequence_lengths, sequences, parts);
   if (tiles) {
-    run = parts > 1 ? max(least, (tiles + parts - 1) / parts) : tiles;
-    const int runs = (tiles + run - 1) / run, unit = parts > 1 ? mine / runs : mine;
-    at.places = runs * run, nothing = at.places - tiles;
-    total = at.places * UNITS * sequences;
-    at.index = begin = min(total, mine * run);
-    at.sequence = unit / UNITS, at.unit = unit % UNITS, at.tile = (mine - unit * runs) * run;
+    run = parts > 1 ? max(least, (tiles + parts - 1) / parts) : tiles * each;
+    const int runs = parts > 1 ? (tiles + run - 1) / run : 1, unit = parts > 1 ? mine / runs : mine * each;
+    at.places = parts > 1 ? runs * run : tiles, nothing = at.places - tiles;
+    total = at.places * units;
+    if (each > 1)
+      for (int i = threadIdx.x; i < sequences; i += THREADS) shared.counts[i] = at.places;
+    at.index = begin = mine < 0 ? total : min(total, mine * run);
+    at.sequence = unit / UNITS, at.unit = unit % UNITS, at.tile = parts > 1 ? (mine - unit * runs) * run : 0;
   } else {
     int places;  // in a unit of each sequence
     const Share share = count_places(shared, sequence_lengths, sequences, nothing, places);
@@ -128,8 +154,9 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     locate(shared, share, begin);
   }
   const Maps maps = {&k_map, &v_map, &k_end_map};
-  const Problem p = {block_tables, sequence_lengths, shared.counts, max_blocks, nothing, min(total, begin + run)};
-  if (threadIdx.x == 0) shared.run = run;  // read again at the end of a unit, by warps that may have had no tile
+  const Problem p = {block_tables, sequence_lengths, shared.counts, max_blocks, nothing, min(total, begin + run), once};
+  if (threadIdx.x < 4) shared.scales[threadIdx.x] = stored;
+  if (threadIdx.x == 0) shared.run = run, shared.mine = mine;  // read again at the end of a unit, by warps that may have had no tile
   __syncthreads();
 
   Producer producer;
@@ -137,19 +164,25 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
   auto ring = [&](u32 i) { return shared_address(shared.ring) + i * SLOT_BYTES; };
   auto full = [&](u32 i) { return shared_address(shared.full) + i * 8; };
   if (!tiles) at.seek(p, begin, shared.first, shared.before);
-  producer.start(p, at, (warp - begin % WARPS + WARPS) % WARPS);  // tile i is warp i % WARPS's
   Cursor first = at;
   first.skip_nothing(p, 1);
-  if (FACTS_FIRST && sequences > 1 && first.index < p.end) incoming.load_facts(inputs, first.sequence);
+  const bool any = first.index < p.end;
+  if (any && first.sequence != guess.sequence) incoming.load_numbers(inputs, first.sequence);
+  producer.start(p, at, (warp - begin % WARPS + WARPS) % WARPS, guess);  // tile i is warp i % WARPS's
+  const auto load_first = [&] {
+    if (any) incoming.load_angles(inputs);
+    griddepcontrol_wait();
+    if (any) incoming.load_row(inputs, first);
+  };
+  const bool wait_first = WAIT_FIRST && sequences > 1;
+  if (wait_first) load_first();
 #pragma unroll
   for (int i = 0; i < SLOTS; i++) producer.fill(p, maps, ring(slot + i), full(slot + i), i % 2);
   at = first;
-  if (!FACTS_FIRST && sequences > 1 && at.index < p.end) incoming.load_facts(inputs, at.sequence);
-  const Output output = {y, FP8_CACHE ? *v_scale : 1.0f, QUANT_OUT ? *out_scale : 1.0f};
-  griddepcontrol_wait();
+  const float scale = (float)(SOFTMAX_SCALE * 1.4426950408889634) * (shared.scales[0] * shared.scales[1]);
+  if (!wait_first) load_first();
   // Attention of prompts takes this as the end of the kernels before: it starts where blocks leave a multiprocessor.
   if (prompts) griddepcontrol_launch_dependents();
-  if (at.index < p.end) incoming.load_row(inputs, at);
   if (!tiles) clear_empty(shared.counts, sequences, y);
 
   auto wait = [&] {
@@ -162,16 +195,22 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
     if (++slot % SLOTS == 0) slot -= SLOTS, parity ^= 1;
   };
 
+  auto load_next = [&](int before) {  // a unit that begins while that of sequence `before` is at work
+    if (at.sequence != before) incoming.load_facts(inputs, at.sequence);
+    incoming.load_row(inputs, at);
+  };
+
   State state;
   while (at.index < p.end) {
-    incoming.store(shared.fresh, at);
+    incoming.store(shared.fresh, at, shared.scales);
     __syncthreads();
     u32 queries[COLUMN_TILES][STEPS][2];
     load_queries(queries, shared.fresh, rows_of(at.unit));
     const int stop = min(at.tiles(p), at.tile + p.end - at.index);
+    const int sequence = at.sequence;
     int tile = at.tile + (warp - at.index % WARPS + WARPS) % WARPS;
     at.advance(p, min(at.places - at.tile, p.end - at.index));
-    if (AHEAD && at.index < p.end) incoming.load_facts(inputs, at.sequence), incoming.load_row(inputs, at);
+    if (AHEAD && at.index < p.end) load_next(sequence);
     state.clear();
     for (; tile < stop; tile += WARPS) {
       float s[S_TILES][COLUMN_TILES][4];
@@ -188,10 +227,12 @@ decode(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMa
       release(SLOTS % 2 == 0);
     }
     const Cursor done = shared.fresh.at;
-    if (!AHEAD && at.index < p.end) incoming.load_facts(inputs, at.sequence), incoming.load_row(inputs, at);
+    if (!AHEAD && at.index < p.end) load_next(sequence);
     const u64 first = (u64)(done.sequence * HEADS + first_head(done.unit)) * HEAD_DIM;
     const int origin = done.index - done.tile;  // of the unit, in the line of tiles
     const int last = (origin + done.tiles(p) - 1) / shared.run;  // run that has tiles of it
-    merge(shared, state, rows_of(done.unit), origin / shared.run == mine ? last - mine : -1, output, first, partials, mine);
+    const int me = shared.mine;
+    const Output output = {y, shared.scales[2], shared.scales[3]};
+    merge(shared, state, rows_of(done.unit), origin / shared.run == me ? last - me : -1, output, first, partials, me);
   }
 }

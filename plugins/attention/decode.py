@@ -26,6 +26,7 @@ END = 16  # tokens: where a context ends, keys come in boxes of so many
 UNIT_COST = 2  # tiles that take about as long as a unit's merge; for the dealing of many units
 MOST_TILES = 2**16 - 16  # of a context: places are counted in 16 bits, a few of them after the tiles
 MANY = 2 * MULTIPROCESSORS  # units from which on blocks mostly have whole ones
+LEAVING = 300_000_000  # bytes of keys and values up to which they are the first to leave the L2 cache
 FEWEST = MULTIPROCESSORS // 4  # units below which one is cut into four parts or more
 
 
@@ -126,7 +127,7 @@ class Shape:
         columns = min(self.head_dim, max(32, next(c for c in (128, 64, 32, 16) if c * self.rows <= values)))
         warp = tactic.decode_slots * (self.slot_bytes + 8) + self.rows * 4 * (columns + 4 + 2) + 4
         fresh = (self.rows + 2) * (self.head_dim * (1 if self.fp8 else 2) + 16) + 48
-        return tactic.decode_warps * warp + fresh + 2 * sequences + 64
+        return tactic.decode_warps * warp + fresh + 2 * sequences + 80
 
     def blocks(self, tactic: Decode, sequences: int) -> int:
         """That a multiprocessor holds at a time: with very many sequences, fewer than `tactic.decode_blocks`."""
@@ -214,12 +215,12 @@ def bind(
         values = matrix_map(value.view(-1, 128), 128, of.head_dim // 2, 0)
     else:
         values = matrix_map(value.view(-1, of.head_dim), 64, of.tile)
-    sequences, unit_cost, prompts, parts = (ctypes.c_int() for _ in range(4))
+    sequences, unit_cost, prompts, parts, once = (ctypes.c_int() for _ in range(5))
     scales = tensors[10:14]  # q, k, v, out
     width = ctypes.c_int(tables.shape[1])
     steps = [qkv, positions, slots, tables, lengths]
     outputs = [tensors[14], workspace]
-    numbers = [sequences, width, unit_cost, prompts, parts]
+    numbers = [sequences, width, unit_cost, prompts, parts, once]
     args = [whole, values, end, *steps, cos, sin, key, value, *scales, *outputs, *numbers]
     variants = tactic.variants()
     launches = [
@@ -232,14 +233,17 @@ def bind(
         unit_cost.value = UNIT_COST if step.decode_sequences * of.units >= MANY else 0
         prompts.value = step.sequences > step.decode_sequences
         which, grid, parts.value = dealing(of, tactic, step.decode_sequences, step.max_context)
+        units = step.decode_sequences * of.units
+        size = 2 * units * -(-step.max_context // of.tile) * of.slot_bytes
+        once.value = of.parts == 1 and units <= grid and size <= LEAVING
         launches[which](grid, of.shared_bytes(variants[which], step.decode_sequences))
 
     return run
 
 
 def dealing(of: Shape, tactic: Decode, sequences: int, max_context: int) -> tuple[int, int, int]:
-    """Which variant, in how many blocks, and how many of them for each unit where contexts have one length; 0 where
-    that would leave too many blocks without any."""
+    """Which variant, in how many blocks, and, where contexts have one length, how many of them for each unit or,
+    negative, how many units for each block; 0 where that would leave too many blocks without any."""
     units = sequences * of.units
     which = sum(units < least for least in (MANY, MULTIPROCESSORS + 1, FEWEST))
     used = tactic.variants()[which]
@@ -249,5 +253,6 @@ def dealing(of: Shape, tactic: Decode, sequences: int, max_context: int) -> tupl
         tiles = -(-max_context // of.tile)  # of a unit, at most
         cut = of.least(used) if sequences == 1 and tiles > used.decode_warps else used.decode_warps
         grid = max(1, min(grid, units * -(-tiles // cut)))
-    parts = grid // max(1, units)
-    return which, grid, parts if sequences > 1 and 9 * units * parts >= 8 * grid else 0
+    parts, each = grid // max(1, units), -(-units // grid)
+    busy = units * parts if parts else units // each
+    return which, grid, (parts or -each) if sequences > 1 and 9 * busy >= 8 * grid else 0

@@ -19,7 +19,8 @@ struct Shared {
   float m[WARPS][ROWS], l[WARPS][ROWS];
   alignas(8) u64 full[WARPS * SLOTS];
   Fresh fresh;
-  int run;
+  float scales[4];  // of queries, keys, values, the output; 1 where there is none
+  int run, mine;
   alignas(16) int sums[(WARPS + 3) / 4 * 4];  // whole words of 16 bytes: read as such, without what lies behind
   int first, before;  // the sequence that has the first place of the block's run, and the places in those before it
   u16 counts[2];  // [sequences]: places in a unit
@@ -29,9 +30,16 @@ struct Shared {
 // takes neither barriers nor counts.
 DEVICE int tiles_of_all(const int* sequence_lengths, int sequences, int parts) {
   if (!parts) return 0;
-  const int tiles = (sequence_lengths[0] + TILE - 1) / TILE;
+  constexpr int AT_ONCE = 4;
+  const int lane = threadIdx.x % 32;
+  int lengths[AT_ONCE];
+#pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) lengths[j] = sequence_lengths[min(lane + 32 * j, sequences - 1)];
+  const int tiles = (__shfl_sync(~0u, lengths[0], 0) + TILE - 1) / TILE;
   bool same = true;
-  for (int i = threadIdx.x % 32; i < sequences; i += 32) same &= (sequence_lengths[i] + TILE - 1) / TILE == tiles;
+#pragma unroll
+  for (int j = 0; j < AT_ONCE; j++) same &= (lengths[j] + TILE - 1) / TILE == tiles;
+  for (int i = lane + 32 * AT_ONCE; i < sequences; i += 32) same &= (sequence_lengths[i] + TILE - 1) / TILE == tiles;
   return __all_sync(~0u, same) ? tiles : 0;
 }
 

@@ -10,6 +10,7 @@ struct Problem {
   int max_blocks;
   int nothing;  // places behind the tiles of a unit
   int end;  // of this block's run of places
+  int once;  // keys and values are the first to leave the L2 cache: for what all layers need
 };
 
 // A place in the line of tiles.
@@ -52,16 +53,27 @@ struct Maps {
   const TensorMap *k, *v, *k_end;
 };
 
+// Pages of a sequence, asked for before it is known where a block begins: a lane has one, of the first 32.
+struct Guess {
+  int sequence, page;  // -1: of none
+
+  __device__ __forceinline__ void ask(const int* block_tables, int max_blocks) {
+    if (sequence >= 0) page = __ldg(block_tables + sequence * max_blocks + min((int)threadIdx.x % 32, max_blocks - 1));
+  }
+};
+
 // Fills a warp's slots, in order: keys and values of its first tile, of its second, ... All lanes keep it, one sends.
 struct Producer {
   Cursor at;
   int page;  // asked for a tile ahead
 
-  __device__ __forceinline__ void start(const Problem& p, const Cursor& first, int steps) {
+  __device__ __forceinline__ void start(const Problem& p, const Cursor& first, int steps, const Guess& guess) {
     at = first;
     at.advance(p, steps);
     at.skip_nothing(p, WARPS);
-    look_up(p);
+    const int i = at.tile * TILE / PAGE;
+    if (at.index < p.end && at.sequence == guess.sequence && i < 32) page = __shfl_sync(~0u, guess.page, i);
+    else look_up(p);
   }
   __device__ __forceinline__ void look_up(const Problem& p) {
     if (at.index < p.end) page = __ldg(p.block_tables + at.sequence * p.max_blocks + at.tile * TILE / PAGE);
@@ -72,8 +84,8 @@ struct Producer {
     if (WARPS >= 4 || at.tile + 1 < at.tiles(p)) return TILE / END;
     return (__ldg(p.lengths + at.sequence) - at.tile * TILE + END - 1) / END;
   }
-  static __device__ __forceinline__ void send(u32 to, const TensorMap* map, u32 full, int x, int y) {
-    if (ONCE) tma_load_2d_evict_first(to, map, full, x, y);
+  static __device__ __forceinline__ void send(bool once, u32 to, const TensorMap* map, u32 full, int x, int y) {
+    if (once) tma_load_2d_evict_first(to, map, full, x, y);
     else tma_load_2d(to, map, full, x, y);
   }
   __device__ __forceinline__ void fill(const Problem& p, const Maps& maps, u32 slot, u32 full, bool values) {
@@ -84,16 +96,16 @@ struct Producer {
       const int parts = values ? TILE / END : boxes(p);
       mbarrier_arrive_expect_tx(full, parts * END * HEAD_DIM * BYTES);
       if (FP8_CACHE && values) {
-        send(slot, maps.v, full, 0, head * (HEAD_DIM / 2));
+        send(p.once, slot, maps.v, full, 0, head * (HEAD_DIM / 2));
       } else {
 #pragma unroll
         for (int column = 0; column < HEAD_DIM; column += SPAN / BYTES) {
           const u32 to = slot + column * BYTES * TILE;
-          if (parts == TILE / END) send(to, values ? maps.v : maps.k, full, column, row);
+          if (parts == TILE / END) send(p.once, to, values ? maps.v : maps.k, full, column, row);
           else
 #pragma unroll
             for (int i = 0; i < TILE / END - 1; i++)
-              if (i < parts) send(to + i * END * SPAN, maps.k_end, full, column, row + i * END);
+              if (i < parts) send(p.once, to + i * END * SPAN, maps.k_end, full, column, row + i * END);
         }
       }
     }

@@ -11,7 +11,7 @@ DEVICE int first_head(int unit) { return unit / PARTS * GROUP + unit % PARTS * R
 struct Inputs {
   const u16* qkv;
   const int *lengths, *slots, *positions;
-  const float *cos, *sin, *q_scale, *k_scale, *v_scale;
+  const float *cos, *sin;
 };
 
 // A unit's part of its row of qkv, on its way. A thread takes the same pairs of every STEP-th row.
@@ -19,18 +19,17 @@ struct Incoming {
   static constexpr int STEP = THREADS / Pairs<VEC>::COUNT, EACH = (ROWS + 2 + STEP - 1) / STEP;
   static_assert(THREADS % Pairs<VEC>::COUNT == 0);
   Raw<VEC> left[EACH], right[EACH];
-  float c[VEC], s[VEC], scales[3];
-  int length, slot;
+  float c[VEC], s[VEC];
+  int length, slot, position;
 
-  // What does not come from the kernel before.
-  __device__ __forceinline__ void load_facts(const Inputs& in, int sequence) {
-    const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
-    const int position = ROTARY_DIM ? in.positions[sequence] : 0;
+  // What does not come from the kernel before: numbers, and then angles, which need them.
+  __device__ __forceinline__ void load_facts(const Inputs& in, int sequence) { load_numbers(in, sequence), load_angles(in); }
+  __device__ __forceinline__ void load_numbers(const Inputs& in, int sequence) {
+    position = ROTARY_DIM ? in.positions[sequence] : 0;
     length = in.lengths[sequence], slot = in.slots[sequence];
-    scales[0] = FP8_CACHE ? *in.q_scale : 1.0f;
-    scales[1] = FP8_CACHE ? *in.k_scale : 1.0f;
-    scales[2] = FP8_CACHE ? *in.v_scale : 1.0f;
-    if (ROTARY_DIM) pairs.load_angles(c, s, in.cos, in.sin, position);
+  }
+  __device__ __forceinline__ void load_angles(const Inputs& in) {
+    if (ROTARY_DIM) Pairs<VEC>(threadIdx.x % Pairs<VEC>::COUNT).load_angles(c, s, in.cos, in.sin, position);
   }
   __device__ __forceinline__ void load_row(const Inputs& in, const Cursor& at) {
     const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
@@ -46,7 +45,7 @@ struct Incoming {
   }
 
   // Rotated and in the cache's type.
-  __device__ __forceinline__ void store(Fresh& fresh, const Cursor& at) const {
+  __device__ __forceinline__ void store(Fresh& fresh, const Cursor& at, const float* scales) const {
     const Pairs<VEC> pairs(threadIdx.x % Pairs<VEC>::COUNT);
     if (threadIdx.x == 0) {
       fresh.at = at;

@@ -22,7 +22,7 @@ constexpr int WIDEST = WARPS < 4 ? (ROWS <= 2 ? 128 : ROWS <= 4 ? 64 : 32) : ROW
 constexpr int COLUMNS = WIDEST < HEAD_DIM ? WIDEST : HEAD_DIM;
 constexpr bool AHEAD = ROWS <= 8;              // registers allow it: a unit's row is sent for before the unit before is done
 constexpr int PITCH = COLUMNS + 4;             // floats; the padding spreads rows over the banks
-// Blocks of many warps are for few units. Then it pays to keep keys and values, which nobody reads again, from taking the
-// L2 cache from what all layers need; and registers are left for a unit's facts while its first tiles are sent for.
-constexpr bool ONCE = WARPS >= 6 && PARTS == 1, FACTS_FIRST = WARPS >= 4;
+// What a unit needs of the kernel before is asked for in front of its first tiles, not behind them, where it comes later by
+// as much as all blocks' first tiles take. Not where the linear before is long and its blocks end far apart.
+constexpr bool WAIT_FIRST = WARPS >= 8 && GROUP > 1;
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "head_dim");
