@@ -123,6 +123,7 @@ RAGGED += [
     case(515, 1536, 2048, "none", "bfloat16"),
     case(1500, 1536, 2064),
     case(3300, 264, 4096),  # the raster's second group has two row blocks
+    case(3300, 1032, 1536, "block", bias=True),  # tiles of 256 rows past both ends, whose scales come by TMA
 ]
 PRECISE_CASES = [
     *(case(rows, 392, 320, bias=True, accumulation="precise") for rows in (1, 7, 65, 129, 300)),

@@ -7,10 +7,11 @@
 // CTA loads one part and multicasts it), or splits K (SPLIT CTAs per tile; partial sums meet in distributed shared
 // memory and are added in the order of K, so the result does not depend on timing; then a CTA takes one tile only).
 // PROMOTE: the tensor cores keep some 14 bits of an e4m3 sum, so each stage's products (128 of K) are added in float32 to a
-// second set of accumulators; the other warpgroup multiplies meanwhile, and the next tile's first stage does under the
-// epilogue. Blockwise scales (of 128 of K: per row of x, per 128 or 8 rows of w) cannot wait for the epilogue: they scale the
-// products on this way. A warp of the producer's copies them to shared memory with the stage. SETS 2: a warpgroup's products
-// of one stage are added while those of the next, in accumulators of their own, are under way, too.
+// second set of accumulators; the other warpgroup multiplies meanwhile, and (of 64 rows) the next tile's first stage does under
+// the epilogue. Blockwise scales (of 128 of K: per row of x, per 128 or 8 rows of w) cannot wait for the epilogue: they scale
+// the products on this way. They come to shared memory with the stage: a warp of the producer's copies them, or
+// (SCALES_BY_TMA) four k blocks' at once by TMA. SETS 2: a warpgroup's products of one stage are added while those of the next,
+// in accumulators of their own, are under way, too.
 // The epilogue goes chunk by chunk (64 rows x CHUNK bytes) through swizzled shared buffers to a TMA store; where rows
 // are not multiples of 16 bytes, or float32, it stores from registers. ADD: TMA first fills a buffer with what is to be added
 // (of a tile's first chunks before its products), and each thread adds where it then writes. Rows past M that a tile covers
@@ -77,15 +78,27 @@
 //   128 x 192      1212  1336            1128  1241             1080  1225           1233  1362           736   925
 //   256 x 128      1187  1377            1189  1381             1122  1303           1136  1332
 //   DeepGEMM's     1305  1467            1278  1463             1177  1349           1227  1402          ( 983  1151)
-// 256 x 128: products of a warpgroup's second 64 rows start behind the first's additions, the next stage is awaited under them;
-// in DeepGEMM's order (a stage awaited, multiplied, added) 1140, 1345; a cluster of two loses 2 to 8%. Of the others:
-//   ptxas' yields: in DeepGEMM's loop every second FFMA yields and reuses no register, as everywhere here where wgmma and
-//     additions are of one iteration; here (128 x 128, 128 x 192) none does. Cubins with these bits changed, either way:
-//     128 x 192 with yields 1075 instead of 1166 (bursts 1261, 1331), 256 x 128 without 1321 instead of 1334 in bursts (8 sizes),
-//     two sets 1035 instead of 1090, DeepGEMM's own 1064 instead of 1295 (1203, 1447)
+// 256 x 128 there: products of a warpgroup's second 64 rows start behind the first's additions, the next stage is awaited under
+// them; in DeepGEMM's order (a stage awaited, multiplied, added) 1140, 1345; a cluster of two loses 2 to 8%. Of the others:
+//   ptxas' choice of yields is the best: cubins with these bits changed, either way, lose 5 to 15%, DeepGEMM's own too
 //   the scales copied by 8 lanes instead of 32: 192 1064 instead of 1244, 128 959 instead of 1147; by 4 lanes 923
 //   + asked for 8 k blocks ahead, one arrival instead of 32: 1166 instead of 1198, 128 1119 instead of 1137
-// So the copying warp's instructions count, not the latency of scales: DeepGEMM has them by TMA, of a transposed matrix.
+// Since then, sustained (bursts):           4096 x 7168 x 16384   2048 x 12288 x 4096   2048 x 4096 x 4096   8192 x 4096 x 4096
+//   256 x 128 as above                          1014 (1280)           1051 (1247)          1078 (1248)         1047 (1238)
+//   + an elected lane issues TMA (below)        1038 (1280)
+//     + scales by TMA, x's as 256 x 16 bytes    1063 (1293)
+//     + DeepGEMM's order                        1204 (1384)
+//       + four k blocks in the loop's body      1278 (1425)           1164 (1354)          1186 (1349)         1179 (1346)
+//         + buffers for a tile, three stages                          1193 (1372)          1199 (1350)         1210 (1362)
+//         + scales copied instead                                     1130 (1334)          1138 (1318)         1144 (1326)
+//     + the second warpgroup multiplies a stage
+//       when the first has begun                1177 (1365)           1117 (1322)          1110 (1300)         1117 (1316)
+//   128 x 192, elected; + scales by TMA         1188  1155            1188  1185           1056  1064          1153  1131
+//   DeepGEMM's 256 x 128                        1190 (1451)           1175 (1390)          1146 (1346)         1182 (1398)
+// An elected lane: behind threadIdx.x % 128 == 0 ptxas puts each TMA copy in a loop over lanes (R2UR, BRA.U.ANY), 50 to 130
+// clocks; of three more copies for four k blocks 128 x 192 became 10% slower, 64 x 64 9.8 us instead of 7.6. That is what the
+// 8 lanes and the copies ahead above had cost. Four k blocks in the body: ptxas asks for a stage under the additions before.
+// x's scales transposed, a row of 256 for each k block: as by 16 bytes. TMA's L2 promotion of 256 bytes: no change.
 // Earlier, several in turn and warm (the first of these would be 1001): scales by every thread 936, per 8 rows of w and with
 // the stage 1000, four k blocks at once 1056, a warpgroup that starts later 1007, 256 x 96 1001.
 // Two CTAs on an SM with half a ring each, for few tokens: 64 x 12288 x 4096 15.8 us instead of 14.6.
@@ -100,31 +113,12 @@
 #include "fp8/tma.cuh"
 #include "fp8/wgmma.cuh"
 #include "gemm_epilogue.cuh"
+#include "gemm_promote.cuh"
 #include "gemm_shape.cuh"
+#include "gemm_tile.cuh"
 #if HEADS
 #include "gemm_heads.cuh"
 #endif
-
-// Tile `unit` of the raster: groups of GROUP row blocks, row blocks fastest, keep a wave's operands in L2.
-struct Tile {
-  int m, n;
-};
-DEVICE Tile tile_of(int unit, int m_units, u32 rank) {
-  constexpr int GROUP_UNITS = GROUP / CLUSTER_M, N_UNITS = (N_BLOCKS + CLUSTER_N - 1) / CLUSTER_N;
-  int group = unit / (GROUP_UNITS * N_UNITS), first = group * GROUP_UNITS;
-  int height = min(GROUP_UNITS, m_units - first), rest = unit - group * GROUP_UNITS * N_UNITS;
-  int m = first + rest % height, n = rest / height;
-  if (CLUSTER_M > 1) m = m * CLUSTER_M + rank;
-  if (CLUSTER_N > 1) n = n * CLUSTER_N + rank;
-  return {m * BLOCK_M, n * BLOCK_N};
-}
-
-// Loads this CTA's part of an operand's stage: all of it, or its share for the whole cluster.
-template <int ROWS, bool SHARED> DEVICE void load(u32 dst, const TensorMap* map, u32 bar, int k, int row, u32 rank) {
-  constexpr int PART = ROWS / CLUSTER;
-  if (SHARED) tma_load_2d_multicast(dst + rank * (PART * ROW), map, bar, k, row + rank * PART, (1 << CLUSTER) - 1);
-  else tma_load_2d(dst, map, bar, k, row);
-}
 
 DEVICE void mma(float (&d)[BLOCK_N / 2], u64 a, u64 b, int accumulate) {
   if constexpr (OPERAND == 0) wgmma_ss_e4m3(d, a, b, accumulate);
@@ -138,28 +132,6 @@ DEVICE void release(u32 empty) {
   if (CLUSTER_M * CLUSTER_N == 1) {
     if (lane == 0) mbarrier_arrive(empty);
   } else if (lane < CLUSTER) mbarrier_arrive_cluster(empty, lane);
-}
-
-// BLOCKWISE scales of a k block, for this thread's two rows: times those of its columns (COLUMNS), or alone beside where the
-// columns' are in shared memory.
-struct Scales {
-  float row[COLUMNS ? COLUMNS : 1][2];
-  const float* columns;
-};
-
-// sum += d, which BLOCKWISE scales.
-DEVICE void promote(float (&sum)[BLOCK_N / 2], const float (&d)[BLOCK_N / 2], const Scales& scale) {
-  float one = 1.f;
-  pin(one);  // known only here: no addition comes before the products that follow are under way
-#pragma unroll
-  for (int g = 0; g < BLOCK_N / 8; g++) {
-    float column = BLOCKWISE && !COLUMNS ? scale.columns[g * SCALE_VECTOR] : one;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float row = scale.row[COLUMNS ? g * 8 / SHARED_N : 0][i / 2];
-      sum[4 * g + i] = fmaf(d[4 * g + i], COLUMNS ? row : BLOCKWISE ? row * column : column, sum[4 * g + i]);
-    }
-  }
 }
 
 template <bool First, class A, class B> DEVICE auto& pick(A& a, B& b) {
@@ -187,6 +159,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #if ADD
      , const __grid_constant__ TensorMap added_map
 #endif
+#if SCALES_BY_TMA
+     , const __grid_constant__ TensorMap x_scale_map
+#endif
      ) {
   griddepcontrol_launch_dependents();
   extern __shared__ __align__(1024) u8 shared[];
@@ -202,7 +177,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
   if (threadIdx.x == 0) {
     prefetch_tensormap(&x_map), prefetch_tensormap(&w_map);
     for (int i = 0; i < STAGES; i++) {
-      mbarrier_init(full_bar + i * 8, BLOCKWISE ? 33 : 1);
+      mbarrier_init(full_bar + i * 8, BLOCKWISE && !SCALES_BY_TMA ? 33 : 1);
       mbarrier_init(empty_bar + i * 8, CLUSTER_M * CLUSTER_N * CONSUMERS * 4);
     }
     if (ADD)
@@ -223,22 +198,35 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
     if constexpr (WARPGROUPS == 2) setmaxnreg_dec<40>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
     if (warp == 0 && elect_one()) {
-      auto load_x = [&](int stage, int k, Tile t) {
+      // SCALES_BY_TMA: scales of the k blocks from `k` on come with its stage.
+      auto brings = [](int k) { return SCALES_BY_TMA && k % SCALE_VECTOR == 0; };
+      auto expect = [&](int stage, int k) { mbarrier_arrive_expect_tx(full_bar + stage * 8, STAGE_BYTES + (brings(k) ? SCALE_BYTES : 0)); };
+      auto load_x = [&](int stage, int k, Tile t, int slot) {
         load<BLOCK_M, (CLUSTER_N > 1)>(stages + stage * STAGE_BYTES, &x_map, full_bar + stage * 8, k * ROW_K, t.m, rank);
+#if SCALES_BY_TMA
+        if (brings(k)) tma_load_2d(shared_address(block_scales + slot * SLOT), &x_scale_map, full_bar + stage * 8, k, t.m);
+#endif
       };
-      auto load_w = [&](int stage, int k, Tile t) {
+      auto load_w = [&](int stage, int k, Tile t, int slot) {
         load<BLOCK_N, (CLUSTER_M > 1)>(stages + stage * STAGE_BYTES + X_BYTES, &w_map, full_bar + stage * 8, k * ROW_K, t.n, rank);
+        if (brings(k))
+#pragma unroll
+          for (int c = 0; c < COLUMNS; c++)
+            bulk_load(shared_address(block_scales + slot * SLOT + (BLOCK_M + c) * SCALE_VECTOR),
+                      w_scale + (size_t)(min(t.n + c * SHARED_N, GEMM_N - 1) / W_GROUP) * K_BLOCKS + k, SCALE_VECTOR * 4, full_bar + stage * 8);
       };
+      int slot = 0;
       int filled = 0;  // k blocks of the first tile whose weights are asked for before the kernels before have ended
       if (first < units) {
         Tile t = tile_of(first, m_units, rank);
         filled = min(first + step < units ? STAGES : AHEAD, k_end - k_begin);
         for (int i = 0; i < filled; i++) {
-          mbarrier_arrive_expect_tx(full_bar + i * 8, STAGE_BYTES);
-          load_w(i, k_begin + i, t);
+          expect(i, k_begin + i);
+          load_w(i, k_begin + i, t, i / SCALE_VECTOR);
         }
         griddepcontrol_wait();
-        for (int i = 0; i < filled; i++) load_x(i, k_begin + i, t);
+        for (int i = 0; i < filled; i++) load_x(i, k_begin + i, t, i / SCALE_VECTOR);
+        if constexpr (SCALES_BY_TMA) slot = (filled + SCALE_VECTOR - 1) / SCALE_VECTOR % SLOTS;
         if (filled == STAGES) parity = 1;
         else stage = filled;
       }
@@ -247,13 +235,14 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll 1
         for (int k = k_begin + filled; k < k_end; k++) {
           mbarrier_wait(empty_bar + stage * 8, parity ^ 1);
-          mbarrier_arrive_expect_tx(full_bar + stage * 8, STAGE_BYTES);
-          load_w(stage, k, t);
-          load_x(stage, k, t);
+          expect(stage, k);
+          load_w(stage, k, t, slot);
+          load_x(stage, k, t, slot);
+          if (brings(k) && ++slot == SLOTS) slot = 0;
           if (++stage == STAGES) stage = 0, parity ^= 1;
         }
       }
-    } else if (BLOCKWISE && warp == 1) {  // the second warp brings the scales
+    } else if (BLOCKWISE && !SCALES_BY_TMA && warp == 1) {  // the second warp brings the scales
       constexpr int V = SCALE_VECTOR;
       int lane = threadIdx.x % 32, slot = 0;
       griddepcontrol_wait();
@@ -359,29 +348,34 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
         slot = slot == (SLOTS - 1) * SLOT ? 0 : slot + SLOT;
       }
     };
-    // PROMOTE: adds the products under way, 64 rows after the other, and starts the next ones, at last those of the next stage;
-    // where there is none (there always is, as ptxas sees it), those of what lies there. All other work stands here, not
-    // between the four wgmmas of 64 rows: there the other warpgroup's seem to come in between, so that both wait at once and
-    // add at once (12% slower).
+    // PROMOTE of 64 rows: adds the products under way and starts those of the next stage; where there is none (there always is,
+    // as ptxas sees it), those of what lies there. All other work stands here, not between the stage's four wgmmas: there the
+    // other warpgroup's seem to come in between, so that both wait at once and add at once (12% slower).
     auto add_and_go_on = [&](bool more) {
+      load_scales();
+      wgmma_wait_group<0>();
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 2; i++) pin(d[0][i]);
+      promote(sum[0], d[0], scale);
+      release(empty_bar + stage * 8);
+      advance();
+      if (more) mbarrier_wait(full_bar + stage * 8, parity);
+      multiply_promoted(d[0]);
+    };
+    // PROMOTE of twice 64 rows: multiplies and adds one after the other; the other warpgroup multiplies meanwhile.
+    auto multiply_and_add = [&] {
+      mbarrier_wait(full_bar + stage * 8, parity);
 #pragma unroll
       for (int m = 0; m < MMAS; m++) {
         load_scales(m);
+        multiply_promoted(d[0], m);
         wgmma_wait_group<0>();
 #pragma unroll
         for (int i = 0; i < BLOCK_N / 2; i++) pin(d[0][i]);
+        if (m == MMAS - 1) release(empty_bar + stage * 8);
         promote(sum[m], d[0], scale);
-        if (m == MMAS - 1) {
-          release(empty_bar + (MMAS == 1 ? stage : last) * 8);
-          if (MMAS == 1) advance();
-          if (MMAS == 1 && more) mbarrier_wait(full_bar + stage * 8, parity);
-          multiply_promoted(d[0]);
-        } else {
-          multiply_promoted(d[0], m + 1);
-          if (m == MMAS - 2) advance();
-          if (m == MMAS - 2 && more) mbarrier_wait(full_bar + stage * 8, parity);
-        }
       }
+      advance();
     };
     // SETS 2: starts the next stage's products and adds those under way. ptxas follows products past the end of a loop's body
     // only if all are awaited at its beginning (`first`): there the other warpgroup's alone are under way.
@@ -398,7 +392,7 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
       promote(sums, products, scale);
     };
     if (PROMOTE && K_BLOCKS < 4 * UNROLLED) pin(k_end);  // a loop that is unrolled away lets ptxas wait too early
-    if (PROMOTE) {
+    if (PROMOTE && MMAS == 1) {
       mbarrier_wait(full_bar + stage * 8, parity);
       multiply_promoted(d[SETS - 1]);
     }
@@ -444,6 +438,9 @@ gemm(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap 
 #pragma unroll
           for (int j = 0; j < UNROLLED; j++)
             go_on_and_add(sum[0], d[1 - j % 2], d[j % 2], j == 0, j + 1 < UNROLLED || k + UNROLLED < k_end || unit + step < units);
+      } else if constexpr (PROMOTE && MMAS > 1) {
+#pragma unroll 4  // so ptxas asks for a stage under the additions before
+        for (int k = k_begin; k < k_end; k++) multiply_and_add();
       } else if constexpr (PROMOTE) {
 #pragma unroll 1
         for (int k = k_begin; k + 1 < k_end; k++) add_and_go_on(true);

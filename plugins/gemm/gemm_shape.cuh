@@ -3,8 +3,8 @@
 //
 // Constants: GEMM_N, GEMM_K; OPERAND (0 e4m3, 1 bf16, 2 f16); OUT (0 bf16, 1 f16, 2 f32: also what SWIGLU rounds gate and up
 // to); SWIGLU; QUANT (output e4m3); X_SCALE (0 none, 1 scalar, 2 per token, 3 blockwise), W_SCALE (0 none, 1 per column,
-// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic; BUFFERS (a warpgroup's, of 64 rows x CHUNK). With ADD the output is the
-// sum with what `added` maps.
+// 2 blockwise), BIAS; PROMOTE; TMA_STORE; the tactic; SCALE_VECTOR (k blocks whose scales come at once), SCALES_BY_TMA;
+// BUFFERS (a warpgroup's, of 64 rows x CHUNK). With ADD the output is the sum with what `added` maps.
 #include "fp8/types.cuh"
 #ifndef ADD
 #define ADD 0
@@ -30,7 +30,9 @@ constexpr bool SCALED = W_SCALE == 1 || X_SCALE == 1, BLOCKWISE = X_SCALE == 3;
 constexpr int SHARED_N = W_GROUP == 8 ? 8 : BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : BLOCK_N % 32 == 0 ? 32 : 16;
 constexpr int COLUMNS = BLOCKWISE && W_GROUP > 8 ? BLOCK_N / SHARED_N : 0;  // scales of them that registers hold
 // A ring of scales: a slot holds SCALE_VECTOR k blocks, side by side, of the tile's rows, then of its columns.
-constexpr int SLOT = (BLOCK_M + BLOCK_N / SHARED_N + 3) / 4 * 4 * SCALE_VECTOR;
+constexpr int SLOT_ROWS = SCALES_BY_TMA ? 8 : 4;  // it is a multiple of so many; TMA writes to multiples of 128 bytes
+constexpr int SLOT = (BLOCK_M + BLOCK_N / SHARED_N + SLOT_ROWS - 1) / SLOT_ROWS * SLOT_ROWS * SCALE_VECTOR;
+constexpr int SCALE_BYTES = (BLOCK_M + COLUMNS) * SCALE_VECTOR * 4;  // of a slot, that come by TMA
 constexpr int SLOTS = BLOCKWISE ? (STAGES + 2 * SCALE_VECTOR - 1) / SCALE_VECTOR : 0;
 constexpr int AHEAD = STAGES < 3 ? STAGES : 3;            // stages of weights that are asked for before x, where no tile follows
 constexpr int CONSUMERS = PINGPONG ? 1 : WARPGROUPS;     // warpgroups that read a stage
@@ -39,6 +41,7 @@ static_assert(TILE_ROWS % 64 == 0 && BLOCK_N % 16 == 0 && TILE_BYTES % 32 == 0);
 static_assert(CLUSTER == CLUSTER_M || CLUSTER == CLUSTER_N || CLUSTER == SPLIT, "a cluster has one purpose");
 static_assert(SPLIT == 1 || (!PINGPONG && BLOCK_M * BLOCK_N * 4 <= STAGES * STAGE_BYTES && SPLIT <= K_BLOCKS));
 static_assert(!PROMOTE || (OPERAND == 0 && !PINGPONG && (MMAS == 1 || SETS == 1)));
+static_assert(!SCALES_BY_TMA || (COLUMNS && SCALE_VECTOR == 4 && SPLIT == 1), "TMA copies multiples of 16 bytes");
 static_assert(!ADD || (PINGPONG && TMA_STORE && !SWIGLU && !QUANT));
 static_assert(SETS == 1 || (SETS == 2 && PROMOTE && K_BLOCKS % (2 * SPLIT) == 0));
 // SETS 2: k blocks in the body of the loop, and those before it.

@@ -31,7 +31,8 @@ PROMOTION = 250  # clocks that the tensor cores idle in a k block while its prod
 SCALE = 20  # and for each scale of its columns beyond the first
 SECOND_SET = 0.98  # of the time that a tile takes with one; of two warpgroups up to SHORT k blocks, beyond that longer
 SHORT = 64
-LARGE_EPILOGUE = 5000  # clocks more of a tile of 256 rows that is promoted: there is room for one store buffer
+LARGE_PROMOTION = 215  # the same of 64 rows where a warpgroup has 128
+LARGE_EPILOGUE = 1500  # clocks more of such a tile where a fourth stage leaves room for one store buffer only
 OFFERED = 6  # candidates that are worth timing
 SUSTAINED = 2048  # tokens from which on steps are long
 STAYING = 12 << 20  # bytes of x that stay in the L2 cache while w passes through it
@@ -118,6 +119,12 @@ class Problem:
         """Blockwise scales of a row that are loaded at once: 16 bytes where K and its parts divide so."""
         return next(v for v in (4, 2, 1) if self.k_blocks % (v * t.SPLIT) == 0 or v == 1)
 
+    def scales_by_tma(self, t: ManyTokens) -> bool:
+        """Whether blockwise scales come by TMA: in tiles of 256 rows (for others a warp copies them faster) where rows
+        of scales are multiples of 16 bytes."""
+        blocks = self.blockwise and self["W_GROUP"] == SCALE_BLOCK
+        return blocks and t.BLOCK_M == 256 and self.scale_vector(t) == 4
+
     def scale_slots(self, t: ManyTokens) -> int:
         """Scales of a row that shared memory holds: those of the stages, and what is loaded beside them."""
         v = self.scale_vector(t)
@@ -144,7 +151,8 @@ class Problem:
         filled = 16 * self._values.get("ADD", 0)
         vectors = (int(self["W_SCALE"] == 1 or self["X_SCALE"] == 1) + self["BIAS"]) * t.BLOCK_N * 4
         width = min(self["W_GROUP"], math.gcd(t.BLOCK_N, SCALE_BLOCK))
-        scales = self.blockwise * self.scale_slots(t) * (t.BLOCK_M + (t.BLOCK_N // width + 3) // 4 * 4) * 4
+        whole = 8 if self.scales_by_tma(t) else 4
+        scales = self.blockwise * self.scale_slots(t) * (-(-(t.BLOCK_M + t.BLOCK_N // width) // whole) * whole) * 4
         return stages + t.warpgroups * (buffers + vectors + filled) + scales + 16 * t.STAGES
 
 
@@ -214,8 +222,8 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
             few_tiles = -(-tokens // block_m) * -(-p.n // block_n) <= clusters(split)
             if tokens <= block_m * (cluster_m - 1) or p.n <= block_n * (cluster_n - 1):
                 continue
-            if p["PROMOTE"] and cluster_m * cluster_n > 2:
-                continue  # pairs gain little already
+            if p["PROMOTE"] and cluster_m * cluster_n > (2 if rows == 64 else 1):
+                continue  # pairs gain little already, and lose with 256 rows
             if block_m // cluster_n % 8 or block_n // cluster_m % 8:  # parts are whole swizzle atoms
                 continue
             if split > 1 and (pingpong or not few_tiles or p.k_blocks < 4 * split or (p["PROMOTE"] and rows > 64)):
@@ -225,6 +233,8 @@ def enumerate_tactics(p: Problem, tokens: int) -> Iterator[ManyTokens]:
                 t = deepest(p, ManyTokens(block_m, block_n, 0, pingpong, cluster_m, cluster_n, split, sets))
                 if t and (split == 1 or t.STAGES * (block_m + block_n) * ATOM >= block_m * block_n * 4):
                     yield t
+                if t and p["PROMOTE"] and rows > 64 and t.STAGES > 3:  # with buffers for all of a tile
+                    yield replace(t, STAGES=3)
 
 
 def deepest(p: Problem, t: ManyTokens) -> ManyTokens | None:
@@ -265,7 +275,7 @@ def cost(t: ManyTokens, p: Problem, tokens: int) -> float:
         main *= SECOND_SET if t.warpgroups == 1 or p.k_blocks <= SHORT else 1 / SECOND_SET
     writers = 2 if t.warpgroups == 2 and not t.PINGPONG else 1
     epilogue = 500 + 0.155 * t.BLOCK_M * t.BLOCK_N / writers * (1 + 0.5 * p["SWIGLU"])
-    epilogue += LARGE_EPILOGUE * (p["PROMOTE"] and t.BLOCK_M == 256)
+    epilogue += LARGE_EPILOGUE * (p["PROMOTE"] and t.BLOCK_M == 256 and p.buffers(t) == 1)
     waves = units / clusters(t.cluster)
     warm, whole = min(1.0, waves / 8), 0.68
     main *= 1 + 0.1 * warm * max(0.0, t.BLOCK_N / 128 - 1)
@@ -287,7 +297,8 @@ def promotion(t: ManyTokens, p: Problem) -> int:
     It is of 64 rows of a warpgroup: one of 128 promotes twice in a k block.
     """
     scales = t.BLOCK_N // math.gcd(t.BLOCK_N, SCALE_BLOCK) if p.blockwise and p["W_GROUP"] == SCALE_BLOCK else 1
-    return (PROMOTION + SCALE * (scales - 1)) * (t.BLOCK_M // t.warpgroups // 64)
+    rows = t.BLOCK_M // t.warpgroups
+    return ((PROMOTION if rows == 64 else LARGE_PROMOTION) + SCALE * (scales - 1)) * (rows // 64)
 
 
 def kernels(plugin: Plugin, tactic: ManyTokens, inputs: Sequence[Tensor | None]) -> tuple[Kernel, ...]:
@@ -299,7 +310,7 @@ def kernel(p: Problem, t: ManyTokens) -> Kernel:
     knobs = {"BLOCK_M": t.BLOCK_M, "BLOCK_N": t.BLOCK_N, "STAGES": t.STAGES, "PINGPONG": t.PINGPONG}
     knobs["GROUP"] = t.group(p.k_blocks * ATOM)
     knobs |= {"CLUSTER_M": t.CLUSTER_M, "CLUSTER_N": t.CLUSTER_N, "SPLIT": t.SPLIT, "SETS": t.SETS}
-    knobs |= {"SCALE_VECTOR": p.scale_vector(t), "BUFFERS": p.buffers(t)}
+    knobs |= {"SCALE_VECTOR": p.scale_vector(t), "SCALES_BY_TMA": int(p.scales_by_tma(t)), "BUFFERS": p.buffers(t)}
     return Kernel("gemm", "gemm.cu", "gemm", p.constants + tuple(knobs.items()))
 
 
@@ -329,6 +340,9 @@ def bind(
     count = ctypes.c_int(0)
     if added is not None:
         p, further = adding(p), [*further, matrix_map(added, chunk // added.element_size(), 64, chunk)]
+    if p.scales_by_tma(tactic):
+        assert x_scale is not None
+        further = [*further, matrix_map(x_scale, p.scale_vector(tactic), tactic.BLOCK_M, 0)]
     args = [x_map, w_map, y_map, x_scale, w_scale, bias, out_scale, y, count, *further]
     threads = 128 * (tactic.warpgroups + 1)
     launch = Launch(functions[0], threads, args, p.shared(tactic), cluster=tactic.cluster)
