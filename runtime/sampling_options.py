@@ -6,13 +6,14 @@ stay on the device, in a table [slots, max_seq_len] made at the first penalty: t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fp8.builder.engine import Limits
+from fp8.plugins.sampling.memory import ORDER, TYPICAL, group_rows, penalty_bytes
 from fp8.runtime.logits import keep_likely, keep_near_best, keep_typical, penalize
 from fp8.runtime.logprobs import LogprobTable, logprob_table
 from fp8.runtime.request import Request
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 Choose = Callable[["torch.Tensor"], "torch.Tensor"]  # logits [L, V] -> tokens int32 [L]
+PENALTIES = (
+    "penalized", "slot", "prompt", "length", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+TRUNCATIONS = ("truncated", "temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Options:
     changed: int  # rows whose logits change
     penalized: int  # rows with penalties
     longest: int  # tokens before the next of the longest of them
-    truncated: bool
+    truncated: int  # rows of which some tokens may be left out
     ordered: bool  # some row has top_k or top_p
     typical: bool
     logprob_rows: tuple[int, ...]
@@ -97,7 +102,7 @@ def options_of(rows: Sequence[Row], history: History) -> Options | None:
     fresh = history.fresh([sampling[i] for i in penalized])
     arrays["fresh_slot"] = _int(r.slot for r in fresh)
     arrays["fresh_length"] = _int(len(r.tokens) for r in fresh)
-    arrays["fresh"] = _int(t for r in fresh for t in r.tokens)
+    arrays["fresh"] = np.fromiter((t for r in fresh for t in r.tokens), np.int32)
     listed = [i for i, p in enumerate(params) if p.logprobs is not None]
     arrays["logprob_rows"] = _int(listed)
     asked = [params[i].logprob_token_ids for i in listed]
@@ -110,7 +115,7 @@ def options_of(rows: Sequence[Row], history: History) -> Options | None:
         changed=len({*penalized, *truncated, *(i for i, _, _ in biases), *(i for i, _ in masks)}),
         penalized=len(penalized),
         longest=max((_length(sampling[i]) for i in penalized), default=0),
-        truncated=bool(truncated),
+        truncated=len(truncated),
         ordered=any(params[i].top_k or params[i].top_p < 1 for i in truncated),
         typical=any(params[i].typical_p < 1 for i in truncated),
         logprob_rows=tuple(listed),
@@ -130,11 +135,11 @@ class OptionSampler:
     def sample(self, options: Options, logits: torch.Tensor, choose: Choose) -> Drawn:
         """Changes `logits` [L, V] in place and lets `choose` take the tokens. Log-probabilities are those of the logits
         as they came; of beams the candidates are those after the changes, which act on log-probabilities there."""
-        on_device = _upload(options.arrays, logits)
+        on_device = _upload({k: v for k, v in options.arrays.items() if not k.startswith("fresh")}, logits)
         listed = on_device["logprob_rows"]
         log_p = logits.index_select(0, listed).log_softmax(1) if options.logprobs else None
         if options.penalized:
-            self._write_history(options.arrays, on_device["fresh"])
+            self._write_history(options.arrays)
         beams, candidates = on_device["beam_rows"], None
         if options.beam_rows:
             logits.index_copy_(0, beams, logits.index_select(0, beams).log_softmax(1))
@@ -160,35 +165,43 @@ class OptionSampler:
         at, bias = (on_device["bias_row"], on_device["bias_token"]), on_device["bias"]
         logits.index_put_(at, logits[at] + bias)
         if options.penalized:
-            rows, slots = on_device["penalized"], on_device["slot"]
-            history = self._history_table()[:, : options.longest].index_select(0, slots)
-            penalties = [on_device[f"{name}_penalty"] for name in ("repetition", "presence", "frequency")]
-            changed = penalize(
-                logits.index_select(0, rows), history, on_device["prompt"], on_device["length"], *penalties
-            )
-            logits.index_copy_(0, rows, changed)
+            scratch = penalty_bytes(options.longest, logits.shape[1])
+            for group in _groups(on_device, PENALTIES, options.penalized, scratch):
+                self._penalize(options.longest, group, logits)
         at = (on_device["mask_row"], on_device["mask_token"])
         logits.index_put_(at, torch.full_like(on_device["mask_row"], -torch.inf, dtype=logits.dtype))
         if options.truncated:
-            rows = on_device["truncated"]
-            taken = logits.index_select(0, rows)
-            kept = self._truncate(options, on_device, taken / on_device["temperature"][:, None])
-            logits.index_copy_(0, rows, torch.where(kept > -torch.inf, taken, -torch.inf))
+            scratch = (TYPICAL if options.typical else ORDER) * logits.shape[1]
+            for group in _groups(on_device, TRUNCATIONS, options.truncated, scratch):
+                self._truncate(options, group, logits)
+
+    def _penalize(self, longest: int, rows: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
+        history = self._history_table()[:, :longest].index_select(0, rows["slot"])
+        changed = penalize(logits.index_select(0, rows["penalized"]), history, *(rows[n] for n in PENALTIES[2:]))
+        logits.index_copy_(0, rows["penalized"], changed)
 
     @staticmethod
-    def _truncate(options: Options, on_device: dict[str, torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+    def _truncate(options: Options, rows: dict[str, torch.Tensor], logits: torch.Tensor) -> None:
         import torch
 
+        taken = logits.index_select(0, rows["truncated"])
+        scores = taken / rows["temperature"][:, None]
         scores = torch.where(scores.isnan(), -torch.inf, scores)
         if options.ordered:
-            scores = keep_likely(scores, on_device["top_k"], on_device["top_p"])
-        scores = keep_near_best(scores, on_device["min_p"])
-        return keep_typical(scores, on_device["typical_p"]) if options.typical else scores
+            scores = keep_likely(scores, rows["top_k"], rows["top_p"])
+        scores = keep_near_best(scores, rows["min_p"])
+        if options.typical:
+            scores = keep_typical(scores, rows["typical_p"])
+        logits.index_copy_(0, rows["truncated"], torch.where(scores > -torch.inf, taken, -torch.inf))
 
-    def _write_history(self, arrays: dict[str, np.ndarray], tokens: torch.Tensor) -> None:
-        table, begin = self._history_table(), 0
+    def _write_history(self, arrays: dict[str, np.ndarray]) -> None:
+        """Straight into the table: prompts that share their beginning may be long, and many in a step."""
+        import torch
+
+        table, tokens, begin = self._history_table(), torch.from_numpy(arrays["fresh"]), 0
         for slot, length in zip(arrays["fresh_slot"].tolist(), arrays["fresh_length"].tolist(), strict=True):
-            table[slot, :length] = tokens[begin : begin + length]
+            given = tokens[begin : begin + length]
+            table[slot, :length].copy_(given.pin_memory() if table.is_cuda else given, non_blocking=True)
             begin += length
 
     def _history_table(self) -> torch.Tensor:
@@ -198,6 +211,15 @@ class OptionSampler:
             shape = (self._limits.max_batch_size, self._limits.max_seq_len)
             self._history = torch.zeros(shape, dtype=torch.int32, device=self._device)
         return self._history
+
+
+def _groups(
+    on_device: dict[str, torch.Tensor], names: Sequence[str], rows: int, row_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Arrays of one value per row, for as many rows at a time as the scratch is meant for."""
+    step = group_rows(row_bytes)
+    for begin in range(0, rows, step):
+        yield {name: on_device[name][begin : begin + step] for name in names}
 
 
 def _masked(row: Row) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
@@ -12,8 +13,11 @@ import hf_llama
 import pytest
 import tiny_engine
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fp8.builder.engine import Limits
+from fp8.plugins.sampling import memory
 from fp8.runtime.llm import LLM, Completion, sample_seed
 from fp8.runtime.logits import keep_likely, keep_near_best, keep_typical
 from fp8.runtime.request import Request
@@ -285,3 +289,51 @@ def test_what_the_engine_does_not_have_is_refused(tmp_path: Path, wrong: dict[st
     with pytest.raises(RequestError, match=message):
         llm.generate([[1]], SamplingParams(**wrong))
     assert not llm.worker.busy
+
+
+# --- memory ---
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes at a time of tensors that are made within, with what torch's sort takes beside them on a GPU:
+    places and values, and copies of both for the radix sort; places once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._held = 0, Counter[tuple[int, int]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and not (args and t is args[0]):
+                storage = t.untyped_storage()
+                key = (storage.data_ptr(), storage.nbytes())
+                self._held[key] += 1
+                weakref.finalize(t, self._held.subtract, [key])
+        scratch = args[0].numel() * (24 + 2 * args[0].itemsize) if "sort" in str(func) else 0
+        self.most = max(self.most, scratch + sum(size for (_, size), holders in self._held.items() if holders > 0))
+        return out
+
+
+@pytest.mark.parametrize(("vocabulary", "length"), [(4096, 256), (512, 4096)])
+@pytest.mark.parametrize("group", [1 << 20, 1 << 40])
+def test_options_take_no_more_memory_than_the_budget_has_for_them(
+    vocabulary: int, length: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "GROUP", group)
+    limits = Limits(32, length, 64)
+    rows = rows_with_every_option([([1] * (length // 2), [2] * (length // 2 - 1))] * 32)
+    options, raw = options_of(rows, History()), torch.randn(32, vocabulary)
+    assert options is not None
+    with Peak() as peak:
+        OptionSampler(limits, raw.device).sample(options, raw, lambda x: x.argmax(1).int())
+    budget = memory.option_bytes(32, length, vocabulary, 32)
+    assert budget / 2 < peak.most <= budget
+
+
+def test_rows_in_groups_come_out_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(i, SamplingParams(**{"temperature": 0.9, **MIXED[i % 16]}), *TEXTS[i % 8]) for i in range(32)]
+    expected = changed(rows, logits(1, 32))
+    monkeypatch.setattr(memory, "GROUP", 5 * memory.TYPICAL * V)
+    assert memory.group_rows(memory.TYPICAL * V) == 5
+    assert torch.equal(changed(rows, logits(1, 32)), expected)
