@@ -384,7 +384,8 @@ def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:
     blocks, batch = b.blocks(gpu_memory), built.limits.max_batch_size
     rows = {
         "weights": b.weights, "activations": b.activations, "workspace": b.workspace,
-        "inputs and outputs": b.inputs_and_outputs, f"KV block of {built.limits.block_size} tokens": b.kv_block,
+        "inputs and outputs": b.inputs_and_outputs, "options of sampling": b.sampling,
+        f"KV block of {built.limits.block_size} tokens": b.kv_block,
         f"KV cache of {batch} full sequences": b.kv_block * per_sequence * batch,
     }  # fmt: skip
     fits = (

@@ -23,6 +23,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fp8.plugins.sampling.memory import option_bytes
+
 FORMAT_VERSION = 3
 PIECE = 16 << 20  # bytes of a file that are hashed by themselves
 
@@ -191,6 +193,19 @@ class Plan:
             index = {b.name: b for b in self.buffers}
             object.__setattr__(self, "_cached_index", index)
         return index
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Device memory that options of sampling take at most, in the stage that has the logits."""
+        place, limits = self.compatibility, self.limits
+        if place.rank // place.tp_size < place.pp_size - 1:
+            return 0
+        return option_bytes(
+            limits.max_batch_size,
+            limits.max_seq_len,
+            self.model.vocab_size,
+            min(limits.logits_rows, limits.max_num_tokens),
+        )
 
     def to_json(self) -> str:
         facts = dataclasses.asdict(self)

@@ -58,11 +58,12 @@ class Budget:
     activations: int
     workspace: int
     inputs_and_outputs: int
+    sampling: int  # what options such as penalties and top-p take
     kv_block: int  # one block of `block_size` tokens over all layers
 
     @property
     def fixed(self) -> int:
-        return self.weights + self.activations + self.workspace + self.inputs_and_outputs
+        return self.weights + self.activations + self.workspace + self.inputs_and_outputs + self.sampling
 
     def blocks(self, memory: int) -> int:
         """KV blocks that fit beside the rest into `memory` bytes; negative if the rest does not fit."""
@@ -74,5 +75,10 @@ def budget(plan: Plan) -> Budget:
     for buffer in plan.buffers:
         sizes[buffer.kind] += buffer_bytes(buffer, plan.limits)
     return Budget(
-        sizes["weight"], plan.arena_bytes, plan.workspace_bytes, sizes["input"] + sizes["output"], sizes["kv_cache"]
+        sizes["weight"],
+        plan.arena_bytes,
+        plan.workspace_bytes,
+        sizes["input"] + sizes["output"],
+        plan.sampling_bytes,
+        sizes["kv_cache"],
     )

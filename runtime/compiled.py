@@ -63,22 +63,23 @@ def buffer_bytes(plan: Plan, buffer: Buffer) -> int:
 
 
 def fixed_bytes(plan: Plan) -> int:
-    """Device memory that does not depend on the KV pool: weights, activations, workspace, outputs."""
+    """Device memory that does not depend on the KV pool: weights, activations, workspace, outputs, what options of
+    sampling take."""
     apart = (b for b in plan.buffers if b.kind == "weight" or (b.kind == "output" and b.offset is None))
-    return sum(buffer_bytes(plan, b) for b in apart) + plan.arena_bytes + plan.workspace_bytes
+    return sum(buffer_bytes(plan, b) for b in apart) + plan.arena_bytes + plan.workspace_bytes + plan.sampling_bytes
 
 
 def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
     """Blocks that `fraction` of the memory left beside the fixed buffers holds, never more than all sequences need.
 
-    Raises EngineError, before anything is loaded, if weights and activations, or one whole sequence, or a
+    Raises EngineError, before anything is loaded, if weights, activations and sampling, or one whole sequence, or a
     block for each sequence of the batch, do not fit.
     """
     need, limits = fixed_bytes(plan) + RESERVE, plan.limits
     if need > free:
         raise EngineError(
-            f"the engine needs {_gib(need)} for weights and activations, {_gib(need - free)} more than are free on the "
-            "GPU; free some, or build with a smaller --max_num_tokens"
+            f"the engine needs {_gib(need)} for weights, activations and sampling, {_gib(need - free)} more than are "
+            "free on the GPU; free some, or build with a smaller --max_num_tokens or --max_batch_size"
         )
     per_sequence = limits.sequence_blocks
     size = kv_block_bytes(plan)

@@ -66,7 +66,7 @@ def add_session_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--kv_cache_free_gpu_memory_fraction", type=fraction, default=0.9,
-        help="share of the GPU memory left after weights and activations that the KV pool takes",
+        help="share of the GPU memory left after weights, activations and sampling that the KV pool takes",
     )  # fmt: skip
     add_rank_arguments(p)
 

@@ -190,9 +190,12 @@ def test_sampling_options_end_the_graph_at_the_logits(on_stubs: Path, monkeypatc
 def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
     plan = engine_format.load(engine_dir).plan
     block, need = reference.kv_block_bytes(plan), compiled.fixed_bytes(plan) + compiled.RESERVE
+    first = dataclasses.replace(plan, compatibility=dataclasses.replace(plan.compatibility, pp_size=2))
+    assert need > compiled.RESERVE + plan.sampling_bytes > compiled.RESERVE, "for any request's options"
+    assert compiled.fixed_bytes(first) == compiled.fixed_bytes(plan) - plan.sampling_bytes
     assert compiled.pool_blocks(plan, need + 2 * block * 12, 0.5) == 12
     assert compiled.pool_blocks(plan, need + 10**9, 0.9) == 12, "never more than all sequences need"
-    with pytest.raises(EngineError, match=r"for weights and activations, 0.1 GiB more than are free"):
+    with pytest.raises(EngineError, match=r"for weights, activations and sampling, 0.1 GiB more than are free"):
         compiled.pool_blocks(plan, need - 1, 0.9)
     with pytest.raises(EngineError, match=r"1 blocks, and one sequence of max_seq_len 128 needs 2, 0.1 GiB more"):
         compiled.pool_blocks(plan, need + block + 1, 1.0)
