@@ -214,12 +214,14 @@ def test_tactics_survive_the_plan_and_fit_the_shared_memory() -> None:
             assert prefill.shared_bytes(case.plugin.head_dim, fp8, tactic) <= prefill.SHARED_LIMIT
 
 
-def test_work_list_has_room_for_every_piece() -> None:
+@pytest.mark.parametrize("fp8", [True, False])
+def test_work_list_has_room_for_every_piece(fp8: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         lengths = torch.randint(1, 600, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator)
-        pieces = sum(-(-int(n) // prefill.UNIT) for n in lengths)
-        assert pieces <= prefill.most_pieces(int(lengths.sum()), len(lengths))
+        for rows, longest in ((prefill.UNIT, prefill.LONG), (prefill.tile_rows(fp8), prefill.LONG - 1)):
+            pieces = sum(-(-int(n) // rows) for n in lengths)
+            assert pieces <= prefill.most_pieces(int(lengths.sum()), len(lengths), fp8, longest)
 
 
 @pytest.mark.parametrize("tokens", [2, 7, 64])
@@ -269,10 +271,13 @@ def test_kernels_write_the_references_bits_into_the_cache() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("heads", [(8, 2), (32, 8)])  # whose rows are divided into other pieces
 @pytest.mark.parametrize(("prompt", "chunk"), [(700, 77), (1000, 333), (2500, 1001)])
-def test_the_last_rows_of_a_prompt_are_the_same_bits_as_a_chunk_of_their_own(prompt: int, chunk: int) -> None:
+def test_the_last_rows_of_a_prompt_are_the_same_bits_as_a_chunk_of_their_own(
+    prompt: int, chunk: int, heads: tuple[int, int]
+) -> None:
     """With an e4m3 cache, whose sums of 1024 tokens are cut by the tokens' places in the context alone."""
-    case = cases.case("whole", cases.whole(prompt))
+    case = cases.case("whole", cases.whole(prompt), heads)
     given = case.make(torch.Generator("cuda").manual_seed(3), "cuda")
     kinds, packed = types_of(given), list(given)
     packed[8], packed[9] = layout.pack_cache(given[8], given[9])

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 E4M3 = "float8_e4m3fn"
 TILE = 128  # tokens of a K or V tile
+LONG = 2048  # tokens of the longest context from which on divisions into more pieces are weighed (tiles.cuh)
 UNIT = 64  # query rows of a consumer warpgroup, the fewest of a piece that does not end its sequence
 SHARED_LIMIT = 226 * 1024  # bytes of dynamic shared memory; barriers take less than the 1 KB left
 TILE_ENTRY = 16  # bytes of the work list: tiles.cuh
@@ -108,16 +109,17 @@ def kernels(plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None])
     return (Kernel("attention", "prefill.cu", "prefill", (*constants, ("STAGES", tactic.prefill_stages))),)
 
 
-def most_pieces(tokens: int, sequences: int) -> int:
-    """Bound of the number of pieces that rows are divided into: every sequence has at most one that is smaller."""
-    return tokens // UNIT + sequences
+def most_pieces(tokens: int, sequences: int, fp8: bool, max_context: int = LONG) -> int:
+    """Bound of the number of pieces that rows are divided into: every sequence has at most one that is smaller, and
+    there are more than the fewest only where a context has LONG tokens."""
+    return tokens // (UNIT if max_context >= LONG else tile_rows(fp8)) + sequences
 
 
 def workspace(
     plugin: Attention, tactic: Prefill, inputs: Sequence[Tensor | None], max_tokens: int, max_sequences: int
 ) -> int:
     """The work list, which the first part writes: its length, then its tiles."""
-    return TILE_ENTRY * (1 + most_pieces(max_tokens, max_sequences))
+    return TILE_ENTRY * (1 + most_pieces(max_tokens, max_sequences, _fp8(inputs)))
 
 
 def bind(
@@ -143,7 +145,8 @@ def bind(
     multiprocessors = torch.cuda.get_device_properties(y.device).multi_processor_count
 
     def run(step: StepShape) -> None:
-        pieces = most_pieces(step.tokens - step.decode_sequences, step.sequences - step.decode_sequences)
+        rows, sequences = step.tokens - step.decode_sequences, step.sequences - step.decode_sequences
+        pieces = most_pieces(rows, sequences, fp8, step.max_context)
         beside.value = step.decode_sequences > 0
         launch(min(multiprocessors, pieces * plugin.num_heads))
 
