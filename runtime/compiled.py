@@ -63,19 +63,20 @@ def buffer_bytes(plan: Plan, buffer: Buffer) -> int:
 
 
 def fixed_bytes(plan: Plan) -> int:
-    """Device memory that does not depend on the KV pool: weights, activations, workspace, outputs, what options of
-    sampling take."""
+    """Device memory that does not depend on the KV pool: weights, activations, workspace, outputs."""
     apart = (b for b in plan.buffers if b.kind == "weight" or (b.kind == "output" and b.offset is None))
-    return sum(buffer_bytes(plan, b) for b in apart) + plan.arena_bytes + plan.workspace_bytes + plan.sampling_bytes
+    return sum(buffer_bytes(plan, b) for b in apart) + plan.arena_bytes + plan.workspace_bytes
 
 
 def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
     """Blocks that `fraction` of the memory left beside the fixed buffers holds, never more than all sequences need.
+    What options of sampling take comes out of the rest, and out of the pool only as far as the rest is too small.
 
     Raises EngineError, before anything is loaded, if weights, activations and sampling, or one whole sequence, or a
     block for each sequence of the batch, do not fit.
     """
-    need, limits = fixed_bytes(plan) + RESERVE, plan.limits
+    limits, beside = plan.limits, free - fixed_bytes(plan) - RESERVE
+    need = free - beside + plan.sampling_bytes
     if need > free:
         raise EngineError(
             f"the engine needs {_gib(need)} for weights, activations and sampling, {_gib(need - free)} more than are "
@@ -83,7 +84,7 @@ def pool_blocks(plan: Plan, free: int, fraction: float) -> int:
         )
     per_sequence = limits.sequence_blocks
     size = kv_block_bytes(plan)
-    blocks = int((free - need) * fraction) // size
+    blocks = min(int(beside * fraction), free - need) // size
     for name, wanted, what in (
         ("max_seq_len", per_sequence, f"one sequence of max_seq_len {limits.max_seq_len} needs"),
         ("max_batch_size", limits.max_batch_size, "one block for each sequence of max_batch_size makes"),

@@ -189,10 +189,13 @@ def test_sampling_options_end_the_graph_at_the_logits(on_stubs: Path, monkeypatc
 
 def test_memory_is_checked_before_anything_is_loaded(engine_dir: Path) -> None:
     plan = engine_format.load(engine_dir).plan
-    block, need = reference.kv_block_bytes(plan), compiled.fixed_bytes(plan) + compiled.RESERVE
+    block, fixed = reference.kv_block_bytes(plan), compiled.fixed_bytes(plan) + compiled.RESERVE
+    need = fixed + plan.sampling_bytes
     first = dataclasses.replace(plan, compatibility=dataclasses.replace(plan.compatibility, pp_size=2))
-    assert need > compiled.RESERVE + plan.sampling_bytes > compiled.RESERVE, "for any request's options"
-    assert compiled.fixed_bytes(first) == compiled.fixed_bytes(plan) - plan.sampling_bytes
+    assert plan.sampling_bytes > first.sampling_bytes == 0, "the last stage has the logits"
+    assert compiled.pool_blocks(plan, need + 7 * block, 1.0) == 7, "beside what options of sampling take"
+    assert compiled.pool_blocks(plan, fixed + 2 * max(7 * block, plan.sampling_bytes), 0.5) >= 7, "which has the rest"
+    assert compiled.pool_blocks(first, fixed + 7 * block, 1.0) == 7
     assert compiled.pool_blocks(plan, need + 2 * block * 12, 0.5) == 12
     assert compiled.pool_blocks(plan, need + 10**9, 0.9) == 12, "never more than all sequences need"
     with pytest.raises(EngineError, match=r"for weights, activations and sampling, 0.1 GiB more than are free"):
@@ -212,7 +215,9 @@ def test_a_card_that_is_too_small_is_told_before_weights_are_read(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (compiled.fixed_bytes(engine.plan), 0))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda: (compiled.fixed_bytes(engine.plan) + engine.plan.sampling_bytes, 0)
+    )
     new = SimpleNamespace(plan=engine.plan, device=torch.device("cuda", 0))
     with pytest.raises(EngineError, match=r"1\.0 GiB more than are free on the GPU"):
         Session._prepare_gpu(new, engine, None, 0.9)  # type: ignore[arg-type]
