@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from fp8.builder import engine, joins, measure, memory, pipeline, plan, report, taps, tune, weights
+from fp8.builder import engine, joins, measure, pipeline, plan, report, taps, tune, weights
 from fp8.builder.checkpoint import Checkpoint, read_json, token_ids
 from fp8.builder.engine import Compatibility, Limits, ModelInfo, Plan
 from fp8.builder.formats.base import Format
@@ -375,41 +375,3 @@ def write_common(plans: Sequence[Plan], source: Source, directory: Path) -> None
     for name in COPIED:
         if (source.checkpoint.directory / name).is_file():
             shutil.copyfile(source.checkpoint.directory / name, directory / name)
-
-
-def budget_lines(built: Plan, gpu_memory: int) -> list[tuple[str, str]]:
-    """The memory budget as rows (what, how much)."""
-    b = memory.budget(built)
-    per_sequence = built.limits.sequence_blocks
-    blocks, batch = b.blocks(gpu_memory), built.limits.max_batch_size
-    rows = {
-        "weights": b.weights, "activations": b.activations, "workspace": b.workspace,
-        "inputs and outputs": b.inputs_and_outputs, "options of sampling": b.sampling,
-        f"KV block of {built.limits.block_size} tokens": b.kv_block,
-        f"KV cache of {batch} full sequences": b.kv_block * per_sequence * batch,
-    }  # fmt: skip
-    fits = (
-        f"{blocks} ({blocks // per_sequence} sequences of {built.limits.max_seq_len})" if blocks > 0 else "does not fit"
-    )
-    return [*((k, size_text(v)) for k, v in rows.items()), (f"KV blocks in {size_text(gpu_memory)}", fits)]
-
-
-def check_fits(built: Plan, gpu_memory: int) -> None:
-    """Raises BuildError if a card of that size could not run the engine if it held nothing else."""
-    b, limits = memory.budget(built), built.limits
-    blocks = max(limits.sequence_blocks, limits.max_batch_size)
-    needed = b.fixed + blocks * b.kv_block
-    if needed > gpu_memory:
-        raise BuildError(
-            f"rank {built.compatibility.rank} takes {size_text(needed)} with KV blocks for one sequence of "
-            f"{limits.max_seq_len} tokens and one for each of {limits.max_batch_size} sequences, "
-            f"{size_text(needed - gpu_memory)} more than the {size_text(gpu_memory)} of --gpu_memory; divide the model "
-            "(--tp_size, --pp_size) or lower the limits"
-        )
-
-
-def size_text(count: int) -> str:
-    for unit, scale in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if count >= 1 << scale:
-            return f"{count / (1 << scale):.2f} {unit}"
-    return f"{count} B"

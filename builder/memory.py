@@ -1,12 +1,11 @@
-"""Where everything lives: liveness of the activations -> arena offsets, and the budget of a card."""
+"""Where activations live: their liveness -> offsets in one arena."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from fp8.builder.dtypes import BYTES
-from fp8.builder.engine import Buffer, Limits, Plan, Step
+from fp8.builder.engine import Buffer, Limits, Step
 
 ALIGNMENT = 256  # bytes; TMA wants 16, a full L2 sector line is 128, cudaMalloc gives 256
 
@@ -48,37 +47,3 @@ def place(
 
 def align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes that an engine takes on its device."""
-
-    weights: int
-    activations: int
-    workspace: int
-    inputs_and_outputs: int
-    sampling: int  # what options such as penalties and top-p take
-    kv_block: int  # one block of `block_size` tokens over all layers
-
-    @property
-    def fixed(self) -> int:
-        return self.weights + self.activations + self.workspace + self.inputs_and_outputs + self.sampling
-
-    def blocks(self, memory: int) -> int:
-        """KV blocks that fit beside the rest into `memory` bytes; negative if the rest does not fit."""
-        return (memory - self.fixed) // self.kv_block if self.kv_block else 0
-
-
-def budget(plan: Plan) -> Budget:
-    sizes = {kind: 0 for kind in ("weight", "activation", "input", "output", "kv_cache")}
-    for buffer in plan.buffers:
-        sizes[buffer.kind] += buffer_bytes(buffer, plan.limits)
-    return Budget(
-        sizes["weight"],
-        plan.arena_bytes,
-        plan.workspace_bytes,
-        sizes["input"] + sizes["output"],
-        plan.sampling_bytes,
-        sizes["kv_cache"],
-    )

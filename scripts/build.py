@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fp8.builder import build
+from fp8.builder import budget, build
 from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.engine import Plan
@@ -193,7 +193,7 @@ def _build(options: argparse.Namespace, source: Source, request: Request, card: 
         _summary(built, card, console)
     if options.dry_run:
         if request.target != "cpu":
-            build.check_fits(ranks.largest([b.plan for b in built]), card)
+            budget.check_fits(ranks.largest([b.plan for b in built]), card)
     elif level >= LOG_LEVELS.index("info"):
         of = f" of {len(built)} ranks" if len(built) > 1 else ""
         told = f"{options.output_dir}: {source.format.name} engine{of} for {request.target}"
@@ -225,7 +225,7 @@ def _summary(built: list[Built], card: int, console: Console) -> None:
         console.print(_shares([b.plan for b in built]))
     where = f"memory of rank {plan.compatibility.rank}, the largest" if len(built) > 1 else "memory"
     table = Table(where, "size", title=None)
-    for row in build.budget_lines(plan, card):
+    for row in budget.lines(plan, card):
         table.add_row(*row)
     console.print(table)
 

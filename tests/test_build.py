@@ -14,7 +14,7 @@ import tiny_checkpoint as tiny
 import torch
 from safetensors import safe_open
 
-from fp8.builder import build, engine, memory, plan, tune, weights
+from fp8.builder import budget, build, engine, memory, plan, tune, weights
 from fp8.builder.build import BuildError, Reporter, Request
 from fp8.builder.checkpoint import CheckpointError
 from fp8.builder.engine import Buffer, Limits, Step
@@ -197,19 +197,19 @@ def test_dead_activations_give_their_place_away():
 
 def test_the_budget_adds_up(tmp_path):
     _, written = built(tmp_path)
-    found = memory.budget(written)
+    found = budget.of(written)
     assert found.weights == sum(memory.buffer_bytes(b, written.limits) for b in written.buffers if b.kind == "weight")
     assert found.kv_block == 2 * 2 * 64 * 2 * 64  # layers, K and V, tokens, KV heads, head size; one byte each
     limits = written.limits
     rows = min(limits.logits_rows, limits.max_num_tokens)
     table, logprobs = 4 * limits.max_batch_size * limits.max_seq_len, 8 * rows * written.model.vocab_size
     assert found.sampling > table + logprobs, "and scratch"
-    assert dict(build.budget_lines(written, 1))["options of sampling"] == build.size_text(found.sampling)
+    assert dict(budget.lines(written, 1))["options of sampling"] == budget.size_text(found.sampling)
     first = dataclasses.replace(written, compatibility=dataclasses.replace(written.compatibility, pp_size=2))
-    assert memory.budget(first).sampling == 0, "the last stage has the logits"
+    assert budget.of(first).sampling == 0, "the last stage has the logits"
     assert found.blocks(found.fixed + 10 * found.kv_block) == 10
     assert found.blocks(0) < 0
-    assert dict(build.budget_lines(written, 1 << 10))["KV blocks in 1.00 KiB"] == "does not fit"
+    assert dict(budget.lines(written, 1 << 10))["KV blocks in 1.00 KiB"] == "does not fit"
 
 
 # Refusals

@@ -13,7 +13,7 @@ import tiny_checkpoint as tiny
 import torch
 import worker_tasks
 
-from fp8.builder import build, engine, memory, pipeline
+from fp8.builder import budget, build, engine, pipeline
 from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.parallel import ranks, workers
@@ -349,7 +349,7 @@ def test_a_dry_run_tells_the_memory_of_the_largest_rank(tmp_path, capsys):
     tiny.write(tmp_path, tiny.qformat("fp8"), **UNEVEN)
     arguments = ["--checkpoint_dir", str(tmp_path), "--dry_run", "--tp_size", "2", "--pp_size", "2", "--target", "cpu"]
     plans = [b.plan for b in ranks.dry_run(opened(tmp_path), Request(target="cpu", tp_size=2, pp_size=2), Reporter())]
-    sizes = [memory.budget(p).fixed + 64 * 4 * memory.budget(p).kv_block for p in plans]  # 64 sequences of 4 blocks
+    sizes = [budget.of(p).fixed + 64 * 4 * budget.of(p).kv_block for p in plans]  # 64 sequences of 4 blocks
     assert len(set(sizes)) == 4
     assert command.main(arguments) == 0
     text = capsys.readouterr().err

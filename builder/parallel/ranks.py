@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8.builder import build, memory, pipeline
+from fp8.builder import budget, build, pipeline
 from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.engine import Plan, unwritable
 from fp8.builder.parallel import workers
@@ -77,9 +77,9 @@ def largest(plans: Sequence[Plan]) -> Plan:
     """The rank that needs most memory, with one full sequence for every place of the batch."""
 
     def need(plan: Plan) -> int:
-        budget, limits = memory.budget(plan), plan.limits
+        taken, limits = budget.of(plan), plan.limits
         blocks = limits.sequence_blocks * limits.max_batch_size
-        return budget.fixed + budget.kv_block * blocks
+        return taken.fixed + taken.kv_block * blocks
 
     return max(plans, key=need)
 
