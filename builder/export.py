@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from fp8.builder.engine import write_atomically
 
 if TYPE_CHECKING:
-    from fp8.builder.build import Source
+    from fp8.builder.request import Source
 
 
 class ExportError(ValueError):

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fp8.builder import budget, build
-from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint, CheckpointError
 from fp8.builder.engine import Plan
 from fp8.builder.export import ExportError, export
@@ -24,9 +23,11 @@ from fp8.builder.parallel import ranks
 from fp8.builder.parallel.ranks import Built
 from fp8.builder.parallel.split import SplitError
 from fp8.builder.plan import LegalityError
+from fp8.builder.request import Reporter, Request, Source
 from fp8.builder.taps import TapError
 from fp8.builder.target import TARGETS
 from fp8.builder.verify import VerificationError
+from fp8.builder.workplace import BuildError, check_output
 from fp8.models import config as models
 from fp8.models.config import ConfigError
 from fp8.plugins.base import PluginError
@@ -162,7 +163,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     card = memory_size(options.gpu_memory)
     source = open_source(options.checkpoint_dir)
     if options.output_dir:
-        build.check_output(options.output_dir)
+        check_output(options.output_dir)
     if options.explain:
         print("\n".join(build.explain(source, request, request.place(options.rank or 0))))
         return

@@ -15,10 +15,10 @@ from pathlib import Path
 import onnx_graphsurgeon as gs
 
 from fp8.builder import build, engine
-from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.dtypes import BYTES, dtype_name
 from fp8.builder.engine import EngineError, Plan, write_atomically
+from fp8.builder.request import Reporter, Request, Source
 from fp8.builder.rewrite import DOMAIN
 from fp8.models import config as models
 from fp8.scripts.argument_types import new_file

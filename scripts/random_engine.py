@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fp8.builder import build
-from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import DTYPES, Checkpoint, CheckpointError, Entry
 from fp8.builder.formats.base import Format
 from fp8.builder.formats.base import load as load_format
 from fp8.builder.parallel import ranks
+from fp8.builder.request import Reporter, Request, Source
 from fp8.builder.shards import Planned
 from fp8.builder.target import TARGETS
+from fp8.builder.workplace import check_output
 from fp8.models.config import load as load_model
 from fp8.scripts import build as command
 from fp8.scripts.random_checkpoint import (
@@ -93,7 +94,7 @@ def write_random_engine(
     output: Path, config: dict[str, Any], format: Format, request: Request, reporter: Reporter, workers: int = 1
 ) -> None:
     """Builds every rank. Raises one of fp8-build's errors."""
-    build.check_output(output)
+    check_output(output)
     request = dataclasses.replace(request, hollow=True)
     if len(request.places) == 1:
         source = imagine(config, format)

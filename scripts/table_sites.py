@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp8.builder import build, measure, plan
-from fp8.builder.build import Reporter, Request
 from fp8.builder.dtypes import BYTES
 from fp8.builder.formats.base import load as load_format
+from fp8.builder.request import Reporter, Request
 from fp8.builder.tune import Site
 from fp8.scripts.random_checkpoint import PRESETS
 from fp8.scripts.random_engine import imagine

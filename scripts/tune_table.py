@@ -80,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from fp8.builder.build import BuildError
     from fp8.builder.formats.base import FormatError
     from fp8.builder.measure import machine
     from fp8.builder.tactic_table import TableError, read, write
     from fp8.builder.timer import Timer, TuneError
+    from fp8.builder.workplace import BuildError
     from fp8.plugins.base import PluginError
     from fp8.scripts import table_sites
     from fp8.scripts.provenance import provenance

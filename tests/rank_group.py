@@ -8,11 +8,11 @@ import onnx_graphsurgeon as gs
 import torch
 
 from fp8.builder import pipeline
-from fp8.builder.build import Request, Source
 from fp8.builder.interpret import step_inputs
 from fp8.builder.parallel.lockstep import Ranks
 from fp8.builder.parallel.pipeline import Place
 from fp8.builder.parallel.tensor import split
+from fp8.builder.request import Request, Source
 
 Sequences = list[tuple[list[int], int]]  # (new tokens, how many are cached)
 

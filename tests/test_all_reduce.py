@@ -15,9 +15,9 @@ import tiny_checkpoint as tiny
 import torch
 
 from fp8.builder import build
-from fp8.builder.build import Reporter, Request
 from fp8.builder.parallel import ranks
 from fp8.builder.parallel.lockstep import Group, Member
+from fp8.builder.request import Reporter, Request
 from fp8.builder.verify import sqnr
 from fp8.plugins.all_gather.plugin import AllGather
 from fp8.plugins.all_reduce import launch, region

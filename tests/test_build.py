@@ -15,15 +15,15 @@ import torch
 from safetensors import safe_open
 
 from fp8.builder import budget, build, engine, memory, plan, tune, weights
-from fp8.builder.build import BuildError, Reporter, Request
 from fp8.builder.checkpoint import CheckpointError
 from fp8.builder.engine import Buffer, Limits, Step
 from fp8.builder.export import ExportError, export
 from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
 from fp8.builder.measure import TuneError
 from fp8.builder.plan import LegalityError
+from fp8.builder.request import Reporter, Request
 from fp8.builder.verify import sqnr
-from fp8.builder.workplace import check_output, workplace
+from fp8.builder.workplace import BuildError, check_output, workplace
 from fp8.plugins import base
 from fp8.plugins.gemm_swiglu.reference import deinterleave
 from fp8.runtime.llm import LLM

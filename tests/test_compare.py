@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fp8.builder import build
-from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
+from fp8.builder.request import Reporter, Request, Source
 from fp8.models import config as models
 from fp8.scripts import compare, inspect
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fp8.builder import build
-from fp8.builder.build import Reporter, Request
+from fp8.builder.request import Reporter, Request
 from fp8.builder.taps import TapError
 from fp8.runtime.llm import LLM
 from fp8.runtime.request import SamplingParams

@@ -11,8 +11,8 @@ import tiny_checkpoint as tiny
 from safetensors import safe_open
 
 from fp8.builder import build, engine
-from fp8.builder.build import Reporter, Request
 from fp8.builder.engine import EngineError, Plan
+from fp8.builder.request import Reporter, Request
 
 
 @pytest.fixture(scope="module")

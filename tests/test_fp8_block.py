@@ -16,12 +16,12 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
 
-from fp8.builder.build import Request
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.formats.base import FormatError
 from fp8.builder.formats.fp8_block import Fp8Block
 from fp8.builder.interpret import Interpreter, empty_caches, step_inputs
 from fp8.builder.quantization_config import read_format
+from fp8.builder.request import Request
 from fp8.builder.weights import concatenate, prepared, to_torch
 from fp8.models import llama
 from fp8.plugins.base import PluginError, StepShape, Tensor

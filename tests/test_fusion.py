@@ -8,8 +8,9 @@ import pytest
 import tiny_checkpoint as tiny
 
 from fp8.builder import build, report
-from fp8.builder.build import BuildError, Reporter, Request
+from fp8.builder.request import Reporter, Request
 from fp8.builder.target import Journal
+from fp8.builder.workplace import BuildError
 
 ATTENTION = {f: ["attention"] for f in ("fp8", "fp8_channel", "bf16", "fp16")} | {
     f: ["attention", "quantize"] for f in ("fp8_rowwise", "fp8_block")

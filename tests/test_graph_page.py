@@ -15,8 +15,8 @@ import pytest
 import tiny_checkpoint as tiny
 
 from fp8.builder import build, engine
-from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
+from fp8.builder.request import Reporter, Request, Source
 from fp8.models import config as models
 from fp8.scripts import inspect, quantize
 from fp8.scripts.layout import place

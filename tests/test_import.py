@@ -16,13 +16,13 @@ import transformers
 from quantized_elsewhere import E4M3, FLOAT8, compressed, edit_config
 from safetensors.torch import load_file, save_file
 
-from fp8.builder.build import Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.graph import stored_array
 from fp8.builder.imports.base import names
 from fp8.builder.interpret import empty_caches, step_inputs
 from fp8.builder.parallel import ranks
 from fp8.builder.quantization_config import read_format
+from fp8.builder.request import Reporter, Request, Source
 from fp8.builder.verify import ExactInterpreter, exact, float64_by_default
 from fp8.models import config as models
 from fp8.models import llama

@@ -9,7 +9,7 @@ import pytest
 import tiny_checkpoint as tiny
 
 from fp8.builder import build
-from fp8.builder.build import Reporter, Request
+from fp8.builder.request import Reporter, Request
 from fp8.scripts import inspect
 
 

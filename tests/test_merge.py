@@ -13,8 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8.builder import build, merge
-from fp8.builder.build import Reporter, Request
 from fp8.builder.engine import Plan, Step
+from fp8.builder.request import Reporter, Request
 from fp8.plugins.base import PluginError, StepShape, Tensor, load, types_of
 from fp8.plugins.compile import compile_kernel
 from fp8.plugins.decode_layers import launch

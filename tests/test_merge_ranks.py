@@ -21,10 +21,10 @@ import torch
 from test_merge import LIMITS, SHAPE, _copied, _random, found
 
 from fp8.builder import build, merge
-from fp8.builder.build import Reporter, Request
 from fp8.builder.engine import Plan
 from fp8.builder.memory import buffer_bytes
 from fp8.builder.parallel.lockstep import Group, Member
+from fp8.builder.request import Reporter, Request
 from fp8.plugins.base import Launcher, PluginError, StepShape, Tensor, load, run_reference, types_of
 from fp8.plugins.decode_layers_ranks.cases import CASES
 from fp8.plugins.decode_layers_ranks.plugin import DecodeLayersRanks

@@ -14,15 +14,16 @@ import torch
 import worker_tasks
 
 from fp8.builder import budget, build, engine, pipeline
-from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.parallel import ranks, workers
 from fp8.builder.parallel.lockstep import Group
 from fp8.builder.parallel.split import SplitError
 from fp8.builder.parallel.tensor import TensorParallel, split
+from fp8.builder.request import Reporter, Request, Source
 from fp8.builder.target import Target
 from fp8.builder.verify import sqnr
 from fp8.builder.weights import to_torch
+from fp8.builder.workplace import BuildError
 from fp8.models import config as models
 from fp8.plugins.all_reduce.reference import all_reduce
 from fp8.scripts import build as command

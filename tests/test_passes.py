@@ -10,10 +10,10 @@ import tiny_checkpoint as tiny
 import torch
 
 from fp8.builder import build, pipeline
-from fp8.builder.build import Reporter, Request
 from fp8.builder.passes.fold import fold
 from fp8.builder.passes.lower_attention import lower_attention
 from fp8.builder.passes.merge_linears import merge_linears
+from fp8.builder.request import Reporter, Request
 from fp8.builder.rewrite import apart, tensor_type, together
 from fp8.builder.target import Target
 from fp8.builder.verify import PLAIN_SQNR, QUANTIZED_SQNR, VerificationError, Verifier, sqnr

@@ -10,11 +10,11 @@ import pytest
 import tiny_checkpoint as tiny
 
 from fp8.builder import pattern
-from fp8.builder.build import Request
 from fp8.builder.dtypes import ONNX
 from fp8.builder.passes.lower_attention import lower_attention
 from fp8.builder.passes.merge_linears import merge_linears
 from fp8.builder.pattern import Match, Mismatch
+from fp8.builder.request import Request
 from fp8.builder.target import Target
 
 F32 = np.dtype(np.float32)

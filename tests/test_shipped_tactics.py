@@ -10,6 +10,7 @@ import pytest
 from fp8.builder import build, tactic_table, tune
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.formats.base import load as load_format
+from fp8.builder.request import Reporter, Request, Source
 from fp8.models.config import load as load_model
 from fp8.plugins.compile import compile_kernel
 from fp8.scripts.random_checkpoint import PRESETS, write_random_checkpoint
@@ -31,9 +32,9 @@ def test_every_kernel_of_an_engine_compiles_clean(
     config: dict[str, Any] = {**PRESETS[model], "num_hidden_layers": 1, "vocab_size": 1000}
     format = load_format(qformat)(kv_cache_dtype=kv_cache_dtype)
     write_random_checkpoint(tmp_path / "checkpoint", config, format, 0)
-    source = build.Source(load_model(config), Checkpoint(tmp_path / "checkpoint"))
+    source = Source(load_model(config), Checkpoint(tmp_path / "checkpoint"))
     warnings: list[str] = []
-    compiled = build.compile(source, build.Request(max_seq_len=2048), build.Reporter(warn=warnings.append))
+    compiled = build.compile(source, Request(max_seq_len=2048), Reporter(warn=warnings.append))
     facts = compiled.plan.kernels.values()
     spills = {f"{k['plugin']}/{k['source']} {k['constants']}": k["spill_bytes"] for k in facts if k["spill_bytes"]}
     assert not warnings  # a tactic that does not compile, or that ptxas serializes, is dropped with one

@@ -14,8 +14,8 @@ import tiny_checkpoint as tiny
 import tiny_engine
 
 from fp8.builder import build, tactic_table
-from fp8.builder.build import Reporter, Request
 from fp8.builder.engine import EngineError, Plan
+from fp8.builder.request import Reporter, Request
 from fp8.plugins.base import StepShape
 from fp8.plugins.gemm.few_tokens import FewTokens
 from fp8.scripts import tune_step

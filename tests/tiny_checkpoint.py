@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fp8.builder.build import Source
 from fp8.builder.checkpoint import Checkpoint
 from fp8.builder.formats.base import Format, load
 from fp8.builder.quantization_config import write_engine_section, write_quantization
+from fp8.builder.request import Source
 from fp8.models import config as models
 
 CONFIG: dict[str, Any] = {

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8.builder import budget, build, pipeline
-from fp8.builder.build import BuildError, Reporter, Request, Source
 from fp8.builder.engine import Plan, unwritable
 from fp8.builder.parallel import workers
 from fp8.builder.parallel.pipeline import Place
 from fp8.builder.parallel.workers import Tell
+from fp8.builder.request import Reporter, Request, Source
 from fp8.builder.verify import Verifier
-from fp8.builder.workplace import workplace
+from fp8.builder.workplace import BuildError, workplace
 from fp8.plugins import base
 
 Open = Callable[[], Source]  # opens the checkpoint, in whatever process; picklable
