@@ -136,7 +136,7 @@ struct Consumer : Rings<Shared, STAGES, STAGES> {
 
   // P of a tile and its sums once more, with maxima that the tile has raised.
   template <bool MASKED>
-  METHOD void weigh_again(float (&s)[TILE_KV / 2], float (&l)[2], u32 (&p)[PV_STEPS][4], Softmax& state, u32 q_tile, int first,
+  DEVICE_MEMBER void weigh_again(float (&s)[TILE_KV / 2], float (&l)[2], u32 (&p)[PV_STEPS][4], Softmax& state, u32 q_tile, int first,
                           const int (&visible)[2]) {
     scores<ROW, ATOM_BYTES>(s, q_tile, first, k_smem + k.stage * TILE_BYTES, lane);
     if constexpr (MASKED) mask(s, visible);
@@ -148,7 +148,7 @@ struct Consumer : Rings<Shared, STAGES, STAGES> {
 
   // One step of the main loop: S of this tile and O of the tile before. q_tile, first: where the warp's rows of Q are.
   template <bool MASKED>
-  METHOD void step(float (&s)[TILE_KV / 2], float (&o)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state, u64 q, u32 q_tile, int first,
+  DEVICE_MEMBER void step(float (&s)[TILE_KV / 2], float (&o)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state, u64 q, u32 q_tile, int first,
                    const int (&visible)[2]) {
     wait_k();
     wgmma_fence();
@@ -236,15 +236,8 @@ DEVICE void consume(u8* y, const float* out_scale, Shared& b, u32 q_smem, u32 k_
       wgmma_wait_group<0>();
       my.release_v();
     }
-    __syncwarp();  // all lanes have read the item, also where none of them had products to wait for
-    if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
-    q_ring.next();
-    for (int j = mine; j < all; j++) {  // tiles for the other warpgroup alone
-      my.wait_k();
-      my.release_k();
-      my.wait_v();
-      my.release_v();
-    }
+    release_item(b, q_ring, lane);
+    for (int j = mine; j < all; j++) my.skip();  // tiles for the other warpgroup alone
     const float factor[2] = {row_factor(state.sum[0], out_factor), row_factor(state.sum[1], out_factor)};
     scale_rows(o, factor);
     store_rows(y, o, item, row_of_tile, c);

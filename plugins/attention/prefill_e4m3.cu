@@ -148,25 +148,17 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
   // The warpgroups issue products in turn, a tile's P V and Q K^T at a time: so the softmax of each runs under the products of
   // the others. Named barriers 1 to 3. Each that has rows takes as many turns in an item; between items the
   // turn is warpgroup 0's.
-  METHOD void take_turn() {
+  DEVICE_MEMBER void take_turn() {
     if (next) barrier_sync(1 + group, 256);
   }
-  METHOD void pass_turn() {
+  DEVICE_MEMBER void pass_turn() {
     if (next) barrier_arrive(next, 256);
   }
 
-  // A tile that the warpgroup has no rows for.
-  METHOD void skip() {
-    wait_k();
-    release_k();
-    wait_v();
-    release_v();
-  }
-
-  METHOD float factor(int row) const { return __uint_as_float((127 - behind[row]) << 23); }
+  DEVICE_MEMBER float factor(int row) const { return __uint_as_float((127 - behind[row]) << 23); }
 
   // O of `tiles` tiles is complete: now and then adds it to the total in float32, by the tiles' number in the context alone.
-  METHOD void flush(float (&o)[HEAD_DIM / 2], int tiles) {
+  DEVICE_MEMBER void flush(float (&o)[HEAD_DIM / 2], int tiles) {
     if (tiles % FLUSH) return;
     const bool first = tiles == FLUSH;
     const float f0 = factor(0), f1 = factor(1);
@@ -186,7 +178,7 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
     behind[0] = behind[1] = 0;
   }
   // Adds the total of `tiles` tiles to what is in O.
-  METHOD void add_total(float (&o)[HEAD_DIM / 2], int tiles) {
+  DEVICE_MEMBER void add_total(float (&o)[HEAD_DIM / 2], int tiles) {
     if (tiles <= FLUSH) return;
     const float f0 = factor(0), f1 = factor(1);
 #pragma unroll
@@ -197,14 +189,14 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
     }
   }
   // To the maxima that a tile has raised: O, and the total when it is read.
-  METHOD void rescale(float (&o)[HEAD_DIM / 2], const Softmax& state) {
+  DEVICE_MEMBER void rescale(float (&o)[HEAD_DIM / 2], const Softmax& state) {
     scale_rows(o, state.rescale);
 #pragma unroll
     for (int r = 0; r < 2; r++) behind[r] = min(behind[r] + 127 - (__float_as_uint(state.rescale[r]) >> 23), 127u);  // 127: becomes 0
   }
 
   // Begins P V of the tile before tile j, for whose V it has waited, in the warpgroup's turn, before which it waits anyway.
-  template <int STEPS = PV_STEPS> METHOD void add_values(float (&o)[HEAD_DIM / 2], const u32 (&p)[PV_STEPS][4]) {
+  template <int STEPS = PV_STEPS> DEVICE_MEMBER void add_values(float (&o)[HEAD_DIM / 2], const u32 (&p)[PV_STEPS][4]) {
     u64 v_tile = tile_descriptor(v_first, v.stage);
     pin(v_tile);
     take_turn();
@@ -213,7 +205,7 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
     wgmma_commit_group();
   }
 
-  template <int N> METHOD void begin_scores(float (&s)[N], u64 q, u64 k_tile) {
+  template <int N> DEVICE_MEMBER void begin_scores(float (&s)[N], u64 q, u64 k_tile) {
     wgmma_fence();
     issue_qk(s, q, k_tile);
     wgmma_commit_group();
@@ -221,7 +213,7 @@ struct Consumer : Rings<Shared, K_STAGES, V_STAGES> {
 
   // One step of the main loop: O of the tile before, and P of tile j, of which the first TOKENS are looked at.
   template <bool MASKED, int TOKENS = TILE_KV>
-  METHOD void step(float (&o)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state, u64 q, const int (&visible)[2], int j) {
+  DEVICE_MEMBER void step(float (&o)[HEAD_DIM / 2], u32 (&p)[PV_STEPS][4], Softmax& state, u64 q, const int (&visible)[2], int j) {
     float s[TOKENS / 2];
     u64 k_tile = tile_descriptor(k_first, k.stage);
     if (j > 0) {
@@ -270,9 +262,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     if (group >= groups) {
 #pragma unroll 1
       for (int j = item.tiles(); j > 0; j--) my.skip();  // not ahead of the others: an mbarrier tells two phases apart
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
-      q_ring.next();
+      release_item(b, q_ring, lane);
       continue;
     }
     my.next = groups == 1 ? 0 : group == groups - 1 ? 1 : 2 + group;
@@ -317,9 +307,7 @@ DEVICE void consume(u8* y, const float* q_scale, const float* k_scale, const flo
     }
     // Read anew, so that they need no registers over the main loop.
     const Item same = b.items[q_ring.stage];
-    __syncwarp();  // all lanes have read the item, also where none of them had products to wait for
-    if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q_ring.stage]));
-    q_ring.next();
+    release_item(b, q_ring, lane);
     for (int j = mine; j < same.tiles(); j++) {  // tiles for the other warpgroups alone
       my.skip();
       my.take_turn();

@@ -8,8 +8,6 @@
 #include "softmax.cuh"
 #include "tiles.cuh"
 
-#define METHOD __device__ __forceinline__
-
 constexpr int PAGE = 64;
 constexpr int ROW = HEAD_DIM * (FP8_CACHE ? 1 : 2);  // bytes of a q, k or v row
 constexpr int SWIZZLE = ROW < 128 ? ROW : 128;       // bytes of a row of one swizzle atom
@@ -19,7 +17,7 @@ static_assert(SWIZZLE == 64 || SWIZZLE == 128);
 
 struct Item {
   int row, rows, position, sequence, head;  // rows < 0: there are no more
-  METHOD int tiles() const { return max(position + rows + TILE_KV - 1, 0) / TILE_KV; }
+  DEVICE_MEMBER int tiles() const { return max(position + rows + TILE_KV - 1, 0) / TILE_KV; }
 };
 
 // The item of some rank in the list (tiles.cuh), of which `list` is the first entry.
@@ -36,7 +34,7 @@ DEVICE bool get_item(Item& item, const int4* tiles, int4 list, int rank) {
 template <int N> struct Ring {
   int stage = 0;
   u32 phase = 0;
-  METHOD void next() {
+  DEVICE_MEMBER void next() {
     if (++stage == N) stage = 0, phase ^= 1;
   }
 };
@@ -47,17 +45,30 @@ template <class Shared, int K, int V> struct Rings {
   int lane;
   Ring<K> k;
   Ring<V> v;
-  METHOD void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
-  METHOD void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
-  METHOD void release_k() {
+  DEVICE_MEMBER void wait_k() { mbarrier_wait(shared_address(&b.k_full[k.stage]), k.phase); }
+  DEVICE_MEMBER void wait_v() { mbarrier_wait(shared_address(&b.v_full[v.stage]), v.phase); }
+  DEVICE_MEMBER void release_k() {
     if (lane == 0) mbarrier_arrive(shared_address(&b.k_empty[k.stage]));
     k.next();
   }
-  METHOD void release_v() {
+  DEVICE_MEMBER void release_v() {
     if (lane == 0) mbarrier_arrive(shared_address(&b.v_empty[v.stage]));
     v.next();
   }
+  DEVICE_MEMBER void skip() {  // a tile that the warpgroup has no rows for
+    wait_k();
+    release_k();
+    wait_v();
+    release_v();
+  }
 };
+
+// A consumer's warp is done with an item and its tile of Q.
+template <class Shared, int N> DEVICE void release_item(Shared& b, Ring<N>& q, int lane) {
+  __syncwarp();  // all lanes have read the item, also where none of them had products to wait for
+  if (lane == 0) mbarrier_arrive(shared_address(&b.q_empty[q.stage]));
+  q.next();
+}
 
 // Behind the last item: tells the consumers that there are no more.
 template <class Shared, int N> DEVICE void end_items(Shared& b, const Ring<N>& q) {

@@ -83,13 +83,13 @@ struct Values {
   float scale;
   int kv_head, dim;
 
-  METHOD const u32* from(int token) const { return (const u32*)(qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim); }
-  METHOD u8* to(int slot) const {
+  DEVICE_MEMBER const u32* from(int token) const { return (const u32*)(qkv + (u64)token * ROW + (ROTATED + kv_head) * HEAD_DIM + dim); }
+  DEVICE_MEMBER u8* to(int slot) const {
     return cache + ((u64)(slot / 64) * NUM_KV_HEADS + kv_head) * HEAD_DIM * 64 + value_offset(slot % 64) + dim * VALUE_GROUP;
   }
-  METHOD static float divided(MiddleDivisor by, u32 pair, int half) { return by.divide(to_float<DTYPE>((u16)(pair >> 16 * half))); }
+  DEVICE_MEMBER static float divided(MiddleDivisor by, u32 pair, int half) { return by.divide(to_float<DTYPE>((u16)(pair >> 16 * half))); }
 
-  METHOD void write_group(int token, int slot) const {
+  DEVICE_MEMBER void write_group(int token, int slot) const {
     u32 pairs[VALUE_GROUP];
 #pragma unroll
     for (int i = 0; i < VALUE_GROUP; i++) pairs[i] = *from(token + i);
@@ -107,7 +107,7 @@ struct Values {
     }
   }
 
-  METHOD void write_token(int token, int slot) const {
+  DEVICE_MEMBER void write_token(int token, int slot) const {
     const u32 pair = *from(token);
     const MiddleDivisor by(scale);
     const u16 codes = e4m3x2(divided(by, pair, 0), divided(by, pair, 1));
@@ -116,7 +116,7 @@ struct Values {
   }
 
   // begin, end: of all rows. Bits of 48 tokens from 16 before `first` on tell which have consecutive slots.
-  METHOD void write(int first, int begin, int end) const {
+  DEVICE_MEMBER void write(int first, int begin, int end) const {
     const int lane = threadIdx.x % 32, near = first - VALUE_GROUP + lane, far = near + 32;
     const int slot = near >= begin && near < end ? slot_mapping[near] : -1;
     const int far_slot = lane < VALUE_GROUP && far < end ? slot_mapping[far] : -1;

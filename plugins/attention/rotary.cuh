@@ -5,8 +5,6 @@
 // Constants: HEAD_DIM, ROTARY_DIM (0 = none), FP8_CACHE, DTYPE.
 #include "fp8/convert.cuh"
 
-#define METHOD __device__ __forceinline__
-
 constexpr int CACHE_BYTES = FP8_CACHE ? 1 : 2;  // of a cached value
 static_assert(ROTARY_DIM % 2 == 0 && ROTARY_DIM <= HEAD_DIM);
 
@@ -20,8 +18,8 @@ template <> struct Word<1> { typedef u8 type; };
 // N values of the model's type, not yet converted: half the registers while they are on their way.
 template <int N> struct Raw {
   typename Word<2 * N>::type word;
-  METHOD void load(const u16* from) { word = *(const typename Word<2 * N>::type*)from; }
-  METHOD void convert(float (&x)[N]) const {
+  DEVICE_MEMBER void load(const u16* from) { word = *(const typename Word<2 * N>::type*)from; }
+  DEVICE_MEMBER void convert(float (&x)[N]) const {
     union { typename Word<2 * N>::type word; u16 item[N]; } raw;
     raw.word = word;
 #pragma unroll
@@ -45,19 +43,19 @@ template <int N> struct Pairs {
   static constexpr int COUNT = HEAD_DIM / (2 * N);
   int first, second;
   bool rotates;
-  METHOD explicit Pairs(int index) {
+  DEVICE_MEMBER explicit Pairs(int index) {
     const int at = index * N;
     rotates = at < ROTARY_DIM / 2;
     first = rotates ? at : ROTARY_DIM + at - ROTARY_DIM / 2;
     second = first + (rotates ? ROTARY_DIM / 2 : (HEAD_DIM - ROTARY_DIM) / 2);
   }
-  METHOD void load_angles(float (&c)[N], float (&s)[N], const float* cos, const float* sin, int position) const {
+  DEVICE_MEMBER void load_angles(float (&c)[N], float (&s)[N], const float* cos, const float* sin, int position) const {
     if (!rotates) return;
     load32(c, cos + (u64)position * (ROTARY_DIM / 2) + first);
     load32(s, sin + (u64)position * (ROTARY_DIM / 2) + first);
   }
   // Each product and sum is rounded, as in the graph: no contraction to FMA.
-  METHOD void rotate(float (&a)[N], float (&b)[N], const float (&c)[N], const float (&s)[N]) const {
+  DEVICE_MEMBER void rotate(float (&a)[N], float (&b)[N], const float (&c)[N], const float (&s)[N]) const {
     if (!rotates) return;
 #pragma unroll
     for (int i = 0; i < N; i++) {

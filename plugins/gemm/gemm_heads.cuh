@@ -60,7 +60,7 @@ struct Place {
 // Of TOGETHER of a thread's rows and its two pieces, lane % 8 and that plus 8 of the tile's 16.
 struct Angles {
   float c[TOGETHER][2][VEC], s[TOGETHER][2][VEC];
-  METHOD void load(const Cache& cache, const Place (&places)[STEPS], int first) {
+  DEVICE_MEMBER void load(const Cache& cache, const Place (&places)[STEPS], int first) {
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++)
 #pragma unroll
