@@ -7,7 +7,6 @@ import difflib
 import importlib.metadata
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_graphsurgeon as gs
 from fp8.builder import engine, joins, measure, pipeline, plan, report, taps, tune, weights
 from fp8.builder.engine import Compatibility, Plan
 from fp8.builder.graph import Graph
-from fp8.builder.output import COPIED
+from fp8.builder.output import copy_beside
 from fp8.builder.parallel import tensor
 from fp8.builder.parallel.pipeline import Place
 from fp8.builder.pattern import load_all
@@ -222,6 +221,4 @@ def write_common(plans: Sequence[Plan], source: Source, directory: Path) -> None
         facts["ranks"] = [{**dataclasses.asdict(p.share), "weights_digest": p.weights_digest} for p in plans if p.share]
     text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
     engine.write_atomically(directory / "config.json", [text.encode()])
-    for name in COPIED:
-        if (source.checkpoint.directory / name).is_file():
-            shutil.copyfile(source.checkpoint.directory / name, directory / name)
+    copy_beside(source.checkpoint, directory)

@@ -63,12 +63,8 @@ def convert(
             facts = _calibrate(running, imported, format, missing, wanted, partial, report)
         groups = [*_weights(imported, graph, wanted.dtype), *_scales(imported)]
         write_shards(partial, groups, lambda done, total: report.progress("writing", done, total))
-        write_config(checkpoint, format, wanted.dtype, linears(graph), facts, partial, scheme.tool)
+        write_config(checkpoint, format, wanted.dtype, graph.linears, facts, partial, scheme.tool)
     return format
-
-
-def linears(graph: Graph) -> list[str]:
-    return [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
 
 
 def _check_wanted(checkpoint: Checkpoint, scheme: Scheme, wanted: Wanted) -> None:
@@ -159,7 +155,7 @@ def dequantized(imported: Imported, module: str) -> torch.Tensor:
 def _remark(imported: Imported, graph: Graph, missing: list[str], report: Reporter) -> None:
     """Says what is kept, what is made, and where one activation has scales that differ."""
     scheme, found = imported.scheme, imported.found
-    plain = [m for m in linears(graph) if m not in imported.quantized]
+    plain = [m for m in graph.linears if m not in imported.quantized]
     left = f", {len(plain)} left as they are ({plain[0]}{', ...' if len(plain) > 1 else ''})" if plain else ""
     made = [n for n in found if n.endswith(ATTENTION[0]) and imported.source(n) is None]
     kinds = ", ".join(kind[1:] for kind in ATTENTION if any(name.endswith(kind) for name in missing))
@@ -170,7 +166,7 @@ def _remark(imported: Imported, graph: Graph, missing: list[str], report: Report
         else "nothing is calibrated"
     )  # fmt: skip
     report.remark(
-        f"{imported.directory} was quantized by {scheme.tool}: {len(linears(graph)) - len(plain)} linears keep their "
+        f"{imported.directory} was quantized by {scheme.tool}: {len(graph.linears) - len(plain)} linears keep their "
         f"codes and scales{left}; {rest}"
     )
     readers: dict[str, set[float]] = {}

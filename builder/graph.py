@@ -88,6 +88,12 @@ class Graph(gs.Graph):
         self.registered: dict[str, gs.Tensor] = {}
         super().__init__(*args, **kwargs)
 
+    @property
+    def linears(self) -> list[str]:
+        """Modules of the linears that a format may quantize, as the model has them in order."""
+        end = ".input_scale"
+        return [name.removesuffix(end) for name in self.activations if name.endswith(end)]
+
     def copy(self, tensor_map: Any = None) -> Graph:
         plain = super().copy(tensor_map)
         result = Graph(

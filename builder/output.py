@@ -92,6 +92,11 @@ def write_config(
     if quantized_by:
         config["fp8_engine"]["quantized_by"] = quantized_by
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_beside(checkpoint, partial)
+
+
+def copy_beside(checkpoint: Checkpoint, directory: Path) -> None:
+    """The tokenizer's files and what else goes along with a model unchanged, as far as they are there."""
     for name in COPIED:
         if (checkpoint.directory / name).is_file():
-            shutil.copyfile(checkpoint.directory / name, partial / name)
+            shutil.copyfile(checkpoint.directory / name, directory / name)

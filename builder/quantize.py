@@ -84,7 +84,7 @@ def quantize_checkpoint(
     config = model.read_config(checkpoint.config)
     whole = model.emit(config, checkpoint, Bf16(), dtype)  # finds missing and misshapen tensors before any work
     check_all_read(checkpoint, whole)
-    linears = [name.removesuffix(".input_scale") for name in whole.activations if name.endswith(".input_scale")]
+    linears = whole.linears
     _check_patterns(format, linears)
     for module in filter(format.quantizes, linears):
         format.check(module, *checkpoint.entry(f"{module}.weight").shape)

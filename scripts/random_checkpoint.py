@@ -133,9 +133,8 @@ def random_groups(config: dict[str, Any], format: Format, seed: int) -> tuple[li
     model = load_model(config)
     shapes = Shapes(config, getattr(torch, dtype))
     graph = model.emit(model.read_config(config), shapes, Bf16(), dtype, max_positions=1)
-    linears = [name.removesuffix(".input_scale") for name in graph.activations if name.endswith(".input_scale")]
     scales = [name for name in graph.activations if format.calibrated(name)]
-    return [*_weights(graph, linears, format, getattr(torch, dtype), seed), *map(_scale, scales)], linears
+    return [*_weights(graph, graph.linears, format, getattr(torch, dtype), seed), *map(_scale, scales)], graph.linears
 
 
 def _weights(graph: Graph, linears: Sequence[str], format: Format, dtype: torch.dtype, seed: int) -> Iterator[Group]:
